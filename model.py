@@ -1,0 +1,690 @@
+"""
+A small DeepSeek-V3 behind nanoGPT's interface: Multi-head Latent Attention, DeepSeekMoE with
+loss-free balancing, and multi-token prediction, in one file that needs torch alone.
+
+Papers: V2 = arXiv 2405.04434, V3 = arXiv 2412.19437, loss-free balancing = arXiv 2408.15664.
+Equation numbers in the comments are V3's unless they say otherwise.
+
+Letters in the shape comments:
+  B batch            T positions in this call     S positions attended to (cached ones included)
+  C n_embd           H heads                      V vocabulary
+  n qk_nope_head_dim, r qk_rope_head_dim, v v_head_dim, c kv_lora_rank: the head and latent sizes
+  N = B*T tokens     E routed experts             K experts per token      h expert width
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """nanoGPT's fields, then DeepSeek's under their names in the released configs.
+
+    -1 (or -1.0) asks for the derived size, so that nanoGPT's own flags describe a whole model.
+    With C = n_embd and d = n_embd / n_head:
+
+    | field                     | derived as                                                    |
+    |---------------------------|---------------------------------------------------------------|
+    | q_lora_rank               | C / 2 (0: no query compression)                               |
+    | kv_lora_rank              | 3C / 8                                                        |
+    | v_head_dim                | d                                                             |
+    | qk_rope_head_dim          | d / 2, made even                                              |
+    | qk_nope_head_dim          | d - qk_rope_head_dim, so q, k and v heads have one size       |
+    | moe_intermediate_size     | C / 2, up to a multiple of 8                                  |
+    | routed_scaling_factor     | sqrt(K): K gates of 1/K then sum to the size of one expert    |
+    | intermediate_size         | (n_shared_experts + K) moe_intermediate_size: the active width |
+    | mtp_n_layer               | 2 from 8 main blocks on, else 1                               |
+    """
+    block_size: int = 1024          # context length in tokens
+    vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64
+    n_layer: int = 12               # main blocks; the MTP modules' blocks come on top
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False              # biases in q_a_proj, kv_a_proj and o_proj (attention_bias)
+    tie_word_embeddings: bool = True
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    # Multi-head Latent Attention
+    q_lora_rank: int = -1
+    kv_lora_rank: int = -1
+    qk_nope_head_dim: int = -1
+    qk_rope_head_dim: int = -1
+    v_head_dim: int = -1
+    rope_theta: float = 10000.0
+    # DeepSeekMoE
+    n_routed_experts: int = 16      # 0: a dense model
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 4
+    moe_intermediate_size: int = -1
+    intermediate_size: int = -1     # width of the dense FFN
+    first_k_dense_replace: int = 0  # the first k main blocks are dense
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: str = 'sigmoid'   # or 'softmax' (V2)
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = -1.0
+    bias_update_speed: float = 0.001  # loss-free balancing, per optimizer step; 0: off
+    aux_loss_alpha: float = 0.0001    # sequence-wise balance loss; 0: off
+    # multi-token prediction
+    num_nextn_predict_layers: int = 2  # MTP modules; 0: none
+    mtp_n_layer: int = -1              # blocks in each
+    mtp_lambda: float = 0.3            # weight of their mean loss
+
+    def __post_init__(self):
+        C, K = self.n_embd, self.num_experts_per_tok
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            self._check(getattr(self, name) > 0, f'{name} must be positive')
+        self._check(C % self.n_head == 0, f'n_head must divide n_embd={C}')
+        d = C // self.n_head
+
+        self._derive('q_lora_rank', max(1, C // 2))
+        self._derive('kv_lora_rank', max(1, 3 * C // 8))
+        self._derive('v_head_dim', d)
+        self._derive('qk_rope_head_dim', max(2, d // 4 * 2))
+        self._derive('qk_nope_head_dim', max(1, d - self.qk_rope_head_dim))
+        self._derive('moe_intermediate_size', (C // 2 + 7) // 8 * 8)
+        self._derive('intermediate_size', (self.n_shared_experts + K) * self.moe_intermediate_size)
+        self._derive('routed_scaling_factor', math.sqrt(max(K, 0)))
+        self._derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
+
+        for name in ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size',
+                     'mtp_n_layer'):
+            self._check(getattr(self, name) > 0, f'{name} must be positive, or -1 to derive it')
+        for name in ('q_lora_rank', 'n_routed_experts', 'n_shared_experts', 'first_k_dense_replace',
+                     'num_nextn_predict_layers', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda'):
+            self._check(getattr(self, name) >= 0, f'{name} must not be negative')
+        self._check(self.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
+        self._check(0 <= self.dropout < 1, 'dropout must lie in [0, 1)')
+        self._check(self.scoring_func in ('sigmoid', 'softmax'), "scoring_func must be 'sigmoid' or 'softmax'")
+        E = self.n_routed_experts
+        if E > 0:
+            self._check(0 < K <= E, f'num_experts_per_tok must lie in 1..n_routed_experts={E}')
+            self._check(self.n_group > 0 and E % self.n_group == 0, f'n_group must divide n_routed_experts={E}')
+            self._check(0 < self.topk_group <= self.n_group, f'topk_group must lie in 1..n_group={self.n_group}')
+            self._check(K <= self.topk_group * (E // self.n_group),
+                        f'num_experts_per_tok={K} does not fit in topk_group={self.topk_group} groups of '
+                        f'{E // self.n_group} experts')
+            self._check(C % 8 == 0 and self.moe_intermediate_size > 0 and self.moe_intermediate_size % 8 == 0,
+                        'n_embd and moe_intermediate_size must be multiples of 8 (grouped_mm wants rows of 16 bytes)')
+
+    def _derive(self, name, value):
+        if getattr(self, name) == -1:
+            setattr(self, name, value)
+
+    @staticmethod
+    def _check(ok, message):
+        if not ok:
+            raise ValueError(f'GPTConfig: {message}')
+
+
+def compute_dtype(x):
+    """The dtype matrix products run in: autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        # in fp32 whatever x is; F.rms_norm leaves its fused path when the dtypes of x and weight differ
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rope_table(dim, length, theta):
+    """cos and sin of position * theta^(-2i/dim), each (length, dim/2), fp32."""
+    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), freq)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the interleaved pairs (x0, x1), (x2, x3), ... as in the released weights. x: (..., T, r)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                 # (..., T, r/2) each
+    y = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)    # (..., T, r/2, 2)
+    return y.flatten(-2).to(x.dtype)
+
+
+class MLA(nn.Module):
+    """Multi-head Latent Attention (V2 section 2.1, V3 eq. 1-11)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, H = config.n_embd, config.n_head
+        self.n_head = H
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.q_lora_rank = config.q_lora_rank
+        self.kv_lora_rank = config.kv_lora_rank
+        self.dropout = config.dropout
+        qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.scale = qk_head_dim ** -0.5
+
+        if self.q_lora_rank > 0:
+            self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, H * qk_head_dim, bias=False)
+        else:
+            self.q_proj = nn.Linear(C, H * qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(C, config.kv_lora_rank + config.qk_rope_head_dim, bias=config.bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(H * config.v_head_dim, C, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, cache=None, pos=0):
+        """x: (B, T, C) at positions pos..pos+T-1; cache: (B, S_max, c + r) or None, written in place."""
+        B, T, _ = x.shape
+        n, r, c = self.qk_nope_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
+        if self.q_lora_rank > 0:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))                    # eq. 6-7
+        else:
+            q = self.q_proj(x)
+        q = q.view(B, T, self.n_head, n + r).transpose(1, 2)                           # (B, H, T, n+r)
+        q_nope, q_rope = q.split((n, r), dim=-1)
+        c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((c, r), dim=-1)                # eq. 1, 3: (B, T, c), (B, T, r)
+        c_kv = self.kv_a_layernorm(c_kv)
+        q_rope = apply_rope(q_rope, cos, sin)                                          # eq. 8
+        k_rope = apply_rope(k_rope, cos, sin)                                          # one key for all heads
+
+        if cache is not None:  # per token and layer: the normed latent and the rotated key, nothing per head
+            cache[:, pos:pos + T] = torch.cat((c_kv, k_rope), dim=-1)
+        if pos == 0:
+            y = self.attend_materialised(q_nope, q_rope, c_kv, k_rope)
+        else:
+            y = self.attend_absorbed(q_nope, q_rope, cache[:, :pos + T])
+        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.v_head_dim)             # (B, T, H*v)
+        return self.resid_dropout(self.o_proj(y))                                      # eq. 11
+
+    def attend_materialised(self, q_nope, q_rope, c_kv, k_rope):
+        """Training and prefill: expand k and v for every head, then one causal SDPA. -> (B, H, T, v)"""
+        B, T, _ = c_kv.shape
+        n, v_dim = self.qk_nope_head_dim, self.v_head_dim
+        kv = self.kv_b_proj(c_kv).view(B, T, self.n_head, n + v_dim).transpose(1, 2)   # (B, H, T, n+v)
+        k_nope, v = kv.split((n, v_dim), dim=-1)                                       # eq. 2, 5
+        q = torch.cat((q_nope, q_rope), dim=-1)                                        # (B, H, T, n+r)
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)  # eq. 4
+        # flash kernels want one head size for q, k and v: zeros appended to v come out as zeros
+        v = F.pad(v, (0, max(0, q.size(-1) - v_dim)))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return y[..., :v_dim]                                                          # eq. 10
+
+    def attend_absorbed(self, q_nope, q_rope, cache):
+        """Decode: fold W_uk into the query and W_uv into the output, and attend in the latent space.
+
+        All heads then share one key (the cache row) and one value (its first c numbers). -> (B, H, T, v)
+        """
+        B, H, T, n = q_nope.shape
+        S, c = cache.size(1), self.kv_lora_rank
+        w_uk, w_uv = self.kv_b_proj.weight.view(H, n + self.v_head_dim, c).split((n, self.v_head_dim), dim=1)
+        q = torch.cat((q_nope @ w_uk.to(q_nope.dtype), q_rope), dim=-1)                # (B, H, T, c+r)
+        scores = q.flatten(1, 2) @ cache.transpose(1, 2) * self.scale                  # (B, H*T, S)
+        scores = scores.view(B, H, T, S).float()
+        if T > 1:  # the newest T of the S positions are the queries themselves
+            future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+            scores = scores.masked_fill(future, float('-inf'))
+        weights = scores.softmax(dim=-1).to(cache.dtype).flatten(1, 2)                 # (B, H*T, S)
+        latent = (weights @ cache[..., :c]).view(B, H, T, c)
+        return latent @ w_uv.to(latent.dtype).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU: the dense FFN, and the shared experts as one FFN of their joint width."""
+
+    def __init__(self, config, width):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.n_embd, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Dispatch(torch.autograd.Function):
+    """(N, C) -> (N*K, C): row i becomes token[i]'s, in the order of the experts.
+
+    A plain x[token] would add up its gradient with atomics; `place` (where the K copies of each token went)
+    turns that into a gather and a sum, which is faster and adds in one fixed order. Combine is the transpose.
+    """
+
+    @staticmethod
+    def forward(ctx, x, token, place):
+        ctx.save_for_backward(token, place)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, grad):
+        token, place = ctx.saved_tensors
+        return Combine.apply(grad, token, place), None, None
+
+
+class Combine(torch.autograd.Function):
+    """(N*K, C) -> (N, C): the sum over each token's K rows."""
+
+    @staticmethod
+    def forward(ctx, y, token, place):
+        ctx.save_for_backward(token, place)
+        N, K = place.shape
+        return y.index_select(0, place.view(-1)).view(N, K, -1).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        token, place = ctx.saved_tensors
+        return Dispatch.apply(grad.contiguous(), token, place), None, None
+
+
+def grouped_linear(x, weight, offsets):
+    """Rows offsets[e-1]..offsets[e] of x (M, in) times weight[e] (E, out, in), transposed. -> (M, out)"""
+    if x.dtype != torch.float32 and x.device.type != 'mps':
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return grouped_linear_fp32(x, weight, offsets)
+
+
+@torch.compiler.disable
+def grouped_linear_fp32(x, weight, offsets):
+    # grouped_mm takes fp32 on the CPU, and outside compiled graphs; elsewhere a loop, at the price of a host sync
+    if x.device.type == 'cpu':
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight)])
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE (V3 eq. 12-20): shared experts for every token, K of E fine-grained ones chosen per token."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, C, h = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
+        self.n_experts = E
+        self.top_k = config.num_experts_per_tok
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.scoring_func = config.scoring_func
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+
+        self.gate = nn.Linear(C, E, bias=False)                             # the router
+        self.experts_gate_up = nn.Parameter(torch.empty(E, 2 * h, C))
+        self.experts_down = nn.Parameter(torch.empty(E, C, h))
+        self.shared_experts = MLP(config, config.n_shared_experts * h) if config.n_shared_experts > 0 else None
+        # b of eq. 16: moved by GPT.update_balance after an optimizer step, never by a gradient
+        self.register_buffer('e_score_correction_bias', torch.zeros(E))
+
+    def forward(self, x):
+        """(B, T, C) -> the layer's output (B, T, C), its balance loss (scalar; None in eval), its load (E,)."""
+        B, T, C = x.shape
+        dtype = compute_dtype(x)
+        flat = x.view(-1, C)                                                # (N, C)
+        scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
+
+        # sort the N*K assignments by expert, so that each expert's rows lie together
+        expert, order = experts.view(-1).sort(stable=True)                  # (N*K,)
+        token = order // self.top_k                                         # the token of each sorted row
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        place = place.view(-1, self.top_k)                                  # (N, K): the sorted row of each choice
+        offsets = torch.searchsorted(expert, torch.arange(self.n_experts, device=x.device), right=True,
+                                     out_int32=True)                        # (E,): where each expert's rows end
+        rows = Dispatch.apply(flat.to(dtype), token, place)                 # (N*K, C)
+        gate, up = grouped_linear(rows, self.experts_gate_up.to(dtype), offsets).chunk(2, dim=-1)
+        # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
+        hidden = F.silu(gate) * up * gates.view(-1).index_select(0, order).to(dtype).unsqueeze(-1)  # (N*K, h)
+        out = grouped_linear(hidden, self.experts_down.to(dtype), offsets)  # (N*K, C)
+        out = Combine.apply(out, token, place).view(B, T, C)
+
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        load = offsets.diff(prepend=offsets.new_zeros(1))                   # (E,): tokens that each expert got
+        balance = self.balance_loss(scores.view(B, T, -1)) if self.training else None
+        return out, balance, load
+
+    def route(self, x):
+        """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.gate.weight.float())
+        scores = logits.sigmoid() if self.scoring_func == 'sigmoid' else logits.softmax(dim=-1)  # eq. 15
+        choice = scores.detach() + self.e_score_correction_bias
+        if self.n_group > 1:  # V3 section 2.1.2: the groups with the largest sum of their two best
+            groups = choice.view(-1, self.n_group, self.n_experts // self.n_group)
+            strength = groups.topk(min(2, groups.size(-1)), dim=-1).values.sum(dim=-1)           # (N, n_group)
+            kept = strength.topk(self.topk_group, dim=-1, sorted=False).indices
+            dropped = torch.ones_like(strength, dtype=torch.bool).scatter(1, kept, False)
+            choice = groups.masked_fill(dropped.unsqueeze(-1), float('-inf')).flatten(1)         # (N, E)
+        experts = choice.topk(self.top_k, dim=-1, sorted=False).indices                          # eq. 16
+        gates = scores.gather(1, experts)  # without b
+        if self.norm_topk_prob and self.top_k > 1:  # a single gate normalised is 1, and teaches the router nothing
+            gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)                            # eq. 13
+        return scores, gates * self.routed_scaling_factor, experts
+
+    def balance_loss(self, scores):
+        """The sequence-wise balance loss without its weight alpha (eq. 17-20); 1 at balance. scores: (B, T, E)"""
+        kth = scores.topk(self.top_k, dim=-1).values[..., -1:]
+        f = (scores >= kth).float().mean(dim=1) * (self.n_experts / self.top_k)                  # eq. 18: (B, E)
+        p = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)                              # eq. 19-20
+        return (f * p).sum(dim=-1).mean()
+
+
+class Block(nn.Module):
+    def __init__(self, config, dense=False):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.attn = MLA(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.mlp = MLP(config, config.intermediate_size) if dense else MoE(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, cache=None, pos=0):
+        """(B, T, C) -> (B, T, C), and of an MoE block its balance loss and load, of a dense one None, None."""
+        x = x + self.attn(self.input_layernorm(x), cos, sin, cache, pos)
+        h = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            y, balance, load = self.mlp(h)
+        else:
+            y, balance, load = self.mlp(h), None, None
+        return x + self.dropout(y), balance, load
+
+
+class MTP(nn.Module):
+    """One multi-token prediction module (V3 section 2.2): from h_{k-1} and token t_{i+k} to a state for t_{i+k+1}."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, eps = config.n_embd, config.rms_norm_eps
+        self.enorm = RMSNorm(C, eps)
+        self.hnorm = RMSNorm(C, eps)
+        self.eh_proj = nn.Linear(2 * C, C, bias=False)
+        self.h = nn.ModuleList(Block(config, dense=config.n_routed_experts == 0) for _ in range(config.mtp_n_layer))
+        self.norm = RMSNorm(C, eps)
+
+    def combine(self, emb, h):
+        """eq. 21, in the released order: the embedding first. Both (B, T, C)."""
+        return self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))
+
+
+def cross_entropy_rows(logits, target, row_weight):
+    """Each row's loss and its gradient: (n, V), (n,), (n,) -> (n,) fp32, (n, V) in logits' dtype."""
+    z = logits.float()
+    target = target.clamp(min=0).unsqueeze(-1)
+    lse = z.logsumexp(dim=-1, keepdim=True)
+    loss = (lse - z.gather(-1, target)).squeeze(-1)
+    grad = (z - lse).exp().scatter_add(-1, target, torch.full_like(lse, -1.0))
+    return loss, (grad * row_weight.unsqueeze(-1)).to(logits.dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i row_weight_i * cross_entropy(h_i @ weight.T, target_i), without ever holding all the logits.
+
+    The gradient is made chunk by chunk in the forward, while a chunk's logits are at hand, so that nothing of
+    the vocabulary's width is kept or computed twice. h: (N, C), weight: (V, C), target: (N,), row_weight: (N,),
+    0 where a row does not count. Returns the weighted sum and, without a gradient, each row's loss (N,).
+    """
+    CHUNK = 1024  # rows at a time
+
+    @staticmethod
+    def forward(ctx, h, weight, target, row_weight, rows_fn):
+        dtype = compute_dtype(h)
+        w = weight.to(dtype)
+        unit = row_weight.max().clamp(min=1e-20)  # gradients stay of order 1 inside: fp16 would lose them
+        losses, grad_h = [], []
+        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for x, t, r in zip(*(a.split(LinearCrossEntropy.CHUNK) for a in (h.to(dtype), target, row_weight / unit))):
+            loss, grad = rows_fn(x @ w.t(), t, r)
+            losses.append(loss)
+            if grad_w is not None:
+                grad_h.append(grad @ w)
+                grad_w += grad.t() @ x
+        if grad_w is not None:
+            ctx.save_for_backward(torch.cat(grad_h).to(h.dtype), grad_w, unit)
+        losses = torch.cat(losses)
+        ctx.mark_non_differentiable(losses)
+        return (losses * row_weight).sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        grad_h, grad_w, unit = ctx.saved_tensors
+        scale = grad_out * unit
+        return grad_h * scale, grad_w * scale, None, None, None
+
+
+class GPT(nn.Module):
+    """The model. Initialisation, as nanoGPT's:
+
+    | parameter                                                  | distribution | std                                |
+    |------------------------------------------------------------|--------------|------------------------------------|
+    | embedding, head, projections, router, experts              | normal       | initializer_range                  |
+    | what writes to the residual stream: o_proj, down, experts_down | normal   | initializer_range / sqrt(2 n_layer) |
+    | norm weights; biases and e_score_correction_bias           | constant     | 1; 0                               |
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, dense=config.n_routed_experts == 0 or i < config.first_k_dense_replace)
+                            for i in range(config.n_layer)),
+            ln_f=RMSNorm(config.n_embd, config.rms_norm_eps),
+        ))
+        self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.transformer.wte.weight = self.lm_head.weight
+        self._set_rope()
+        self.stats = {}  # of the last training forward: see forward()
+        self.rows_fn = cross_entropy_rows
+
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'experts_down'))
+                nn.init.normal_(p, std=config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1))
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def _set_rope(self):
+        cos, sin = rope_table(self.config.qk_rope_head_dim, self.config.block_size, self.config.rope_theta)
+        self.register_buffer('rope_cos', cos, persistent=False)
+        self.register_buffer('rope_sin', sin, persistent=False)
+
+    def blocks(self):
+        """Every block, the main stack's first, then each MTP module's."""
+        return [*self.transformer.h, *(block for module in self.mtp for block in module.h)]
+
+    def moe_layers(self):
+        return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
+
+    def forward(self, idx, targets=None, cache=None, pos=0, return_logits=None):
+        """idx (B, T) -> logits, loss.
+
+        Without targets: logits of the last position (B, 1, V), and None. With targets (B, T; -1: no target): in eval
+        the logits (B, T, V) and the main next-token loss; in training None (all the logits are never held) and the
+        loss to minimise: main + MTP (eq. 24-25) + balance. return_logits=False leaves them out in eval too.
+        A training forward with targets leaves in `stats`, as tensors: `losses` (1 + modules): main and each MTP
+        module's; `balance`: the mean over MoE layers; `load` (MoE layers, E): tokens per expert.
+        cache: from make_cache(); then idx are the tokens at positions pos..pos+T-1, and the cache is filled with them.
+        """
+        B, T = idx.shape
+        if pos + T > self.config.block_size:
+            raise ValueError(f'{pos + T} tokens do not fit in block_size={self.config.block_size}')
+        rope = self.rope_cos[pos:pos + T], self.rope_sin[pos:pos + T]
+        balances, loads = [], []
+
+        def run(blocks, x, cache=None):
+            for i, block in enumerate(blocks):
+                x, balance, load = block(x, *rope, None if cache is None else cache[i], pos)
+                if load is not None:
+                    balances.append(balance)
+                    loads.append(load)
+            return x
+
+        x = self.transformer.drop(self.transformer.wte(idx))                # (B, T, C)
+        h = self.transformer.ln_f(run(self.transformer.h, x, cache))
+        if targets is None:
+            return self.lm_head(h[:, -1:]), None
+        if not self.training and return_logits is not False:
+            logits = self.lm_head(h)                                        # (B, T, V)
+            return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), ignore_index=-1)
+
+        states, labels = [h], [targets]
+        if self.training:
+            # Module k sees t_{i+k} at position i and predicts t_{i+k+1}. The sequence keeps its length T; its last k
+            # positions have no label, nor has any from which a missing target (-1) lies in between.
+            token, label = idx, targets
+            for k, module in enumerate(self.mtp, start=1):
+                token = F.pad(token[:, 1:], (0, 1))                         # t_{i+k}
+                x = module.combine(self.transformer.drop(self.transformer.wte(token)), h)
+                h = module.norm(run(module.h, x))                           # eq. 22
+                label = torch.where(label < 0, -1, F.pad(targets[:, k:], (0, min(k, T)), value=-1))
+                states.append(h)
+                labels.append(label)
+
+        D = len(states) - 1
+        labels = torch.stack(labels).flatten(1)                             # (1+D, B*T)
+        valid = labels >= 0
+        mean = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)          # each loss averages over its own targets
+        coef = [1.0] + [self.config.mtp_lambda / D] * D                     # eq. 25
+        loss, rows = LinearCrossEntropy.apply(
+            torch.stack(states).flatten(0, 2), self.lm_head.weight, labels.flatten(),
+            torch.cat([c * m for c, m in zip(coef, mean)]), self.rows_fn)
+        if self.training:
+            self.stats = {'losses': (rows.view(D + 1, -1) * mean).sum(dim=1)}
+            if loads:
+                balance = torch.stack(balances)                             # (MoE layers,)
+                loss = loss + self.config.aux_loss_alpha * balance.sum()
+                self.stats |= {'balance': balance.detach().mean(), 'load': torch.stack(loads)}
+        return None, loss
+
+    @torch.no_grad()
+    def update_balance(self, load):
+        """Loss-free balancing: raise b of the experts below their layer's mean load, lower it of those above.
+
+        Once after each optimizer step. load (MoE layers, E): the tokens that each expert got in the whole step,
+        summed over micro-batches and ranks. b is re-centred, since a shift common to all experts changes no choice.
+        """
+        if self.config.bias_update_speed == 0:
+            return
+        load = load.float()
+        step = self.config.bias_update_speed * torch.sign(load.mean(dim=1, keepdim=True) - load)
+        for moe, delta in zip(self.moe_layers(), step):
+            bias = moe.e_score_correction_bias
+            bias += delta
+            bias -= bias.mean()
+
+    def compile(self, **kwargs):
+        """Compile block by block (equal blocks share one graph) and the loss, rather than the whole model at once."""
+        for block in self.blocks():
+            block.compile(**kwargs)
+        self.rows_fn = torch.compile(cross_entropy_rows, **kwargs)
+
+    def uncompile(self):
+        for block in self.blocks():
+            block._compiled_call_impl = None
+        self.rows_fn = cross_entropy_rows
+
+    def get_num_params(self, non_embedding=True):
+        """Number of parameters, without embedding and head unless asked for. A tied head counts once."""
+        apart = {id(p): p.numel() for p in (self.transformer.wte.weight, self.lm_head.weight)} if non_embedding else {}
+        return sum(p.numel() for p in self.parameters()) - sum(apart.values())
+
+    def get_num_active_params(self):
+        """get_num_params() less the routed experts that a token does not meet."""
+        idle = sum((moe.n_experts - moe.top_k) * (moe.experts_gate_up[0].numel() + moe.experts_down[0].numel())
+                   for moe in self.moe_layers())
+        return self.get_num_params() - idle
+
+    def flops_per_token(self):
+        """Forward and backward of one training token: 6 per active weight, heads and attention included."""
+        cfg = self.config
+        heads = (1 + len(self.mtp)) * self.lm_head.weight.numel()
+        head_dims = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+        attention = len(self.blocks()) * cfg.n_head * head_dims * cfg.block_size
+        return 6 * (self.get_num_active_params() + heads + attention)
+
+    def estimate_mfu(self, fwdbwd_per_iter, dt):
+        """Model FLOP/s over the device's dense bf16 peak, for sequences of block_size; nan where it is not known.
+
+        fwdbwd_per_iter: sequences per iteration on this device; dt: seconds per iteration.
+        """
+        device = self.lm_head.weight.device
+        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+        peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), math.nan)
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / (peak * 1e12)
+
+    def crop_block_size(self, block_size):
+        """Shorten the context, as nanoGPT's surgery does after loading. RoPE has nothing to retrain."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'cannot crop block_size={self.config.block_size} to {block_size}')
+        self.config.block_size = block_size
+        self.rope_cos, self.rope_sin = self.rope_cos[:block_size], self.rope_sin[:block_size]
+
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        raise ValueError(f"cannot load {model_type!r}: GPT-2's weights do not fit this architecture (MLA, MoE). "
+                         'Train from scratch, or resume a checkpoint that was trained here.')
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW, fused where it exists; matrices, 2-D and 3-D, decay, norms and biases do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+        fused = device_type in ('cuda', 'cpu')
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def make_cache(self, batch_size, length):
+        """An empty latent cache: (n_layer, B, length, kv_lora_rank + qk_rope_head_dim)."""
+        cfg, w = self.config, self.lm_head.weight
+        return torch.zeros(cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
+                           dtype=compute_dtype(w), device=w.device)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
+        """Append max_new_tokens to each row of idx (B, T). temperature 0: the likeliest token, always.
+
+        The latent cache is used up to block_size; past it the last block_size tokens are the context, as in nanoGPT.
+        With a stop_token, a row that produced it is filled up with it, and generation ends when every row has.
+        """
+        B, T = idx.shape
+        block_size = self.config.block_size
+        out = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)     # (B, T + max_new_tokens)
+        cache = self.make_cache(B, min(out.size(1), block_size))
+        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        cached = 0
+        for end in range(T, out.size(1)):
+            if end > block_size:
+                logits, _ = self(out[:, end - block_size:end])
+            else:
+                logits, _ = self(out[:, cached:end], cache=cache, pos=cached)
+                cached = end
+            token = sample_token(logits[:, -1].float(), temperature, top_k)  # (B, 1)
+            if stop_token is not None:
+                token = token.masked_fill(done, stop_token)
+                done |= token == stop_token
+            out[:, end:end + 1] = token
+            if stop_token is not None and (end - T) % 16 == 15 and done.all():  # a host sync: not at every token
+                return out[:, :end + 1]
+        return out
+
+
+def sample_token(logits, temperature, top_k):
+    """(B, V) -> (B, 1)"""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float('-inf'))
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+
+
+# dense bf16 tensor-core peak in TFLOP/s (fp16 for those without bf16), by a part of the device's name
+PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121,
+               'A10G': 70, 'A10': 125, 'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71, 'V100': 125, 'T4': 65}
