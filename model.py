@@ -414,10 +414,14 @@ def cross_entropy_rows(logits, target, row_weight):
     """Each row's loss and its gradient: (n, V), (n,), (n,) -> (n,) fp32, (n, V) in logits' dtype."""
     z = logits.float()
     target = target.clamp(min=0).unsqueeze(-1)
-    lse = z.logsumexp(dim=-1, keepdim=True)
-    loss = (lse - z.gather(-1, target)).squeeze(-1)
-    grad = (z - lse).exp().scatter_add(-1, target, torch.full_like(lse, -1.0))
-    return loss, (grad * row_weight.unsqueeze(-1)).to(logits.dtype)
+    top = z.amax(dim=-1, keepdim=True)
+    at_target = z.gather(-1, target)
+    p = z.sub_(top).exp_()                  # in place: these rows are the widest tensors of the step
+    total = p.sum(dim=-1, keepdim=True)
+    loss = (total.log() + top - at_target).squeeze(-1)
+    weight = row_weight.unsqueeze(-1)
+    grad = p.mul_(weight / total).scatter_add_(-1, target, -weight)     # weight (softmax - onehot)
+    return loss, grad.to(logits.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -430,12 +434,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     CHUNK = 1024  # rows at a time
 
     @staticmethod
-    def forward(ctx, h, weight, target, row_weight, rows_fn):
+    def forward(ctx, h, weight, target, row_weight, rows_fn, with_grad):
         dtype = compute_dtype(h)
         w = weight.to(dtype)
         unit = row_weight.max().clamp(min=1e-20)  # gradients stay of order 1 inside: fp16 would lose them
         losses, grad_h = [], []
-        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_w = torch.zeros_like(weight) if with_grad else None
         for x, t, r in zip(*(a.split(LinearCrossEntropy.CHUNK) for a in (h.to(dtype), target, row_weight / unit))):
             loss, grad = rows_fn(x @ w.t(), t, r)
             losses.append(loss)
@@ -452,7 +456,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         grad_h, grad_w, unit = ctx.saved_tensors
         scale = grad_out * unit
-        return grad_h * scale, grad_w * scale, None, None, None
+        return grad_h * scale, grad_w * scale, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -551,10 +555,10 @@ class GPT(nn.Module):
         labels = torch.stack(labels).flatten(1)                             # (1+D, B*T)
         valid = labels >= 0
         mean = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)          # each loss averages over its own targets
-        coef = [1.0] + [self.config.mtp_lambda / D] * D                     # eq. 25
+        coef = [1.0] + [self.config.mtp_lambda / D for _ in range(D)]       # eq. 25
         loss, rows = LinearCrossEntropy.apply(
             torch.stack(states).flatten(0, 2), self.lm_head.weight, labels.flatten(),
-            torch.cat([c * m for c, m in zip(coef, mean)]), self.rows_fn)
+            torch.cat([c * m for c, m in zip(coef, mean)]), self.rows_fn, torch.is_grad_enabled())
         if self.training:
             self.stats = {'losses': (rows.view(D + 1, -1) * mean).sum(dim=1)}
             if loads:

@@ -1,0 +1,80 @@
+"""
+Overrides of a script's settings, in nanoGPT's syntax:
+
+    python train.py config/train_shakespeare_char.py --batch_size=32 --out_dir=out-x
+
+A script runs this file with exec(), so that it reads and sets the script's own globals. A config file is Python
+that assigns to the script's names; --key=value sets one. They are applied in the order given, later ones winning.
+A value must fit the type of the default it replaces: an int will do for a float, and anything is a str.
+"""
+
+import ast as _ast
+import difflib as _difflib
+import sys as _sys
+import types as _types
+
+
+def _settings(namespace):
+    return {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
+
+
+def _check_key(key, where):
+    known = _settings(globals())
+    if key not in known:
+        near = _difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        raise SystemExit(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+    return type(known[key])
+
+
+def _fit(key, value, kind, where):
+    """value as a `kind`, where nothing is lost by it."""
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():  # 1e4
+        return int(value)
+    raise SystemExit(f'{where}: {key} must be {kind.__name__}, not {value!r}')
+
+
+def _read_config(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            source = f.read()
+    except OSError as e:
+        raise SystemExit(f'config file {path}: {e.strerror}') from None
+    print(f'Overriding config with {path}:\n{source.rstrip()}')
+    names = dict(globals())  # a config file may read the defaults
+    before = dict(names)
+    try:
+        exec(source, names)
+    except Exception as e:
+        raise SystemExit(f'{path}: {type(e).__name__}: {e}') from None
+    for key, value in names.items():
+        passing = key.startswith('_') or isinstance(value, (_types.ModuleType, _types.FunctionType, type))
+        if passing or (key in before and before[key] is value):
+            continue
+        yield key, _fit(key, value, _check_key(key, path), path)
+
+
+def _read_flag(arg):
+    key, equals, text = arg[2:].partition('=')
+    if not arg.startswith('--') or not equals:
+        raise SystemExit(f'{arg}: settings are written --key=value')
+    kind = _check_key(key, arg)
+    if kind is str:
+        return key, text
+    try:
+        value = _ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    value = _fit(key, value, kind, arg)
+    print(f'Overriding: {key} = {value}')
+    return key, value
+
+
+for _arg in _sys.argv[1:]:
+    if _arg.startswith('-'):
+        globals().update([_read_flag(_arg)])
+    else:
+        globals().update(_read_config(_arg))
