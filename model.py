@@ -293,9 +293,13 @@ def grouped_linear(x, weight, offsets):
 
 @torch.compiler.disable
 def grouped_linear_fp32(x, weight, offsets):
-    # grouped_mm takes fp32 on the CPU, and outside compiled graphs; elsewhere a loop, at the price of a host sync
-    if x.device.type == 'cpu':
+    if x.device.type == 'cpu':  # where grouped_mm takes fp32, outside compiled graphs
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return grouped_linear_loop(x, weight, offsets)
+
+
+def grouped_linear_loop(x, weight, offsets):
+    """grouped_linear for any dtype and device, at the price of a host sync."""
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight)])
 

@@ -258,7 +258,8 @@ def get_lr(it):
 def save_checkpoint():
     """Written beside and renamed: a kill at any instant leaves the last checkpoint whole."""
     torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config},
+                'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
+                'meta': meta},  # a character set's table, for sample.py
                ckpt_path + '.tmp')
     with open(ckpt_path + '.tmp', 'rb') as f:
         os.fsync(f.fileno())

@@ -1,0 +1,102 @@
+"""What the prepare.py scripts share: reading text, GPT-2's tokenizer, and writing the files that train.py reads."""
+
+import argparse
+import os
+import pickle
+import urllib.request
+
+import numpy as np
+
+TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+
+
+def argument_parser(doc):
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--input', metavar='PATH', help='a local text file, or a folder of .txt and .md files, instead')
+    return parser
+
+
+def text_files(path):
+    """The text files that --input names, sorted."""
+    if os.path.isfile(path):
+        return [path]
+    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                   if name.endswith(('.txt', '.md')))
+    if not files:
+        raise SystemExit(f'--input={path}: no such text file, and no folder with .txt or .md files in it')
+    return files
+
+
+def read_text(path):
+    parts = []
+    for name in text_files(path):
+        try:
+            with open(name, encoding='utf-8') as f:
+                parts.append(f.read())
+        except (OSError, UnicodeDecodeError) as e:
+            raise SystemExit(f'{name} cannot be read as UTF-8 text: {e}') from None
+    text = '\n'.join(parts)
+    if len(text) < 20:
+        raise SystemExit(f'--input={path}: {len(text)} characters are too few to split into train and val')
+    return text
+
+
+def tiny_shakespeare(folder):
+    """The text of tiny Shakespeare, downloaded to folder/input.txt the first time."""
+    path = os.path.join(folder, 'input.txt')
+    if not os.path.exists(path):
+        try:
+            urllib.request.urlretrieve(TINY_SHAKESPEARE, path + '.tmp')
+        except OSError as e:
+            raise SystemExit(f'download failed ({e}). By hand: fetch {TINY_SHAKESPEARE}, and run this script again '
+                             f'with --input=FILE') from None
+        os.replace(path + '.tmp', path)
+    return read_text(path)
+
+
+def gpt2_encoding():
+    """tiktoken's GPT-2 BPE. It downloads its two tables once, into TIKTOKEN_CACHE_DIR where that is set."""
+    import tiktoken
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except (OSError, ValueError) as e:
+        raise SystemExit(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}). It needs the network once; '
+                         'by hand: run it on a machine that has it, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR') from None
+
+
+def token_dtype(vocab_size):
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def write(path, data):
+    """Write beside and rename, so that an interrupted run leaves no half-written file under its name."""
+    with open(path + '.tmp', 'wb') as f:
+        f.write(data)
+    os.replace(path + '.tmp', path)
+
+
+def write_splits(folder, train, val, vocab_size, meta=None):
+    """train.bin and val.bin from lists of token ids, and meta.pkl where train.py or sample.py needs one."""
+    dtype = token_dtype(vocab_size)
+    if dtype != np.uint16:
+        meta = (meta or {}) | {'vocab_size': vocab_size, 'dtype': np.dtype(dtype).name}
+    for split, ids in (('train', train), ('val', val)):
+        write(os.path.join(folder, f'{split}.bin'), np.asarray(ids, dtype=dtype).tobytes())
+        print(f'{split}: {len(ids):,} tokens')
+    if meta:
+        write(os.path.join(folder, 'meta.pkl'), pickle.dumps(meta))
+
+
+def split_text(text):
+    """The first 90% of the characters for training, the rest for validation."""
+    n = int(len(text) * 0.9)
+    return text[:n], text[n:]
+
+
+def write_characters(folder, text):
+    """A character-level data set."""
+    itos = dict(enumerate(sorted(set(text))))
+    stoi = {ch: i for i, ch in itos.items()}
+    print(f'{len(text):,} characters, {len(itos)} of them different')
+    train, val = ([stoi[ch] for ch in part] for part in split_text(text))
+    write_splits(folder, train, val, len(itos), {'vocab_size': len(itos), 'itos': itos, 'stoi': stoi})

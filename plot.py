@@ -1,0 +1,83 @@
+"""
+Draws the log.jsonl of one or several runs: losses, tokens per second, and the balance of the experts.
+
+    python plot.py out-demo/log.jsonl [out-other/log.jsonl ...] [--out=log.png]
+"""
+
+import argparse
+import json
+import os
+
+
+def read_log(path):
+    """The header, the training records and the evaluation records of a log, in the order of their steps.
+
+    A resumed run writes its steps again from the last checkpoint on: the later record counts.
+    """
+    header, train, evals = {}, {}, {}
+    try:
+        with open(path, encoding='utf-8') as f:
+            for line in f:
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # the last line of a run that was killed
+                    continue
+                if 'command' in record:
+                    header = record
+                elif 'val_loss' in record:
+                    evals[record['step']] = record
+                elif 'loss' in record:
+                    train[record['step']] = record
+    except OSError as e:
+        raise SystemExit(f'{path}: {e.strerror}') from None
+    if not train and not evals:
+        raise SystemExit(f'{path}: no records in it')
+    return header, [train[k] for k in sorted(train)], [evals[k] for k in sorted(evals)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('logs', nargs='+', metavar='log.jsonl')
+    parser.add_argument('--out', default='log.png', metavar='PNG')
+    args = parser.parse_args()
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit('plot.py needs matplotlib: pip install matplotlib') from None
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    fig, (loss_ax, speed_ax, balance_ax) = plt.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
+    for i, path in enumerate(args.logs):
+        _, train, evals = read_log(path)
+        name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        color = f'C{i}'
+
+        def curve(ax, records, value, color=color, **style):
+            if records:
+                ax.plot([r['step'] for r in records], [value(r) for r in records], color=color, **style)
+
+        curve(loss_ax, train, lambda r: r['loss'], alpha=0.35, linewidth=0.8, label=f'{name}: main, training batches')
+        for k in range(len(train[0]['mtp_losses']) if train else 0):
+            curve(loss_ax, train, lambda r, k=k: r['mtp_losses'][k], alpha=0.35, linewidth=0.8,
+                  linestyle=(':', '--', '-.')[k % 3], label=f'{name}: MTP module {k + 1}')
+        curve(loss_ax, evals, lambda r: r['train_loss'], linestyle='--', marker='.', label=f'{name}: train')
+        curve(loss_ax, evals, lambda r: r['val_loss'], marker='o', markersize=4, label=f'{name}: val')
+        curve(speed_ax, train, lambda r: r['tokens_per_s'], linewidth=0.8, label=name)
+        routed = [r for r in train if 'max_vio' in r]
+        curve(balance_ax, routed, lambda r: sum(r['max_vio']) / len(r['max_vio']), label=f'{name}: mean over layers')
+        curve(balance_ax, routed, lambda r: max(r['max_vio']), alpha=0.35, linewidth=0.8, label=f'{name}: worst layer')
+
+    loss_ax.set(xlabel='step', ylabel='loss (nats per token)', title='loss')
+    speed_ax.set(xlabel='step', ylabel='tokens / s', title='speed', ylim=(0, None))
+    balance_ax.set(xlabel='step', ylabel='max load / mean load - 1', title='balance of the experts (MaxVio)', ylim=(0, None))
+    for ax in (loss_ax, speed_ax, balance_ax):
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize=7)
+    fig.savefig(args.out, dpi=130)
+    print(f'wrote {args.out}')
+
+
+if __name__ == '__main__':
+    main()

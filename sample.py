@@ -1,0 +1,108 @@
+"""
+Generates text from a checkpoint that train.py wrote.
+
+    python sample.py --out_dir=out-demo --start="def " --num_samples=3 --max_new_tokens=200
+    python sample.py --out_dir=out-demo --start=FILE:prompt.txt --temperature=0
+"""
+
+import contextlib
+import os
+import time
+
+import torch
+
+from model import GPT, GPTConfig, MoE
+
+# -----------------------------------------------------------------------------
+init_from = 'resume'  # a checkpoint in out_dir
+out_dir = 'out'
+start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
+num_samples = 10  # generated together, as one batch
+max_new_tokens = 500
+temperature = 0.8  # 0: always the likeliest token
+top_k = 200  # 0: every token may be drawn
+seed = 1337
+device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': that of the training run
+compile = False
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
+# -----------------------------------------------------------------------------
+
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+if init_from != 'resume':
+    raise SystemExit(f"init_from={init_from!r} must be 'resume': GPT-2's weights do not fit this architecture")
+if not os.path.exists(ckpt_path):
+    raise SystemExit(f'{ckpt_path} is missing: train a model first, or name its --out_dir')
+checkpoint = torch.load(ckpt_path, map_location=device, weights_only=True)
+model = GPT(GPTConfig(**checkpoint['model_args']))
+model.load_state_dict({k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()})
+model.eval().to(device)
+
+device_type = torch.device(device).type
+dtype = dtype or checkpoint['config'].get('dtype') or 'float32'
+if dtype not in ('float32', 'bfloat16', 'float16'):
+    raise SystemExit(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'")
+ptdtype = getattr(torch, dtype)
+ctx = contextlib.nullcontext() if dtype == 'float32' else torch.amp.autocast(device_type, dtype=ptdtype)
+for module in model.modules():  # once, rather than at every token; autocast sees to the rest
+    if isinstance(module, MoE):
+        module.experts_gate_up.data = module.experts_gate_up.data.to(ptdtype)
+        module.experts_down.data = module.experts_down.data.to(ptdtype)
+if compile:
+    model.compile()
+
+# the tokenizer: the characters that the checkpoint was trained on, else GPT-2's
+stop_token = None
+meta = checkpoint.get('meta') or {}
+if 'stoi' in meta:
+    stoi, itos = meta['stoi'], meta['itos']
+
+    def encode(text):
+        unknown = sorted(set(text) - set(stoi))
+        if unknown:
+            raise SystemExit(f'start: this model does not know the characters {"".join(unknown)!r}')
+        return [stoi[ch] for ch in text]
+
+    def decode(ids):
+        return ''.join(itos[i] for i in ids)
+else:
+    try:
+        import tiktoken
+    except ImportError:
+        raise SystemExit('this checkpoint speaks GPT-2 tokens: pip install tiktoken') from None
+    enc = tiktoken.get_encoding('gpt2')
+    stop_token = enc.eot_token
+
+    def encode(text):
+        return enc.encode(text, allowed_special={'<|endoftext|>'})
+
+    def decode(ids):
+        return enc.decode([i for i in ids if i < enc.n_vocab])  # the vocabulary is padded beyond GPT-2's
+
+if start.startswith('FILE:'):
+    try:
+        with open(start[5:], encoding='utf-8') as f:
+            start = f.read()
+    except OSError as e:
+        raise SystemExit(f'{start}: {e.strerror}') from None
+prompt = encode(start)
+if not prompt:
+    raise SystemExit('start: an empty prompt; there must be at least one token')
+
+torch.manual_seed(seed)
+x = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)
+t0 = time.time()
+with torch.no_grad(), ctx:
+    y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k, stop_token=stop_token)
+rows = y.tolist()
+dt = time.time() - t0
+made = 0
+for row in rows:
+    new = row[len(prompt):]
+    if stop_token in new:
+        new = new[:new.index(stop_token)]
+        made += 1  # the end-of-text token
+    made += len(new)
+    print(decode(prompt + new))
+    print('---------------')
+print(f'{made} tokens in {dt:.2f} s: {made / dt:.1f} tokens/s')

@@ -1,0 +1,55 @@
+import pytest
+from conftest import ROOT
+
+SOURCE = (ROOT / 'configurator.py').read_text()
+
+
+def configure(monkeypatch, *argv, **settings):
+    monkeypatch.setattr('sys.argv', ['script.py', *map(str, argv)])
+    names = dict(settings)
+    exec(SOURCE, names)
+    return {k: names[k] for k in settings}
+
+
+DEFAULTS = dict(rate=0.1, steps=10, name='x', flag=True)
+
+
+@pytest.mark.parametrize('flag, key, value', [
+    ('--rate=1', 'rate', 1.0), ('--rate=3e-4', 'rate', 3e-4), ('--steps=20', 'steps', 20), ('--steps=1e4', 'steps', 10000),
+    ('--name=a=b', 'name', 'a=b'), ('--name=123', 'name', '123'), ('--name=', 'name', ''), ('--flag=False', 'flag', False),
+    ('--name=--x', 'name', '--x'),
+])
+def test_values_take_the_defaults_type(monkeypatch, flag, key, value):
+    got = configure(monkeypatch, flag, **DEFAULTS)[key]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize('flag, message', [
+    ('--rte=1', 'did you mean rate'), ('--steps=1.5', 'steps must be int'), ('--flag=1', 'flag must be bool'),
+    ('--flag=yes', 'flag must be bool'), ('--rate=fast', 'rate must be float'), ('--rate', '--key=value'),
+    ('-rate=1', '--key=value'), ('--steps=True', 'steps must be int'), ('nowhere.py', 'No such file'),
+])
+def test_mistakes_name_the_key(monkeypatch, flag, message):
+    with pytest.raises(SystemExit) as error:
+        configure(monkeypatch, flag, **DEFAULTS)
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_files_and_flags_in_order(monkeypatch, tmp_path, capsys):
+    file = tmp_path / 'a.py'
+    file.write_text('import time\nrate = 1\nsteps = steps * 2\n_half = 3\nname = f"run-{_half}"\ndef f(): pass\n')
+    got = configure(monkeypatch, '--steps=7', file, '--rate=2', **DEFAULTS)
+    assert got == dict(rate=2.0, steps=14, name='run-3', flag=True) and type(got['rate']) is float
+    assert configure(monkeypatch, '--rate=2', file, **DEFAULTS)['rate'] == 1.0
+    assert 'rate = 2' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('text, message', [
+    ('rtae = 1', 'did you mean rate'), ('rate = "fast"', 'rate must be float'), ('rate = = 1', 'SyntaxError'),
+    ('rate = 1 / 0', 'ZeroDivisionError'),
+])
+def test_mistakes_in_a_file(monkeypatch, tmp_path, text, message):
+    file = tmp_path / 'a.py'
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        configure(monkeypatch, file, **DEFAULTS)

@@ -1,0 +1,276 @@
+"""train.py, sample.py and plot.py as users run them: in processes of their own, on small data."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+
+SMALL = ['--dataset=abc', '--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32',
+         '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--n_routed_experts=4',
+         '--num_experts_per_tok=2', '--max_iters=6', '--eval_interval=3', '--eval_iters=4', '--warmup_iters=2',
+         '--lr_decay_iters=6', '--learning_rate=3e-3', '--bias_update_speed=0.01', '--out_dir=out']
+
+
+@pytest.fixture
+def small(clone):
+    """A clone with a data set of 40 characters."""
+    folder = clone / 'data/abc'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    chars = ''.join(chr(48 + i) for i in range(40))
+    for split, n in (('train', 4000), ('val', 500)):
+        (rng.integers(40, size=n) // 2 * 2).astype(np.uint16).tofile(folder / f'{split}.bin')
+    meta = {'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    return clone
+
+
+def train(clone, *flags, **kwargs):
+    return run('train.py', *SMALL, *flags, cwd=clone, **kwargs)
+
+
+def log(clone, out='out'):
+    return [json.loads(line) for line in (clone / out / 'log.jsonl').read_text().splitlines()]
+
+
+def losses(records):
+    return {r['step']: (r['loss'], *r['mtp_losses'], r['grad_norm']) for r in records if 'loss' in r}
+
+
+def weights(clone, out='out'):
+    return torch.load(clone / out / 'ckpt.pt', weights_only=True)['model']
+
+
+def torchrun(clone, n, *flags):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', 'train.py', *SMALL]
+    done = subprocess.run([*command, *flags], cwd=clone, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def test_lines_log_and_checkpoint(small):
+    printed = train(small)
+    evals = re.findall(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})', printed, re.M)
+    iters = re.findall(r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (nan|-?\d+\.\d{2})%', printed, re.M)
+    assert [int(e[0]) for e in evals] == [0, 3, 6]
+    assert [int(i[0]) for i in iters] == list(range(6))            # as many updates as max_iters says
+    assert float(evals[-1][2]) < float(evals[0][2]) - 0.1
+    assert 'tok/s' in printed and 'left' in printed
+    header, *records = log(small)
+    assert header['command'].startswith('train.py') and header['versions']['torch'] == torch.__version__
+    assert header['config']['n_embd'] == 32 and header['model_args']['kv_lora_rank'] == 12
+    step = next(r for r in records if 'loss' in r)
+    assert {'step', 'loss', 'mtp_losses', 'balance', 'lr', 'tokens_per_s', 'mfu', 'max_vio', 'grad_norm'} <= set(step)
+    assert len(step['mtp_losses']) == 2 and len(step['max_vio']) == 4 and step['mfu'] is None
+    checkpoint = torch.load(small / 'out/ckpt.pt', weights_only=True)
+    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= set(checkpoint)
+    assert checkpoint['iter_num'] == 6
+    # b moved once in each of 6 steps, by u = 0.01 and a re-centring: at most 0.01 * 2 a step
+    bias = checkpoint['model']['transformer.h.0.mlp.e_score_correction_bias']
+    assert 0 < bias.abs().max() <= 6 * 0.02 and abs(bias.sum()) < 1e-6
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+def test_resume_is_bit_identical(small, dropout):
+    flags = [f'--dropout={dropout}']
+    train(small, *flags, '--out_dir=whole')
+    train(small, *flags, '--max_iters=3')
+    first = log(small)
+    train(small, *flags, '--init_from=resume')
+    assert losses(log(small)) == losses(log(small, 'whole'))
+    assert losses(first) != losses(log(small, 'whole'))
+    a, b = weights(small), weights(small, 'whole')
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_two_ranks_make_the_same_model_as_one(small):
+    train(small, '--out_dir=one', '--gradient_accumulation_steps=4')
+    printed = torchrun(small, 2, '--out_dir=two', '--gradient_accumulation_steps=4')
+    one, two = weights(small, 'one'), weights(small, 'two')
+    for k in one:
+        torch.testing.assert_close(two[k], one[k], atol=2e-5, rtol=1e-4, msg=lambda m, k=k: f'{k}: {m}')
+    a, b = ([r for r in log(small, out) if 'val_loss' in r] for out in ('one', 'two'))
+    for x, y in zip(a, b):                                          # evaluation over ranks = evaluation on one
+        assert abs(x['val_loss'] - y['val_loss']) < 1e-4 and abs(x['train_loss'] - y['train_loss']) < 1e-4
+    first, second = (next(r for r in log(small, out) if 'loss' in r) for out in ('one', 'two'))
+    assert abs(first['loss'] - second['loss']) < 1e-5 and first['max_vio'] == pytest.approx(second['max_vio'])
+    assert abs(first['grad_norm'] - second['grad_norm']) < 1e-4
+    assert len(re.findall(r'^iter 0:', printed, re.M)) == 1         # one rank prints
+
+
+def test_a_kill_leaves_the_last_checkpoint_whole(small):
+    """nanoGPT wrote in place: a kill while it saved lost the run."""
+    command = [sys.executable, 'train.py', *SMALL, '--eval_interval=1', '--eval_iters=1', '--max_iters=100000',
+               '--n_embd=128', '--moe_intermediate_size=512']
+    for delay in (0.0, 0.013, 0.031, 0.057):
+        process = subprocess.Popen(command, cwd=small, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        path = small / 'out/ckpt.pt'
+        end = time.time() + 60
+        while not path.exists() and time.time() < end:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert torch.load(path, weights_only=True)['iter_num'] > 0
+        path.unlink()
+
+
+def test_best_val_loss_is_the_best(small):
+    """nanoGPT overwrote it with a worse one under always_save_checkpoint."""
+    train(small, '--learning_rate=0.3', '--decay_lr=False', '--warmup_iters=0', '--max_iters=9')
+    best = torch.load(small / 'out/ckpt.pt', weights_only=True)['best_val_loss']
+    assert best == min(r['val_loss'] for r in log(small) if 'val_loss' in r)
+
+
+def test_eval_only_evaluates_once_on_resume_too(small):
+    train(small)
+    before = (small / 'out/ckpt.pt').read_bytes()
+    printed = train(small, '--init_from=resume', '--eval_only=True', '--max_iters=20')
+    assert len(re.findall(r'^step', printed, re.M)) == 1 and 'iter' not in re.sub(r'iterat|iters', '', printed.split('step')[1])
+    assert (small / 'out/ckpt.pt').read_bytes() == before
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--n_emb=32'], 'did you mean n_embd'), (['--dataset=nowhere'], 'prepare.py'), (['--init_from=gpt2'], "do not fit"),
+    (['--init_from=resume'], 'nothing to resume'), (['--gradient_accumulation_steps=0.5'], 'must be int'),
+    (['--qk_rope_head_dim=3'], 'even'), (['--dtype=float16'], 'needs CUDA'), (['--dtype=int8'], 'must be'),
+    (['--block_size=600'], 'too few'), (['--vocab_size=20'], 'beyond vocab_size'),
+])
+def test_mistakes_get_one_line(small, flags, message):
+    printed = train(small, *flags, ok=False)
+    last = printed.strip().splitlines()[-1]
+    assert message in last and 'Traceback' not in printed
+
+
+def test_a_meta_pkl_that_runs_code_is_refused(small):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ('touch hacked',)
+
+    (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps({'vocab_size': 40, 'stoi': Evil()}))
+    printed = train(small, ok=False)
+    assert 'not plain data' in printed and 'Traceback' not in printed
+    assert not (small / 'hacked').exists()
+
+
+def test_uint32_tokens_are_read_as_such(small):
+    for split in ('train', 'val'):
+        path = small / f'data/abc/{split}.bin'
+        (np.fromfile(path, dtype=np.uint16).astype(np.uint32) + 70000).tofile(path)
+    (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps({'vocab_size': 70050, 'dtype': 'uint32'}))
+    train(small, '--max_iters=1', '--eval_iters=1')
+    assert log(small)[0]['model_args']['vocab_size'] == 70050
+
+
+def test_compile_falls_back_to_eager_in_one_line(small):
+    printed = train(small, '--compile=True', CXX='/nonexistent/compiler', TORCHINDUCTOR_FORCE_DISABLE_CACHES=1)
+    assert 'going on without torch.compile' in printed
+    assert losses(log(small))[0] == pytest.approx(losses(log(small))[0]) and 5 in losses(log(small))
+
+
+def test_compiled_blocks_train_like_eager_ones(small):
+    short = ['--max_iters=2', '--eval_interval=2', '--mtp_n_layer=1', '--dtype=bfloat16']
+    printed = train(small, *short, '--compile=True', '--out_dir=compiled')
+    assert 'without torch.compile' not in printed
+    train(small, *short)
+    for a, b in zip(losses(log(small, 'compiled')).values(), losses(log(small)).values()):
+        assert a == pytest.approx(b, rel=0.02)
+
+
+def test_wandb_offline(small):
+    train(small, '--wandb_log=True', '--wandb_run_name=a=b', WANDB_MODE='offline', WANDB_SILENT='true')
+    assert list((small / 'wandb').glob('offline-run-*/*.wandb'))
+    assert log(small)[0]['config']['wandb_run_name'] == 'a=b'
+
+
+def test_nanogpts_own_configurator_will_do(small):
+    """Its contract: sets globals by --key=literal, insists on the default's very type, and exec()s files named without --."""
+    (small / 'configurator.py').write_text('''
+import sys
+from ast import literal_eval
+for a in sys.argv[1:]:
+    if '=' not in a:
+        exec(open(a).read())
+    else:
+        k, v = a[2:].split('=')
+        try:
+            v = literal_eval(v)
+        except (SyntaxError, ValueError):
+            pass
+        assert k in globals() and type(v) == type(globals()[k]), k
+        globals()[k] = v
+''')
+    train(small, '--kv_lora_rank=8', '--routed_scaling_factor=1.5', '--scoring_func=softmax')
+    assert log(small)[0]['model_args']['kv_lora_rank'] == 8
+
+
+def test_it_runs_from_any_folder(small, tmp_path):
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    run(small / 'train.py', *SMALL, cwd=elsewhere)
+    assert (elsewhere / 'out/ckpt.pt').exists()
+    assert '---' in run(small / 'sample.py', '--device=cpu', '--start=0', '--num_samples=1', '--max_new_tokens=4', cwd=elsewhere)
+
+
+def test_the_two_files_alone_suffice(small, tmp_path):
+    """The drop-in: nothing of this project but model.py, train.py and a configurator."""
+    for name in ('sample.py', 'plot.py', 'data/common.py', 'Makefile'):
+        (small / name).unlink()
+    train(small, '--max_iters=1')
+
+
+# sample.py and plot.py
+
+def test_sample_and_plot(small):
+    train(small)
+    (small / 'prompt.txt').write_text('024')
+    sample = ['sample.py', '--out_dir=out', '--device=cpu', '--num_samples=3', '--max_new_tokens=30']
+    printed = run(*sample, '--start=FILE:prompt.txt', cwd=small)
+    rows = printed.split('---------------\n')
+    texts = [row.splitlines()[-1] for row in rows[:3]]
+    assert all(len(t) == 33 and t.startswith('024') for t in texts) and len(set(texts)) == 3
+    assert re.search(r'90 tokens in .* tokens/s', rows[3])
+    assert run(*sample, '--start=0', '--temperature=0', '--dtype=float32', cwd=small).count('---') > 0
+    assert 'does not know the characters' in run(*sample, '--start=0?~', cwd=small, ok=False)
+    assert 'missing' in run('sample.py', '--out_dir=nowhere', cwd=small, ok=False)
+    assert 'empty prompt' in run(*sample, '--start=', cwd=small, ok=False)
+    with open(small / 'out/log.jsonl', 'a') as f:
+        f.write('{"step": 7, "lo')                                  # killed while it wrote
+    run('plot.py', 'out/log.jsonl', 'out/log.jsonl', '--out=log.png', cwd=small)
+    assert (small / 'log.png').read_bytes().startswith(b'\x89PNG')
+    assert 'No such file' in run('plot.py', 'nowhere.jsonl', cwd=small, ok=False)
+
+
+def test_sampling_gpt2_tokens_stops_at_the_end_of_text(small, tiktoken_cache):
+    for split in ('train', 'val'):                                  # 5 = '&', then the end of the text
+        np.tile([5, 50256], 300).astype(np.uint16).tofile(small / f'data/abc/{split}.bin')
+    (small / 'data/abc/meta.pkl').unlink()
+    train(small, '--learning_rate=0.02', '--max_iters=30', '--eval_interval=30', '--decay_lr=False')
+    assert log(small)[0]['model_args']['vocab_size'] == 50304
+    printed = run('sample.py', '--device=cpu', '--start=&', '--num_samples=2', '--max_new_tokens=40', '--temperature=0',
+                  cwd=small, TIKTOKEN_CACHE_DIR=tiktoken_cache)
+    assert printed.splitlines()[-5:-1] == ['&', '---------------'] * 2
+    assert '2 tokens in' in printed
+
+
+@pytest.mark.slow
+def test_nanogpts_laptop_command(tmp_path, clone):
+    """Needs the text of tiny Shakespeare: TINYSHAKESPEARE=input.txt python -m pytest -m slow"""
+    text = os.environ.get('TINYSHAKESPEARE')
+    if not text:
+        pytest.skip('set TINYSHAKESPEARE to the path of its input.txt')
+    run('data/shakespeare_char/prepare.py', f'--input={text}', cwd=clone)
+    command = next(p for p in (ROOT / 'README.md').read_text().replace('\\\n', ' ').splitlines() if '--n_embd=128' in p)
+    printed = run(*command.split()[1:], cwd=clone, timeout=1200, OMP_NUM_THREADS=os.cpu_count())
+    assert min(float(v) for v in re.findall(r'val loss (\S+)', printed)) <= 1.80
