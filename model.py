@@ -38,6 +38,7 @@ class GPTConfig:
     | routed_scaling_factor     | sqrt(K): K gates of 1/K then sum to the size of one expert    |
     | intermediate_size         | (n_shared_experts + K) moe_intermediate_size: the active width |
     | mtp_n_layer               | 2 from 8 main blocks on, else 1                               |
+    | initializer_range         | 0.5 / sqrt(C): V3's 0.006 at its 7168, 0.022 at 512           |
     """
     block_size: int = 1024          # context length in tokens
     vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64
@@ -48,7 +49,7 @@ class GPTConfig:
     bias: bool = False              # biases in q_a_proj, kv_a_proj and o_proj (attention_bias)
     tie_word_embeddings: bool = True
     rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float = -1.0  # standard deviation of the initial weights
     # Multi-head Latent Attention
     q_lora_rank: int = -1
     kv_lora_rank: int = -1
@@ -57,9 +58,9 @@ class GPTConfig:
     v_head_dim: int = -1
     rope_theta: float = 10000.0
     # DeepSeekMoE
-    n_routed_experts: int = 16      # 0: a dense model
+    n_routed_experts: int = 8       # 0: a dense model
     n_shared_experts: int = 1
-    num_experts_per_tok: int = 4
+    num_experts_per_tok: int = 3
     moe_intermediate_size: int = -1
     intermediate_size: int = -1     # width of the dense FFN
     first_k_dense_replace: int = 0  # the first k main blocks are dense
@@ -91,6 +92,7 @@ class GPTConfig:
         self._derive('intermediate_size', (self.n_shared_experts + K) * self.moe_intermediate_size)
         self._derive('routed_scaling_factor', math.sqrt(max(K, 0)))
         self._derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
+        self._derive('initializer_range', 0.5 / math.sqrt(C))
 
         for name in ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size',
                      'mtp_n_layer'):
@@ -466,11 +468,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 class GPT(nn.Module):
     """The model. Initialisation, as nanoGPT's:
 
-    | parameter                                                  | distribution | std                                |
-    |------------------------------------------------------------|--------------|------------------------------------|
-    | embedding, head, projections, router, experts              | normal       | initializer_range                  |
-    | what writes to the residual stream: o_proj, down, experts_down | normal   | initializer_range / sqrt(2 n_layer) |
-    | norm weights; biases and e_score_correction_bias           | constant     | 1; 0                               |
+    | parameter                                           | distribution | std or value                        |
+    |-----------------------------------------------------|--------------|-------------------------------------|
+    | embedding, head, projections, router, experts       | normal       | initializer_range                   |
+    | into the residual stream: o_proj, down_proj, _down  | normal       | initializer_range / sqrt(2 n_layer) |
+    | norm weights; biases and e_score_correction_bias    | constant     | 1; 0                                |
     """
 
     def __init__(self, config):

@@ -70,7 +70,7 @@ def main():
 
     loss_ax.set(xlabel='step', ylabel='loss (nats per token)', title='loss')
     speed_ax.set(xlabel='step', ylabel='tokens / s', title='speed', ylim=(0, None))
-    balance_ax.set(xlabel='step', ylabel='max load / mean load - 1', title='balance of the experts (MaxVio)', ylim=(0, None))
+    balance_ax.set(xlabel='step', ylabel='max load / mean load - 1', title='balance (MaxVio)', ylim=(0, None))
     for ax in (loss_ax, speed_ax, balance_ax):
         ax.grid(alpha=0.3)
         if ax.lines:

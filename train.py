@@ -198,7 +198,8 @@ if checkpoint is not None:
         model.crop_block_size(block_size)
         model_args['block_size'] = block_size
     elif block_size > gptconf.block_size:
-        stop(f'block_size={block_size} is longer than the checkpoint\'s {gptconf.block_size}')
+        stop(f'block_size={block_size} is longer than the {gptconf.block_size} of the checkpoint: resume with the '
+             'config file and the flags that the run was started with')
 model.to(device)
 raw_model = model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -354,8 +355,9 @@ while True:
             extra = ''.join(f', mtp{k} {v:.4f}' for k, v in enumerate(losses[1:], start=1))
             if 'load' in stats:
                 extra += f', maxvio {max(record["max_vio"]):.2f}'
+            left = f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left'
             print(f'iter {iter_num}: loss {losses[0]:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
-                  f'{tokens_per_iter / dt:,.0f} tok/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left{extra}')
+                  f'{tokens_per_iter / dt:,.0f} tok/s, {left}{extra}')
             log(record)
     iter_num += 1
 

@@ -3,10 +3,10 @@
 # 86.1M of them active per token; 9.45M per block, 7.09M of them active.
 #
 #   python data/openwebtext/prepare.py
-#   python train.py config/train_deepseek.py                                            # one GPU
-#   torchrun --standalone --nproc_per_node=8 train.py config/train_deepseek.py          # eight
+#   python train.py config/train_deepseek.py                                        # one GPU
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_deepseek.py      # eight
 #   torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 \
-#       train.py config/train_deepseek.py                                               # two nodes; node_rank=1 on the other
+#       train.py config/train_deepseek.py                                           # two nodes; the other: node_rank=1
 #
 # Hardware: meant for GPUs with bf16; make batch_size smaller, and gradient_accumulation_steps larger, to fit.
 # Expected loss and time: not known yet, this run has not been made. It takes 1.05 GFLOP per token, 1.0e19 in all:

@@ -60,8 +60,8 @@ def gpt2_encoding():
     try:
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as e:
-        raise SystemExit(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}). It needs the network once; '
-                         'by hand: run it on a machine that has it, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR') from None
+        raise SystemExit(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}): it downloads it once. By '
+                         'hand: run it where there is a network, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR') from None
 
 
 def token_dtype(vocab_size):

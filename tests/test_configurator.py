@@ -15,9 +15,9 @@ DEFAULTS = dict(rate=0.1, steps=10, name='x', flag=True)
 
 
 @pytest.mark.parametrize('flag, key, value', [
-    ('--rate=1', 'rate', 1.0), ('--rate=3e-4', 'rate', 3e-4), ('--steps=20', 'steps', 20), ('--steps=1e4', 'steps', 10000),
-    ('--name=a=b', 'name', 'a=b'), ('--name=123', 'name', '123'), ('--name=', 'name', ''), ('--flag=False', 'flag', False),
-    ('--name=--x', 'name', '--x'),
+    ('--rate=1', 'rate', 1.0), ('--rate=3e-4', 'rate', 3e-4), ('--steps=20', 'steps', 20),
+    ('--steps=1e4', 'steps', 10000), ('--name=a=b', 'name', 'a=b'), ('--name=123', 'name', '123'),
+    ('--name=', 'name', ''), ('--flag=False', 'flag', False), ('--name=--x', 'name', '--x'),
 ])
 def test_values_take_the_defaults_type(monkeypatch, flag, key, value):
     got = configure(monkeypatch, flag, **DEFAULTS)[key]

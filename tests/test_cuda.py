@@ -1,4 +1,4 @@
-"""Readiness for CUDA, shown without a GPU: a traced forward at full size, and an audit of one real step's operations."""
+"""Readiness for CUDA, shown without a GPU: a forward traced at full size, and an audit of a real step's operations."""
 
 import pytest
 import torch

@@ -47,8 +47,9 @@ def test_sizes_derive_from_nanogpts_flags():
 
 
 @pytest.mark.parametrize('overrides, word', [
-    (dict(n_embd=30), 'n_head'), (dict(qk_rope_head_dim=3), 'qk_rope_head_dim'), (dict(num_experts_per_tok=9), '1..n_routed'),
-    (dict(n_group=3), 'n_group'), (dict(n_group=4, topk_group=5), 'topk_group'),
+    (dict(n_embd=30), 'n_head'), (dict(qk_rope_head_dim=3), 'qk_rope_head_dim'),
+    (dict(num_experts_per_tok=9), '1..n_routed'), (dict(n_group=3), 'n_group'),
+    (dict(n_group=4, topk_group=5), 'topk_group'),
     (dict(n_group=4, topk_group=1), 'does not fit'), (dict(scoring_func='tanh'), 'scoring_func'),
     (dict(moe_intermediate_size=12), 'multiples of 8'), (dict(n_layer=0), 'n_layer'), (dict(dropout=1.0), 'dropout'),
     (dict(kv_lora_rank=0), 'kv_lora_rank'), (dict(num_nextn_predict_layers=-1), 'num_nextn'),
@@ -61,8 +62,9 @@ def test_a_config_that_cannot_be_built_is_one_clear_error(overrides, word):
 
 @pytest.mark.parametrize('overrides', [
     dict(n_routed_experts=0), dict(first_k_dense_replace=1), dict(q_lora_rank=0), dict(tie_word_embeddings=False),
-    dict(bias=True), dict(scoring_func='softmax', norm_topk_prob=False, routed_scaling_factor=1.0), dict(n_shared_experts=0),
-    dict(num_experts_per_tok=1), dict(num_nextn_predict_layers=0), dict(num_nextn_predict_layers=1, mtp_n_layer=2),
+    dict(bias=True), dict(scoring_func='softmax', norm_topk_prob=False, routed_scaling_factor=1.0),
+    dict(n_shared_experts=0), dict(num_experts_per_tok=1),
+    dict(num_nextn_predict_layers=0), dict(num_nextn_predict_layers=1, mtp_n_layer=2),
     dict(n_group=4, topk_group=2), dict(qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16), dict(n_head=1),
     dict(v_head_dim=48), dict(dropout=0.1), dict(num_experts_per_tok=8),
 ])
@@ -98,8 +100,8 @@ def test_absorbed_equals_materialised_equals_uncached(overrides, prefill, step):
 
 
 def test_attention_equals_the_papers_equations_head_by_head():
-    config = GPTConfig(**{**TINY, 'qk_nope_head_dim': 12, 'qk_rope_head_dim': 4, 'v_head_dim': 8, 'initializer_range': 0.2})
-    attn = tiny_model(qk_nope_head_dim=12, qk_rope_head_dim=4, v_head_dim=8).transformer.h[0].attn
+    model = tiny_model(qk_nope_head_dim=12, qk_rope_head_dim=4, v_head_dim=8)
+    config, attn = model.config, model.transformer.h[0].attn
     T, H, n, r, v, c = 9, 4, 12, 4, 8, config.kv_lora_rank
     x = torch.randn(1, T, 32)
     got = attn(x, *(t[:T] for t in rope_table(r, 32, 10000.0)))[0]
@@ -304,7 +306,8 @@ def test_balance_bias_moves_against_the_load_and_only_when_told():
     model = tiny_model(bias_update_speed=0.01)
     idx = torch.randint(61, (4, 32))
     model(idx, idx)[1].backward()
-    assert all(m.e_score_correction_bias.abs().sum() == 0 for m in model.moe_layers())  # forward and backward move nothing
+    # forward and backward move nothing
+    assert all(m.e_score_correction_bias.abs().sum() == 0 for m in model.moe_layers())
     load = model.stats['load']
     assert load.shape == (4, 8) and (load.sum(1) == 4 * 32 * 3).all()
     model.update_balance(load)
@@ -434,7 +437,8 @@ def test_sequences_shorter_than_the_modules_offsets():
         idx = torch.randint(61, (2, T))
         _, loss = model(idx, idx)
         loss.backward()
-        assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        assert torch.isfinite(loss)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 # the loss
@@ -517,7 +521,8 @@ def test_nanogpts_methods():
 
 def test_optimizer_holds_every_parameter_exactly_once():
     model = tiny_model(bias=True)
-    groups = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95), device_type='cpu').param_groups
+    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95), device_type='cpu')
+    groups = optimizer.param_groups
     held = [id(p) for group in groups for p in group['params']]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     decays = {id(p): group['weight_decay'] > 0 for group in groups for p in group['params']}

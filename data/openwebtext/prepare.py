@@ -41,7 +41,7 @@ if __name__ == '__main__':
         try:
             documents = load_dataset('Skylion007/openwebtext', split='train', num_proc=args.num_proc)
         except Exception as e:  # the hub's errors have no common class
-            raise SystemExit(f'download failed ({type(e).__name__}: {str(e).splitlines()[0]}). By hand: fetch the data set '
+            raise SystemExit(f'download failed ({type(e).__name__}: {str(e).splitlines()[0]}). By hand: fetch '
                              'Skylion007/openwebtext from the Hugging Face hub, unpack its text files into a folder, '
                              'and run this script again with --input=FOLDER') from None
 
