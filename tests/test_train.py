@@ -57,9 +57,9 @@ import os, runpy, torch
 names = runpy.run_path('train.py', run_name='__main__')
 torch.save(names['raw_model'].state_dict(), 'rank' + os.environ['RANK'])
 ''')
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
-    done = subprocess.run([*torchrun, 'each_rank.py', *SMALL, *flags], cwd=clone, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', 'each_rank.py']
+    done = subprocess.run([*command, *SMALL, *flags], cwd=clone, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                          timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
