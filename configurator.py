@@ -10,8 +10,14 @@ A value must fit the type of the default it replaces: an int will do for a float
 
 import ast as _ast
 import difflib as _difflib
+import os as _os
 import sys as _sys
 import types as _types
+
+
+def _print(text):
+    if _os.environ.get('RANK', '0') == '0':  # one rank speaks for all
+        print(text)
 
 
 def _settings(namespace):
@@ -43,7 +49,7 @@ def _read_config(path):
             source = f.read()
     except OSError as e:
         raise SystemExit(f'config file {path}: {e.strerror}') from None
-    print(f'Overriding config with {path}:\n{source.rstrip()}')
+    _print(f'Overriding config with {path}:\n{source.rstrip()}')
     names = dict(globals())  # a config file may read the defaults
     before = dict(names)
     try:
@@ -62,14 +68,14 @@ def _read_flag(arg):
     if not arg.startswith('--') or not equals:
         raise SystemExit(f'{arg}: settings are written --key=value')
     kind = _check_key(key, arg)
-    if kind is str:
-        return key, text
-    try:
-        value = _ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
+    value = text
+    if kind is not str:
+        try:
+            value = _ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            pass
     value = _fit(key, value, kind, arg)
-    print(f'Overriding: {key} = {value}')
+    _print(f'Overriding: {key} = {value}')
     return key, value
 
 

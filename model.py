@@ -13,6 +13,7 @@ Letters in the shape comments:
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,7 @@ class GPTConfig:
     num_nextn_predict_layers: int = 2  # MTP modules; 0: none
     mtp_n_layer: int = -1              # blocks in each
     mtp_lambda: float = 0.3            # weight of their mean loss
+    eos_token_id: int = -1             # ends a document: no module is trained to see beyond it; -1: not known
 
     def __post_init__(self):
         C, K = self.n_embd, self.num_experts_per_tok
@@ -100,6 +102,9 @@ class GPTConfig:
         for name in ('q_lora_rank', 'n_routed_experts', 'n_shared_experts', 'first_k_dense_replace',
                      'num_nextn_predict_layers', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda'):
             self._check(getattr(self, name) >= 0, f'{name} must not be negative')
+        for name in ('rms_norm_eps', 'rope_theta', 'initializer_range'):
+            self._check(getattr(self, name) > 0, f'{name} must be positive')
+        self._check(self.first_k_dense_replace <= self.n_layer, f'first_k_dense_replace must lie in 0..{self.n_layer}')
         self._check(self.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
         self._check(0 <= self.dropout < 1, 'dropout must lie in [0, 1)')
         self._check(self.scoring_func in ('sigmoid', 'softmax'), "scoring_func must be 'sigmoid' or 'softmax'")
@@ -288,14 +293,14 @@ class Combine(torch.autograd.Function):
 
 def grouped_linear(x, weight, offsets):
     """Rows offsets[e-1]..offsets[e] of x (M, in) times weight[e] (E, out, in), transposed. -> (M, out)"""
-    if x.dtype != torch.float32 and x.device.type != 'mps':
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    return grouped_linear_fp32(x, weight, offsets)
+    return grouped_linear_uncompiled(x, weight, offsets)
 
 
 @torch.compiler.disable
-def grouped_linear_fp32(x, weight, offsets):
-    if x.device.type == 'cpu':  # where grouped_mm takes fp32, outside compiled graphs
+def grouped_linear_uncompiled(x, weight, offsets):
+    if x.dtype == torch.float32 and x.device.type == 'cpu':  # where grouped_mm takes fp32 too
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     return grouped_linear_loop(x, weight, offsets)
 
@@ -413,7 +418,8 @@ class MTP(nn.Module):
 
     def combine(self, emb, h):
         """eq. 21, in the released order: the embedding first. Both (B, T, C)."""
-        return self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))
+        x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))
+        return x.to(emb.dtype)  # autocast or not, the residual stream has the embedding's dtype
 
 
 def cross_entropy_rows(logits, target, row_weight):
@@ -447,11 +453,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses, grad_h = [], []
         grad_w = torch.zeros_like(weight) if with_grad else None
         for x, t, r in zip(*(a.split(LinearCrossEntropy.CHUNK) for a in (h.to(dtype), target, row_weight / unit))):
-            loss, grad = rows_fn(x @ w.t(), t, r)
+            logits = x @ w.t()                                              # (chunk, V)
+            if grad_w is None:
+                losses.append(F.cross_entropy(logits.float(), t, ignore_index=-1, reduction='none'))
+                continue
+            loss, grad = rows_fn(logits, t, r)
             losses.append(loss)
-            if grad_w is not None:
-                grad_h.append(grad @ w)
-                grad_w += grad.t() @ x
+            grad_h.append(grad @ w)
+            grad_w += grad.t() @ x
         if grad_w is not None:
             ctx.save_for_backward(torch.cat(grad_h).to(h.dtype), grad_w, unit)
         losses = torch.cat(losses)
@@ -489,7 +498,9 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.transformer.wte.weight = self.lm_head.weight
-        self._set_rope()
+        cos, sin = rope_table(config.qk_rope_head_dim, config.block_size, config.rope_theta)
+        self.register_buffer('rope_cos', cos, persistent=False)
+        self.register_buffer('rope_sin', sin, persistent=False)
         self.stats = {}  # of the last training forward: see forward()
         self.rows_fn = cross_entropy_rows
 
@@ -500,11 +511,6 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def _set_rope(self):
-        cos, sin = rope_table(self.config.qk_rope_head_dim, self.config.block_size, self.config.rope_theta)
-        self.register_buffer('rope_cos', cos, persistent=False)
-        self.register_buffer('rope_sin', sin, persistent=False)
-
     def blocks(self):
         """Every block, the main stack's first, then each MTP module's."""
         return [*self.transformer.h, *(block for module in self.mtp for block in module.h)]
@@ -512,12 +518,12 @@ class GPT(nn.Module):
     def moe_layers(self):
         return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
 
-    def forward(self, idx, targets=None, cache=None, pos=0, return_logits=None):
+    def forward(self, idx, targets=None, cache=None, pos=0, return_logits=True):
         """idx (B, T) -> logits, loss.
 
         Without targets: logits of the last position (B, 1, V), and None. With targets (B, T; -1: no target): in eval
         the logits (B, T, V) and the main next-token loss; in training None (all the logits are never held) and the
-        loss to minimise: main + MTP (eq. 24-25) + balance. return_logits=False leaves them out in eval too.
+        loss to minimise: main + MTP (eq. 24-25) + balance. return_logits=False: None in eval too, for less memory.
         A training forward with targets leaves in `stats`, as tensors: `losses` (1 + modules): main and each MTP
         module's; `balance`: the mean over MoE layers; `load` (MoE layers, E): tokens per expert.
         cache: from make_cache(); then idx are the tokens at positions pos..pos+T-1, and the cache is filled with them.
@@ -525,6 +531,8 @@ class GPT(nn.Module):
         B, T = idx.shape
         if pos + T > self.config.block_size:
             raise ValueError(f'{pos + T} tokens do not fit in block_size={self.config.block_size}')
+        if pos > 0 and cache is None:
+            raise ValueError(f'pos={pos} needs the cache that holds the positions before it')
         rope = self.rope_cos[pos:pos + T], self.rope_sin[pos:pos + T]
         balances, loads = [], []
 
@@ -540,20 +548,22 @@ class GPT(nn.Module):
         h = self.transformer.ln_f(run(self.transformer.h, x, cache))
         if targets is None:
             return self.lm_head(h[:, -1:]), None
-        if not self.training and return_logits is not False:
+        if not self.training and return_logits:
             logits = self.lm_head(h)                                        # (B, T, V)
-            return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), ignore_index=-1)
+            total = F.cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), ignore_index=-1, reduction='sum')
+            return logits, total / (targets >= 0).sum().clamp(min=1)
 
         states, labels = [h], [targets]
         if self.training:
             # Module k sees t_{i+k} at position i and predicts t_{i+k+1}. The sequence keeps its length T; its last k
-            # positions have no label, nor has any from which a missing target (-1) lies in between.
+            # positions have no label, nor has any with a missing target (-1) or the end of a document in between.
             token, label = idx, targets
             for k, module in enumerate(self.mtp, start=1):
                 token = F.pad(token[:, 1:], (0, 1))                         # t_{i+k}
                 x = module.combine(self.transformer.drop(self.transformer.wte(token)), h)
                 h = module.norm(run(module.h, x))                           # eq. 22
-                label = torch.where(label < 0, -1, F.pad(targets[:, k:], (0, min(k, T)), value=-1))
+                beyond = (label < 0) | (label == self.config.eos_token_id)
+                label = torch.where(beyond, -1, F.pad(targets[:, k:], (0, min(k, T)), value=-1))
                 states.append(h)
                 labels.append(label)
 
@@ -626,7 +636,7 @@ class GPT(nn.Module):
         """
         device = self.lm_head.weight.device
         name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-        peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), math.nan)
+        peak = peak_tflops(name)
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / (peak * 1e12)
 
     def crop_block_size(self, block_size):
@@ -635,6 +645,19 @@ class GPT(nn.Module):
             raise ValueError(f'cannot crop block_size={self.config.block_size} to {block_size}')
         self.config.block_size = block_size
         self.rope_cos, self.rope_sin = self.rope_cos[:block_size], self.rope_sin[:block_size]
+
+    @classmethod
+    def from_checkpoint(cls, path, map_location='cpu', **overrides):
+        """The model of a ckpt.pt that train.py wrote, and the checkpoint itself; a ValueError where it cannot be."""
+        try:
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            model = cls(GPTConfig(**(checkpoint['model_args'] | overrides)))
+            model.load_state_dict({k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()})
+        except FileNotFoundError:
+            raise ValueError(f'{path} is missing: train a model first, or name the out_dir it is in') from None
+        except Exception as e:  # a damaged file, another program's, GPT-2's weights
+            raise ValueError(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+        return model, checkpoint
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
@@ -663,6 +686,8 @@ class GPT(nn.Module):
         With a stop_token, a row that produced it is filled up with it, and generation ends when every row has.
         """
         B, T = idx.shape
+        if T == 0:
+            raise ValueError('generate needs a prompt of at least one token')
         block_size = self.config.block_size
         out = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)     # (B, T + max_new_tokens)
         cache = self.make_cache(B, min(out.size(1), block_size))
@@ -695,6 +720,18 @@ def sample_token(logits, temperature, top_k):
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
 
 
-# dense bf16 tensor-core peak in TFLOP/s (fp16 for those without bf16), by a part of the device's name
-PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121,
-               'A10G': 70, 'A10': 125, 'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71, 'V100': 125, 'T4': 65}
+# dense bf16 tensor-core peak in TFLOP/s (fp16 for those without bf16), by the words of the device's name
+PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312, 'L40S': 362,
+               'L40': 181, 'L4': 121, 'A10G': 70, 'A10': 125, 'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71,
+               'V100': 125, 'T4': 65}
+
+
+def peak_tflops(name):
+    """nan for a device that the table does not hold: no MFU is better than a wrong one."""
+    if 'Laptop' in name:
+        return math.nan
+    return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf'\b{words}\b', name)), math.nan)
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [''])[0][:200]

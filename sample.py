@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from model import GPT, GPTConfig, MoE
+from model import GPT, MoE, first_line
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # a checkpoint in out_dir
@@ -31,14 +31,18 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if init_from != 'resume':
     raise SystemExit(f"init_from={init_from!r} must be 'resume': GPT-2's weights do not fit this architecture")
-if not os.path.exists(ckpt_path):
-    raise SystemExit(f'{ckpt_path} is missing: train a model first, or name its --out_dir')
-checkpoint = torch.load(ckpt_path, map_location=device, weights_only=True)
-model = GPT(GPTConfig(**checkpoint['model_args']))
-model.load_state_dict({k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()})
+if num_samples <= 0 or max_new_tokens < 0 or temperature < 0:
+    raise SystemExit('num_samples must be positive, max_new_tokens and temperature not negative')
+try:
+    device_type = torch.zeros(1, device=device).device.type
+except Exception as e:  # torch raises RuntimeError, AssertionError and others
+    raise SystemExit(f'device={device!r} cannot be used here: {first_line(e)}') from None
+try:
+    model, checkpoint = GPT.from_checkpoint(ckpt_path, device)
+except ValueError as e:
+    raise SystemExit(str(e)) from None
 model.eval().to(device)
 
-device_type = torch.device(device).type
 dtype = dtype or checkpoint['config'].get('dtype') or 'float32'
 if dtype not in ('float32', 'bfloat16', 'float16'):
     raise SystemExit(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'")
@@ -50,6 +54,12 @@ for module in model.modules():  # once, rather than at every token; autocast see
         module.experts_down.data = module.experts_down.data.to(ptdtype)
 if compile:
     model.compile()
+    try:
+        with torch.no_grad(), ctx:
+            model.generate(torch.zeros(1, 2, dtype=torch.long, device=device), 2)
+    except Exception as e:
+        model.uncompile()
+        print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
 
 # the tokenizer: the characters that the checkpoint was trained on, else GPT-2's
 stop_token = None
@@ -64,13 +74,16 @@ if 'stoi' in meta:
         return [stoi[ch] for ch in text]
 
     def decode(ids):
-        return ''.join(itos[i] for i in ids)
+        return ''.join(itos.get(i, '') for i in ids)  # a vocabulary may be larger than its characters
 else:
     try:
         import tiktoken
     except ImportError:
         raise SystemExit('this checkpoint speaks GPT-2 tokens: pip install tiktoken') from None
-    enc = tiktoken.get_encoding('gpt2')
+    try:
+        enc = tiktoken.get_encoding('gpt2')
+    except Exception as e:
+        raise SystemExit(f'tiktoken could not load the GPT-2 tokenizer: {type(e).__name__}: {first_line(e)}') from None
     stop_token = enc.eot_token
 
     def encode(text):
@@ -83,8 +96,8 @@ if start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
-    except OSError as e:
-        raise SystemExit(f'{start}: {e.strerror}') from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f'{start}: {first_line(e)}') from None
 prompt = encode(start)
 if not prompt:
     raise SystemExit('start: an empty prompt; there must be at least one token')

@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, first_line
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig with its default (-1: derived from n_layer, n_head and n_embd)
@@ -60,7 +61,7 @@ decay_lr = True
 warmup_iters = 2000
 lr_decay_iters = 600000
 min_lr = 6e-5
-# weight of the MTP loss: mtp_lambda, and from this share of max_iters on mtp_lambda_late (V3 section 4.2)
+# weight of the MTP loss: mtp_lambda, and from this share of max_iters on at most mtp_lambda_late (V3 section 4.2)
 mtp_lambda_late = 0.1
 mtp_late_from = 0.67
 # system
@@ -84,14 +85,20 @@ if ddp:
     if device.startswith('cuda'):
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
         torch.cuda.set_device(device)
-    dist.init_process_group('gloo' if device == 'cpu' else backend)
-device_type = torch.device(device).type
+    dist.init_process_group(backend if device.startswith('cuda') else 'gloo')
 
 
 def stop(message):
     raise SystemExit(message if master else 1)
 
 
+for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
+    if config[key] <= 0:
+        stop(f'{key} must be positive')
+try:
+    device_type = torch.zeros(1, device=device).device.type
+except Exception as e:  # torch raises RuntimeError, AssertionError and others
+    stop(f'device={device!r} cannot be used here: {first_line(e)}')
 if gradient_accumulation_steps % world != 0:
     stop(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} ranks')
 if init_from not in ('scratch', 'resume'):
@@ -101,7 +108,8 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 if not dtype:
     bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if device_type == 'cuda' else
-            device_type == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            device_type == 'cpu' and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     dtype = 'bfloat16' if bf16 else 'float16' if device_type == 'cuda' else 'float32'
     config['dtype'] = dtype
 if dtype == 'float16' and device_type != 'cuda':
@@ -134,22 +142,26 @@ def load_meta(path):
     if not os.path.exists(path):
         return {}
     with open(path, 'rb') as f:
-        return PlainUnpickler(f).load()
+        meta = PlainUnpickler(f).load()
+    if type(meta['vocab_size']) is not int or meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
+        raise ValueError('its vocab_size must be an int, its dtype uint16 or uint32')
+    return meta
 
 
 try:
     meta = load_meta(os.path.join(data_dir, 'meta.pkl'))
-except pickle.UnpicklingError as e:
-    stop(f'{data_dir}/meta.pkl: {e}')
+except Exception as e:  # an unpickler meets damage in many ways
+    stop(f'{data_dir}/meta.pkl cannot be used: {type(e).__name__}: {first_line(e)}')
 tokens = {}
 for split in ('train', 'val'):
     path = os.path.join(data_dir, f'{split}.bin')
     if not os.path.exists(path):
         stop(f'{path} is missing: run python data/{dataset}/prepare.py first')
     # prepare.py writes uint32 where the vocabulary does not fit in uint16, and says so in meta.pkl
-    tokens[split] = np.memmap(path, dtype=meta.get('dtype', 'uint16'), mode='r')
-    if len(tokens[split]) <= block_size:
-        stop(f'{path} holds {len(tokens[split]):,} tokens, too few for block_size={block_size}')
+    token_dtype = np.dtype(meta.get('dtype', 'uint16'))
+    if os.path.getsize(path) <= block_size * token_dtype.itemsize:
+        stop(f'{path} holds too few tokens for block_size={block_size}')
+    tokens[split] = np.memmap(path, dtype=token_dtype, mode='r')
 
 
 def get_batch(split, stream, index):
@@ -172,34 +184,28 @@ best_val_loss = math.inf
 torch.manual_seed(seed)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 checkpoint = None
-model_args = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig)}
-if init_from == 'scratch':
-    model_args['vocab_size'] = vocab_size or meta.get('vocab_size', 50304)
-else:
-    if not os.path.exists(ckpt_path):
-        stop(f'{ckpt_path} is missing: there is nothing to resume')
-    checkpoint = torch.load(ckpt_path, map_location=device, weights_only=True)
-    # the architecture is the checkpoint's; these may change from run to run
-    free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda')
-    model_args = checkpoint['model_args'] | {k: config[k] for k in free}
-    iter_num = checkpoint['iter_num']
-    best_val_loss = checkpoint['best_val_loss']
 try:
-    gptconf = GPTConfig(**model_args)
+    if init_from == 'scratch':
+        model_args = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig)}
+        model_args['vocab_size'] = vocab_size or meta.get('vocab_size', 50304)
+        model = GPT(GPTConfig(**model_args))
+    else:
+        # the architecture is the checkpoint's; these may change from run to run
+        free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'eos_token_id')
+        model, checkpoint = GPT.from_checkpoint(ckpt_path, device, **{k: config[k] for k in free})
+        iter_num = checkpoint['iter_num']
+        best_val_loss = checkpoint['best_val_loss']
+        if block_size > model.config.block_size:
+            stop(f'block_size={block_size} is longer than the {model.config.block_size} of the checkpoint: resume with '
+                 'the config file and the flags that the run was started with')
+        model.crop_block_size(block_size)
+        if iter_num >= max_iters and not eval_only and master:
+            print(f'nothing to do but evaluate: {ckpt_path} has made {iter_num} of {max_iters} updates')
 except ValueError as e:
     stop(str(e))
-model_args = dataclasses.asdict(gptconf)  # with every derived size
-if max(int(tokens['train'][:1_000_000].max()), int(tokens['val'][:1_000_000].max())) >= gptconf.vocab_size:
-    stop(f'{data_dir} holds tokens beyond vocab_size={gptconf.vocab_size}')
-model = GPT(gptconf)
-if checkpoint is not None:
-    model.load_state_dict({k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()})
-    if block_size < gptconf.block_size:
-        model.crop_block_size(block_size)
-        model_args['block_size'] = block_size
-    elif block_size > gptconf.block_size:
-        stop(f'block_size={block_size} is longer than the {gptconf.block_size} of the checkpoint: resume with the '
-             'config file and the flags that the run was started with')
+model_args = dataclasses.asdict(model.config)  # with every derived size
+if max(int(tokens[split][:1_000_000].max()) for split in tokens) >= model.config.vocab_size:
+    stop(f'{data_dir} holds tokens beyond vocab_size={model.config.vocab_size}')
 model.to(device)
 raw_model = model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -211,15 +217,19 @@ if checkpoint is not None:
 checkpoint = None  # free the memory
 
 if compile:
-    # try it on one micro-batch: no compiler, or a failure inside it, costs speed and nothing else
+    # try it on one micro-batch, in training and in evaluation: no compiler costs speed and nothing else
     raw_model.compile()
     try:
         with ctx:
             raw_model(*get_batch('train', 0, 0))[1].backward()
+            with torch.no_grad():
+                raw_model.eval()(*get_batch('train', 0, 0), return_logits=False)
+    except torch.OutOfMemoryError:
+        stop('out of memory: make batch_size smaller, and gradient_accumulation_steps larger')
     except Exception as e:
         raw_model.uncompile()
         if master:
-            print(f'going on without torch.compile: {type(e).__name__}: {str(e).strip().splitlines()[0][:200]}')
+            print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
     optimizer.zero_grad(set_to_none=True)
 if ddp:
     # the only buffer that changes, the balance bias, changes alike on all ranks
@@ -268,20 +278,34 @@ def save_checkpoint():
 
 
 def log(record):
+    # JSON has no nan and no infinity
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     print(json.dumps(record), file=log_file, flush=True)
     if wandb_log:
         wandb.log({k: v for k, v in record.items() if v is not None}, step=record['step'])
 
 
+def git_commit():
+    try:
+        return subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 if master:
     os.makedirs(out_dir, exist_ok=True)
-    log_file = open(os.path.join(out_dir, 'log.jsonl'), 'a' if init_from == 'resume' else 'w')
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=here, capture_output=True, text=True)
-    header = {'command': ' '.join(sys.argv), 'config': config, 'model_args': model_args, 'world_size': world,
+    log_path = os.path.join(out_dir, 'log.jsonl')
+    if init_from == 'scratch' and not eval_only and os.path.exists(log_path):
+        os.replace(log_path, log_path + '.old')
+    log_file = open(log_path, 'a')
+    if log_file.tell() > 0:
+        print(file=log_file)  # a run that was killed may have left half a line
+    header = {'command': shlex.join(sys.argv), 'config': config, 'model_args': model_args, 'world_size': world,
               'parameters': raw_model.get_num_params(), 'active_parameters': raw_model.get_num_active_params(),
               'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__},
               'hardware': torch.cuda.get_device_name(device) if device_type == 'cuda' else
-              f'{platform.machine()} {device_type}, {os.cpu_count()} cores', 'git_commit': commit.stdout.strip()}
+              f'{platform.machine()} {device_type}, {os.cpu_count()} cores', 'git_commit': git_commit()}
     if wandb_log:
         wandb.init(project=wandb_project, name=wandb_run_name, config=config)
     print(json.dumps(header), file=log_file, flush=True)
@@ -297,7 +321,8 @@ while True:
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in optimizer.param_groups:
         group['lr'] = lr
-    raw_model.config.mtp_lambda = mtp_lambda if iter_num < mtp_late_from * max_iters else mtp_lambda_late
+    raw_model.config.mtp_lambda = mtp_lambda if iter_num < mtp_late_from * max_iters else \
+        min(mtp_lambda, mtp_lambda_late)
     # whatever is random in this iteration
     torch.manual_seed(seed + iter_num * world + rank)
 
@@ -336,14 +361,20 @@ while True:
         raw_model.update_balance(all_reduce(stats['load']))
     iters_logged += 1
 
-    # log: the only host sync of the loop
+    # log: all numbers come over in one host sync, the only one of the loop
     if iter_num % log_interval == 0:
-        losses = all_reduce(stats['losses']).div(accumulation * world).tolist()
-        record = {'step': iter_num, 'loss': losses[0], 'mtp_losses': losses[1:], 'lr': lr, 'grad_norm': norm.item()}
+        means = torch.cat([stats['losses'], *([stats['balance'].view(1)] if 'load' in stats else [])])
+        numbers = [all_reduce(means) / (accumulation * world), norm.view(1)]
         if 'load' in stats:
-            load = stats['load'].float()
-            record['balance'] = all_reduce(stats['balance']).item() / (accumulation * world)
-            record['max_vio'] = (load.amax(dim=1) / load.mean(dim=1) - 1).tolist()
+            load = stats['load'].float()  # of the whole iteration, all ranks: update_balance needed it so
+            numbers.append(load.amax(dim=1) / load.mean(dim=1) - 1)
+        numbers = torch.cat(numbers).tolist()
+        losses, numbers = numbers[:len(stats['losses'])], numbers[len(stats['losses']):]
+        record = {'step': iter_num, 'loss': losses[0], 'mtp_losses': losses[1:], 'lr': lr}
+        if 'load' in stats:
+            record['balance'] = numbers.pop(0)
+            record['max_vio'] = numbers[1:]
+        record['grad_norm'] = numbers[0]
         now = time.time()
         dt = (now - t_log) / iters_logged
         t_log, iters_logged = now, 0

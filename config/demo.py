@@ -1,4 +1,4 @@
-# Five minutes from nothing: Python's own documentation, a token a character, on a laptop's CPU. `make demo` runs it.
+# The demo: Python's own documentation, a token a character, on a laptop's CPU. `make demo` runs it.
 #
 #   python data/pydocs_char/prepare.py
 #   python train.py config/demo.py
@@ -23,8 +23,8 @@ n_embd = 128
 
 learning_rate = 2e-3
 min_lr = 2e-4
-max_iters = 800
-lr_decay_iters = 800
+max_iters = 500
+lr_decay_iters = 500
 warmup_iters = 50
 beta2 = 0.99
 

@@ -38,6 +38,7 @@ moe_intermediate_size = 256
 # MTP
 num_nextn_predict_layers = 2
 mtp_n_layer = 2
+eos_token_id = 50256  # closes each document of OpenWebText
 
 # 9.8 billion tokens, once through OpenWebText
 max_iters = 20000

@@ -56,7 +56,10 @@ def tiny_shakespeare(folder):
 
 def gpt2_encoding():
     """tiktoken's GPT-2 BPE. It downloads its two tables once, into TIKTOKEN_CACHE_DIR where that is set."""
-    import tiktoken
+    try:
+        import tiktoken
+    except ImportError:
+        raise SystemExit('this needs tiktoken: pip install tiktoken') from None
     try:
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as e:
@@ -68,23 +71,21 @@ def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write(path, data):
-    """Write beside and rename, so that an interrupted run leaves no half-written file under its name."""
-    with open(path + '.tmp', 'wb') as f:
-        f.write(data)
-    os.replace(path + '.tmp', path)
-
-
 def write_splits(folder, train, val, vocab_size, meta=None):
     """train.bin and val.bin from lists of token ids, and meta.pkl where train.py or sample.py needs one."""
     dtype = token_dtype(vocab_size)
     if dtype != np.uint16:
         meta = (meta or {}) | {'vocab_size': vocab_size, 'dtype': np.dtype(dtype).name}
-    for split, ids in (('train', train), ('val', val)):
-        write(os.path.join(folder, f'{split}.bin'), np.asarray(ids, dtype=dtype).tobytes())
-        print(f'{split}: {len(ids):,} tokens')
+    files = {'train.bin': np.asarray(train, dtype=dtype).tobytes(), 'val.bin': np.asarray(val, dtype=dtype).tobytes()}
     if meta:
-        write(os.path.join(folder, 'meta.pkl'), pickle.dumps(meta))
+        files['meta.pkl'] = pickle.dumps(meta)
+    # all written beside, then all renamed: an interrupted run leaves no half-written file under its name
+    for name, data in files.items():
+        with open(os.path.join(folder, name + '.tmp'), 'wb') as f:
+            f.write(data)
+    for name in files:
+        os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+    print(f'train: {len(train):,} tokens\nval: {len(val):,} tokens')
 
 
 def split_text(text):

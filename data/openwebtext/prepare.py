@@ -7,6 +7,7 @@ by <|endoftext|> (50256). The download takes about 54 GB of disk, train.bin 17 G
 With --input, each text file is one document.
 """
 
+import functools
 import os
 import sys
 
@@ -16,13 +17,14 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 import common
 
+encoding = functools.cache(common.gpt2_encoding)  # once in each of datasets' worker processes
+
 
 def tokenize(batch):
+    enc = encoding()
     ids = [tokens + [enc.eot_token] for tokens in enc.encode_ordinary_batch(batch['text'], num_threads=1)]
     return {'ids': ids, 'len': [len(tokens) for tokens in ids]}
 
-
-enc = common.gpt2_encoding()  # at the top level: datasets' worker processes use it too
 
 if __name__ == '__main__':
     from datasets import load_dataset
@@ -31,6 +33,7 @@ if __name__ == '__main__':
     parser = common.argument_parser(__doc__)
     parser.add_argument('--num_proc', type=int, default=max(1, (os.cpu_count() or 2) // 2), help='worker processes')
     args = parser.parse_args()
+    enc = encoding()
 
     if args.input:
         files = common.text_files(args.input)
@@ -41,7 +44,7 @@ if __name__ == '__main__':
         try:
             documents = load_dataset('Skylion007/openwebtext', split='train', num_proc=args.num_proc)
         except Exception as e:  # the hub's errors have no common class
-            raise SystemExit(f'download failed ({type(e).__name__}: {str(e).splitlines()[0]}). By hand: fetch '
+            raise SystemExit(f'download failed ({type(e).__name__}: {str(e)[:200]}). By hand: fetch '
                              'Skylion007/openwebtext from the Hugging Face hub, unpack its text files into a folder, '
                              'and run this script again with --input=FOLDER') from None
 
