@@ -3,7 +3,7 @@
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
 #
-# Meant for one GPU. On a laptop's CPU take the smaller model:
+# Hardware: one GPU; not run yet at these sizes, so no expected loss and time. On a laptop's CPU take the smaller model:
 #   python train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 \
 #       --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 \
 #       --dropout=0.0
