@@ -6,7 +6,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python data/pydocs_char/prepare.py
 	$(BIN)/python train.py config/demo.py
-	$(BIN)/python plot.py out-demo/log.jsonl --out=out-demo/log.png
+	$(BIN)/python plot.py out-demo/log.jsonl
 	$(BIN)/python sample.py --out_dir=out-demo --start="The for statement" --num_samples=3 --max_new_tokens=300
 
 test: .venv/installed-dev

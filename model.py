@@ -82,7 +82,7 @@ class GPTConfig:
         C, K = self.n_embd, self.num_experts_per_tok
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             self._check(getattr(self, name) > 0, f'{name} must be positive')
-        self._check(C % self.n_head == 0, f'n_head must divide n_embd={C}')
+        self._check(C % self.n_head == 0, f'n_head={self.n_head} must divide n_embd={C}')
         d = C // self.n_head
 
         self._derive('q_lora_rank', max(1, C // 2))

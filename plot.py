@@ -1,7 +1,7 @@
 """
 Draws the log.jsonl of one or several runs: losses, tokens per second, and the balance of the experts.
 
-    python plot.py out-demo/log.jsonl [out-other/log.jsonl ...] [--out=log.png]
+    python plot.py out-demo/log.jsonl [out-other/log.jsonl ...] [--out=PNG]
 """
 
 import argparse
@@ -38,7 +38,7 @@ def read_log(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('logs', nargs='+', metavar='log.jsonl')
-    parser.add_argument('--out', default='log.png', metavar='PNG')
+    parser.add_argument('--out', metavar='PNG', help='default: log.png beside the first log')
     args = parser.parse_args()
     try:
         import matplotlib
@@ -75,8 +75,9 @@ def main():
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=7)
-    fig.savefig(args.out, dpi=130)
-    print(f'wrote {args.out}')
+    out = args.out or os.path.join(os.path.dirname(args.logs[0]), 'log.png')
+    fig.savefig(out, dpi=130)
+    print(f'wrote {out}')
 
 
 if __name__ == '__main__':

@@ -31,8 +31,8 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if init_from != 'resume':
     raise SystemExit(f"init_from={init_from!r} must be 'resume': GPT-2's weights do not fit this architecture")
-if num_samples <= 0 or max_new_tokens < 0 or temperature < 0:
-    raise SystemExit('num_samples must be positive, max_new_tokens and temperature not negative')
+if num_samples <= 0 or min(max_new_tokens, temperature, top_k) < 0:
+    raise SystemExit('num_samples must be positive; max_new_tokens, temperature and top_k must not be negative')
 try:
     device_type = torch.zeros(1, device=device).device.type
 except Exception as e:  # torch raises RuntimeError, AssertionError and others

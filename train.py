@@ -193,6 +193,11 @@ try:
         # the architecture is the checkpoint's; these may change from run to run
         free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'eos_token_id')
         model, checkpoint = GPT.from_checkpoint(ckpt_path, device, **{k: config[k] for k in free})
+        ignored = [f'{field.name}={config[field.name]}' for field in dataclasses.fields(GPTConfig)
+                   if field.name not in (*free, 'block_size', 'vocab_size')
+                   and config[field.name] not in (field.default, getattr(model.config, field.name))]
+        if ignored and master:
+            print(f'ignored, since the architecture is the checkpoint\'s: {", ".join(ignored)}')
         iter_num = checkpoint['iter_num']
         best_val_loss = checkpoint['best_val_loss']
         if block_size > model.config.block_size:
@@ -330,7 +335,8 @@ while True:
     if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
         losses = estimate_loss()
         improved = losses['val'] < best_val_loss
-        best_val_loss = min(best_val_loss, losses['val'])
+        if iter_num > 0:  # an untrained model is never saved, so it is no best one either
+            best_val_loss = min(best_val_loss, losses['val'])
         if master:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             log({'step': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})

@@ -40,7 +40,7 @@ num_nextn_predict_layers = 2
 mtp_n_layer = 2
 eos_token_id = 50256  # closes each document of OpenWebText
 
-# 9.8 billion tokens, once through OpenWebText
+# 9.8 billion tokens drawn at random: 1.1 times the size of OpenWebText
 max_iters = 20000
 lr_decay_iters = 20000
 warmup_iters = 700

@@ -138,10 +138,20 @@ def test_a_kill_leaves_the_last_checkpoint_whole(small):
 
 def test_best_val_loss_is_the_best(small):
     """nanoGPT overwrote it with a worse one under always_save_checkpoint."""
-    train(small, '--learning_rate=0.3', '--decay_lr=False', '--warmup_iters=0', '--max_iters=3')
+    train(small, '--learning_rate=0.3', '--decay_lr=False', '--warmup_iters=0', '--eval_interval=1', '--max_iters=3')
     best = torch.load(small / 'out/ckpt.pt', weights_only=True)['best_val_loss']
+    evals = [r['val_loss'] for r in log(small) if 'val_loss' in r][1:]
+    assert evals[-1] > min(evals) + 0.05 and best == min(evals)
+
+
+def test_a_diverging_run_saves_its_first_evaluation(small):
+    """Worse than at step 0, but step 0 is never saved: the run would leave nothing behind."""
+    train(small, '--learning_rate=0.3', '--decay_lr=False', '--warmup_iters=0', '--max_iters=3',
+          '--always_save_checkpoint=False')
     evals = [r['val_loss'] for r in log(small) if 'val_loss' in r]
-    assert evals[-1] > evals[0] + 0.1 and best == evals[0]
+    assert evals[1] > evals[0] and (small / 'out/ckpt.pt').exists()
+    printed = train(small, '--init_from=resume', '--n_layer=3', '--max_iters=4')
+    assert "ignored, since the architecture is the checkpoint's: n_layer=3\n" in printed
 
 
 def test_eval_only_evaluates_once_on_resume_too(small):
