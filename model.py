@@ -259,7 +259,7 @@ class MLP(nn.Module):
 
 
 class Dispatch(torch.autograd.Function):
-    """(N, C) -> (N*K, C): row i becomes token[i]'s, in the order of the experts.
+    """(N, C) -> (M, C): row i becomes token[i]'s.
 
     A plain x[token] would add up its gradient with atomics; `place` (where the K copies of each token went)
     turns that into a gather and a sum, which is faster and adds in one fixed order. Combine is the transpose.
@@ -277,7 +277,7 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """(N*K, C) -> (N, C): the sum over each token's K rows."""
+    """(M, C) -> (N, C): the sum over each token's K rows."""
 
     @staticmethod
     def forward(ctx, y, token, place):
@@ -292,7 +292,10 @@ class Combine(torch.autograd.Function):
 
 
 def grouped_linear(x, weight, offsets):
-    """Rows offsets[e-1]..offsets[e] of x (M, in) times weight[e] (E, out, in), transposed. -> (M, out)"""
+    """Rows offsets[e-1]..offsets[e] of x (M, in) times weight[e] (E, out, in), transposed. -> (M, out)
+
+    What the rows beyond the last offset become is not defined.
+    """
     if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     return grouped_linear_uncompiled(x, weight, offsets)
@@ -307,8 +310,9 @@ def grouped_linear_uncompiled(x, weight, offsets):
 
 def grouped_linear_loop(x, weight, offsets):
     """grouped_linear for any dtype and device, at the price of a host sync."""
-    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight)])
+    ends = offsets.tolist()
+    parts = [F.linear(x[start:end], w) for start, end, w in zip([0, *ends], ends, weight)]
+    return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.size(1))])
 
 
 class MoE(nn.Module):
@@ -338,25 +342,37 @@ class MoE(nn.Module):
         flat = x.view(-1, C)                                                # (N, C)
         scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
 
-        # sort the N*K assignments by expert, so that each expert's rows lie together
+        # Sort the N*K assignments by expert, and let each expert's rows begin at a multiple of `align`: kernels meet
+        # few different shapes, and the padding is a few percent. Rows that are nobody's hold some token with gate 0.
+        align = self.row_alignment(experts.numel())
         expert, order = experts.view(-1).sort(stable=True)                  # (N*K,)
-        token = order // self.top_k                                         # the token of each sorted row
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        place = place.view(-1, self.top_k)                                  # (N, K): the sorted row of each choice
-        offsets = torch.searchsorted(expert, torch.arange(self.n_experts, device=x.device), right=True,
-                                     out_int32=True)                        # (E,): where each expert's rows end
-        rows = Dispatch.apply(flat.to(dtype), token, place)                 # (N*K, C)
+        ends = torch.searchsorted(expert, torch.arange(self.n_experts, device=x.device), right=True)
+        load = ends.diff(prepend=ends.new_zeros(1))                         # (E,): tokens that each expert got
+        padded = (load + align - 1) // align * align
+        offsets = padded.cumsum(0)                                          # (E,): where each expert's rows end
+        shift = (offsets - padded) - (ends - load)                          # (E,): how far its rows move
+        position = torch.arange(order.numel(), device=x.device)
+        place = torch.empty_like(order).scatter_(0, order, position + shift[expert])  # (N*K,): the row of each choice
+        M = order.numel() + self.n_experts * (align - 1)                    # rows that suffice, however they fall
+        token = place.new_zeros(M).scatter_(0, place, position // self.top_k)         # (M,): the token of each row
+        gates = gates.new_zeros(M).scatter(0, place, gates.view(-1))        # (M,)
+        place, offsets = place.view(-1, self.top_k), offsets.int()          # (N, K), (E,)
+
+        rows = Dispatch.apply(flat.to(dtype), token, place)                 # (M, C)
         gate, up = grouped_linear(rows, self.experts_gate_up.to(dtype), offsets).chunk(2, dim=-1)
         # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
-        hidden = F.silu(gate) * up * gates.view(-1).index_select(0, order).to(dtype).unsqueeze(-1)  # (N*K, h)
-        out = grouped_linear(hidden, self.experts_down.to(dtype), offsets)  # (N*K, C)
+        hidden = F.silu(gate) * up * gates.to(dtype).unsqueeze(-1)          # (M, h)
+        out = grouped_linear(hidden, self.experts_down.to(dtype), offsets)  # (M, C)
         out = Combine.apply(out, token, place).view(B, T, C)
 
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
-        load = offsets.diff(prepend=offsets.new_zeros(1))                   # (E,): tokens that each expert got
         balance = self.balance_loss(scores.view(B, T, -1)) if self.training else None
         return out, balance, load
+
+    def row_alignment(self, n):
+        """The largest power of two, up to 64, that adds no more than a 16th to an expert's mean share of n rows."""
+        return 1 << min(6, max(1, n // self.n_experts // 8).bit_length() - 1)
 
     def route(self, x):
         """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
@@ -423,47 +439,50 @@ class MTP(nn.Module):
 
 
 def cross_entropy_rows(logits, target, row_weight):
-    """Each row's loss and its gradient: (n, V), (n,), (n,) -> (n,) fp32, (n, V) in logits' dtype."""
-    z = logits.float()
+    """Each row's loss (n,), fp32; its gradient replaces the logits (n, V). target, row_weight: (n,)"""
     target = target.clamp(min=0).unsqueeze(-1)
-    top = z.amax(dim=-1, keepdim=True)
-    at_target = z.gather(-1, target)
-    p = z.sub_(top).exp_()                  # in place: these rows are the widest tensors of the step
-    total = p.sum(dim=-1, keepdim=True)
-    loss = (total.log() + top - at_target).squeeze(-1)
     weight = row_weight.unsqueeze(-1)
-    grad = p.mul_(weight / total).scatter_add_(-1, target, -weight)     # weight (softmax - onehot)
-    return loss, grad.to(logits.dtype)
+    z = logits.float()
+    lse = z.logsumexp(dim=-1, keepdim=True)
+    log_p = z.gather(-1, target) - lse                                      # (n, 1)
+    logits.copy_(z.sub_(lse).exp_().mul_(weight))                           # weight * softmax, and at the target
+    logits.scatter_(-1, target, (log_p.expm1() * weight).to(logits.dtype))  # weight * (softmax - 1)
+    return -log_p.squeeze(-1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i row_weight_i * cross_entropy(h_i @ weight.T, target_i), without ever holding all the logits.
 
-    The gradient is made chunk by chunk in the forward, while a chunk's logits are at hand, so that nothing of
-    the vocabulary's width is kept or computed twice. h: (N, C), weight: (V, C), target: (N,), row_weight: (N,),
-    0 where a row does not count. Returns the weighted sum and, without a gradient, each row's loss (N,).
+    The gradient is made in the forward, while a chunk's logits are at hand, so that nothing of the vocabulary's
+    width is kept or computed twice. h: (N, C), weight: (V, C), target: (N,), row_weight: (N,), 0 where a row does
+    not count. Returns the weighted sum and, without a gradient, each row's loss (N,).
     """
-    CHUNK = 1024  # rows at a time
+    CHUNK = 2048  # rows whose gradients are held at a time: fewer make the weight's gradient slower
+    SLICE = 512   # rows that go from logits to gradients together, while caches hold some of them
 
     @staticmethod
     def forward(ctx, h, weight, target, row_weight, rows_fn, with_grad):
         dtype = compute_dtype(h)
-        w = weight.to(dtype)
+        x, w = h.to(dtype), weight.to(dtype)
+        if not with_grad:
+            losses = torch.cat([F.cross_entropy((part @ w.t()).float(), t, ignore_index=-1, reduction='none') for part, t
+                                in zip(x.split(LinearCrossEntropy.SLICE), target.split(LinearCrossEntropy.SLICE))])
+            return (losses * row_weight).sum(), losses
         unit = row_weight.max().clamp(min=1e-20)  # gradients stay of order 1 inside: fp16 would lose them
-        losses, grad_h = [], []
-        grad_w = torch.zeros_like(weight) if with_grad else None
-        for x, t, r in zip(*(a.split(LinearCrossEntropy.CHUNK) for a in (h.to(dtype), target, row_weight / unit))):
-            logits = x @ w.t()                                              # (chunk, V)
-            if grad_w is None:
-                losses.append(F.cross_entropy(logits.float(), t, ignore_index=-1, reduction='none'))
-                continue
-            loss, grad = rows_fn(logits, t, r)
-            losses.append(loss)
-            grad_h.append(grad @ w)
-            grad_w += grad.t() @ x
-        if grad_w is not None:
-            ctx.save_for_backward(torch.cat(grad_h).to(h.dtype), grad_w, unit)
+        share = row_weight / unit
+        held = x.new_empty(min(len(x), LinearCrossEntropy.CHUNK), len(w))   # (chunk, V): logits, then gradients
+        losses, grad_x, grad_w = [], torch.empty_like(x), torch.zeros_like(weight)
+        for start in range(0, len(x), LinearCrossEntropy.CHUNK):
+            chunk = slice(start, start + LinearCrossEntropy.CHUNK)
+            grad = held[:len(x[chunk])]
+            for part, out, t, r in zip(*(a.split(LinearCrossEntropy.SLICE)
+                                         for a in (x[chunk], grad, target[chunk], share[chunk]))):
+                torch.mm(part, w.t(), out=out)
+                losses.append(rows_fn(out, t, r))
+            torch.mm(grad, w, out=grad_x[chunk])
+            grad_w += grad.t() @ x[chunk]
         losses = torch.cat(losses)
+        ctx.save_for_backward(grad_x.to(h.dtype), grad_w, unit)
         ctx.mark_non_differentiable(losses)
         return (losses * row_weight).sum(), losses
 
