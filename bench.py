@@ -28,7 +28,7 @@ from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_
 
 here = os.path.dirname(os.path.abspath(__file__))
 PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
-         'decode': ['ours', 'speculative', 'dense', 'transformers', 'gpt2', 'nanogpt'],
+         'decode': ['ours', 'dense', 'transformers', 'gpt2', 'nanogpt'],
          'loss': ['ours', 'plain', 'torch']}
 as_json = '--json' in sys.argv
 sys.argv = [arg for arg in sys.argv if arg != '--json']
@@ -39,7 +39,8 @@ if what not in PEERS:
 # -----------------------------------------------------------------------------
 # the model: GPTConfig's defaults, and over them the main run's sizes
 settings = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
-settings |= {k: v for k, v in runpy.run_path(os.path.join(here, 'config', 'train_deepseek.py')).items() if k in settings}
+main_run = runpy.run_path(os.path.join(here, 'config', 'train_deepseek.py'))
+settings |= {k: main_run[k] for k in settings if k in main_run}
 globals().update(settings)
 peer = ','.join(PEERS[what])  # those to run, with commas between
 batch_size = 2 if what == 'train' else 1
@@ -102,7 +103,7 @@ def peak_memory():
 def build(name):
     """A peer with random weights: the model, FLOPs per training token."""
     config = GPTConfig(**config_fields)
-    if name in ('ours', 'speculative', 'dense'):
+    if name in ('ours', 'dense'):
         if name == 'dense':  # one FFN as wide as the experts that a token meets
             config = dataclasses.replace(config, n_routed_experts=0)
         model = GPT(config)
@@ -156,7 +157,8 @@ def train(name):
             return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
         if compile:
             loss_of = torch.compile(loss_of)
-    data = torch.randint(50000 if vocab_size > 50000 else vocab_size, (batch_size, block_size + 1), device=device)
+    length = config_fields['block_size']
+    data = torch.randint(min(config_fields['vocab_size'], 50257), (batch_size, length + 1), device=device)
     x, y = data[:, :-1].contiguous(), data[:, 1:].contiguous()
 
     def step():
@@ -172,7 +174,7 @@ def train(name):
     gemm = gemm_flops()
     dt, first = median_time(step)
     gemm = (gemm + gemm_flops()) / 2
-    tokens = batch_size * block_size / dt
+    tokens = batch_size * length / dt
     return {'tokens/s': tokens, 'first step s': first, 'peak GiB': peak_memory(),
             'GFLOP/s': tokens * flops / 1e9, 'of a GEMM': tokens * flops / gemm}
 
@@ -184,7 +186,8 @@ def bytes_read(config, batch):
     E, K = config.n_routed_experts, config.num_experts_per_tok
     met = E * (1 - (1 - K / E) ** batch) if E else 0                        # experts that a batch meets, on average
     expert = 3 * config.n_embd * config.moe_intermediate_size
-    weights = model.get_num_active_params() + model.lm_head.weight.numel() + len(model.moe_layers()) * expert * (met - K)
+    active = model.get_num_active_params() + model.lm_head.weight.numel()
+    weights = active + len(model.moe_layers()) * expert * (met - K)
     return weights * (4 if dtype == 'float32' else 2)
 
 
@@ -196,7 +199,7 @@ def decode(name):
     ours = isinstance(model, GPT)
     model.to(getattr(torch, dtype))
     starts = []
-    model.register_forward_pre_hook(lambda *_: starts.append(clock()))
+    (model.transformer.h[0] if ours else model).register_forward_pre_hook(lambda *_: starts.append(clock()))
     if ours and compile:
         model.compile()
 
@@ -225,6 +228,7 @@ def decode(name):
 
 def loss(name):
     torch.manual_seed(0)
+    n_embd, vocab_size = config_fields['n_embd'], config_fields['vocab_size']
     h = torch.randn(rows, n_embd, device=device, requires_grad=True)
     w = (torch.randn(vocab_size, n_embd, device=device) * 0.05).requires_grad_()
     target = torch.randint(vocab_size, (rows,), device=device)
@@ -258,8 +262,7 @@ def table(lines):
     cells = [columns] + [[f'{v:.4g}' if isinstance(v, float) else str(v) for v in (line.get(c, '') for c in columns)]
                          for line in lines]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return '\n'.join('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-                     for row in cells)
+    return '\n'.join('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in cells)
 
 
 names = peer.split(',')
@@ -270,8 +273,8 @@ if 'BENCH_CHILD' in os.environ:
     raise SystemExit
 results = []
 for name in names:
-    child = subprocess.run([sys.executable, __file__, what, *sys.argv[1:], f'--peer={name}'], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True, env=os.environ | {'BENCH_CHILD': '1'})
+    child = subprocess.run([sys.executable, __file__, what, *sys.argv[1:], f'--peer={name}'], capture_output=True,
+                           text=True, env=os.environ | {'BENCH_CHILD': '1'})
     lines = child.stdout.splitlines()
     if child.returncode == 0 and lines:
         results.append(json.loads(lines[-1]))

@@ -336,18 +336,45 @@ class MoE(nn.Module):
         self.register_buffer('e_score_correction_bias', torch.zeros(E))
 
     def forward(self, x):
-        """(B, T, C) -> the layer's output (B, T, C), its balance loss (scalar; None in eval), its load (E,)."""
+        """(B, T, C) -> the layer's output (B, T, C), its balance loss (scalar), its load (E,); None, None in eval."""
         B, T, C = x.shape
-        dtype = compute_dtype(x)
         flat = x.view(-1, C)                                                # (N, C)
         scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
+        N = len(flat)
+        if not self.training and N <= 16 and self.n_experts <= 2 * N * self.top_k:
+            out, load = self.all_experts(flat, gates, experts), None
+        else:
+            out, load = self.chosen_experts(flat, gates, experts)
+        out = out.view(B, T, C)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        if not self.training:
+            return out, None, None
+        return out, self.balance_loss(scores.view(B, T, -1)), load
 
-        # Sort the N*K assignments by expert, and let each expert's rows begin at a multiple of `align`: kernels meet
-        # few different shapes, and the padding is a few percent. Rows that are nobody's hold some token with gate 0.
+    def all_experts(self, x, gates, experts):
+        """The routed part for few tokens: every expert of every token, unchosen ones with gate 0. (N, C) -> (N, C)
+
+        Reading the experts' weights is what decoding waits for. A few tokens meet most experts anyway, and two
+        batched products read them faster than one product per expert does.
+        """
+        dtype = compute_dtype(x)
+        gates = gates.new_zeros(len(x), self.n_experts).scatter(1, experts, gates)          # (N, E)
+        gate, up = (x.to(dtype) @ self.experts_gate_up.to(dtype).transpose(1, 2)).chunk(2, dim=-1)  # (E, N, h)
+        hidden = F.silu(gate) * up * gates.t().unsqueeze(-1).to(dtype)
+        return (hidden @ self.experts_down.to(dtype).transpose(1, 2)).sum(dim=0)            # (E, N, C) -> (N, C)
+
+    def chosen_experts(self, x, gates, experts):
+        """The routed part: each expert for its own tokens. (N, C) -> (N, C), and the tokens that each one got (E,).
+
+        The N*K assignments are sorted by expert, and each expert's rows begin at a multiple of `align`: kernels meet
+        few different shapes, and the padding is a few percent. Rows that are nobody's hold some token, with gate 0.
+        """
+        dtype = compute_dtype(x)
         align = self.row_alignment(experts.numel())
         expert, order = experts.view(-1).sort(stable=True)                  # (N*K,)
         ends = torch.searchsorted(expert, torch.arange(self.n_experts, device=x.device), right=True)
-        load = ends.diff(prepend=ends.new_zeros(1))                         # (E,): tokens that each expert got
+        load = ends.diff(prepend=ends.new_zeros(1))                         # (E,)
         padded = (load + align - 1) // align * align
         offsets = padded.cumsum(0)                                          # (E,): where each expert's rows end
         shift = (offsets - padded) - (ends - load)                          # (E,): how far its rows move
@@ -358,17 +385,12 @@ class MoE(nn.Module):
         gates = gates.new_zeros(M).scatter(0, place, gates.view(-1))        # (M,)
         place, offsets = place.view(-1, self.top_k), offsets.int()          # (N, K), (E,)
 
-        rows = Dispatch.apply(flat.to(dtype), token, place)                 # (M, C)
+        rows = Dispatch.apply(x.to(dtype), token, place)                    # (M, C)
         gate, up = grouped_linear(rows, self.experts_gate_up.to(dtype), offsets).chunk(2, dim=-1)
         # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
         hidden = F.silu(gate) * up * gates.to(dtype).unsqueeze(-1)          # (M, h)
         out = grouped_linear(hidden, self.experts_down.to(dtype), offsets)  # (M, C)
-        out = Combine.apply(out, token, place).view(B, T, C)
-
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        balance = self.balance_loss(scores.view(B, T, -1)) if self.training else None
-        return out, balance, load
+        return Combine.apply(out, token, place), load
 
     def row_alignment(self, n):
         """The largest power of two, up to 64, that adds no more than a 16th to an expert's mean share of n rows."""
@@ -465,8 +487,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = compute_dtype(h)
         x, w = h.to(dtype), weight.to(dtype)
         if not with_grad:
-            losses = torch.cat([F.cross_entropy((part @ w.t()).float(), t, ignore_index=-1, reduction='none') for part, t
-                                in zip(x.split(LinearCrossEntropy.SLICE), target.split(LinearCrossEntropy.SLICE))])
+            parts = zip(x.split(LinearCrossEntropy.SLICE), target.split(LinearCrossEntropy.SLICE))
+            losses = torch.cat([F.cross_entropy((part @ w.t()).float(), t, ignore_index=-1, reduction='none')
+                                for part, t in parts])
             return (losses * row_weight).sum(), losses
         unit = row_weight.max().clamp(min=1e-20)  # gradients stay of order 1 inside: fp16 would lose them
         share = row_weight / unit
@@ -491,6 +514,63 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_h, grad_w, unit = ctx.saved_tensors
         scale = grad_out * unit
         return grad_h * scale, grad_w * scale, None, None, None, None
+
+
+def orthogonalise(G, steps=5):
+    """Newton-Schulz towards the nearest semi-orthogonal matrix, for each matrix of G (..., m, n) by itself."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # singular values end between 0.7 and 1.2
+    X = G if G.device.type == 'cpu' else G.bfloat16()
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if G.size(-2) > G.size(-1):
+        return orthogonalise(G.transpose(-2, -1), steps).transpose(-2, -1)
+    for _ in range(steps):
+        A = X @ X.transpose(-2, -1)                                         # (..., m, m)
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.to(G.dtype)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (kellerjordan.github.io/posts/muon) for the groups marked muon=True, AdamW for the others.
+
+    torch.optim.Muon's update, with its adjust_lr_fn='match_rms_adamw' (arXiv 2502.16982), so that one learning rate
+    serves both; for the matrices of a 3-D weight each by itself, and for all matrices of one shape in one batch.
+    """
+    MOMENTUM = 0.95
+
+    def __init__(self, groups, **kwargs):
+        super().__init__(groups, **kwargs)
+        self._step_supports_amp_scaling = False  # a GradScaler shall skip the whole step, not AdamW's half of it
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get('muon')]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group.get('muon'):
+                self._muon(group)
+        return loss
+
+    def _muon(self, group):
+        by_shape = {}
+        for p in group['params']:
+            if p.grad is not None:
+                by_shape.setdefault(p.shape[-2:], []).append(p)
+        for (m, n), params in by_shape.items():
+            for p in params:
+                if 'momentum_buffer' not in self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            momenta = [self.state[p]['momentum_buffer'] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
+            nesterov = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
+            update = orthogonalise(torch.cat([g.view(-1, m, n) for g in nesterov]))           # (matrices, m, n)
+            updates = [u.view_as(p) for u, p in zip(update.split([p.numel() // (m * n) for p in params]), params)]
+            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+            torch._foreach_add_(params, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(m, n)))
 
 
 class GPT(nn.Module):
@@ -521,6 +601,7 @@ class GPT(nn.Module):
         self.register_buffer('rope_cos', cos, persistent=False)
         self.register_buffer('rope_sin', sin, persistent=False)
         self.stats = {}  # of the last training forward: see forward()
+        self.speculation = {}  # of the last generate()
         self.rows_fn = cross_entropy_rows
 
         for name, p in self.named_parameters():
@@ -537,6 +618,28 @@ class GPT(nn.Module):
     def moe_layers(self):
         return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
 
+    def run(self, blocks, x, cache, pos):
+        """x (B, T, C) through the blocks -> (B, T, C), and of each MoE block in training (balance loss, load)."""
+        T = x.size(1)
+        routing = []
+        for i, block in enumerate(blocks):
+            x, balance, load = block(x, self.rope_cos[pos:pos + T], self.rope_sin[pos:pos + T],
+                                     None if cache is None else cache[i], pos)
+            if load is not None:
+                routing.append((balance, load))
+        return x, routing
+
+    def main_stack(self, idx, cache=None, pos=0):
+        """Tokens (B, T) at positions pos.. -> the state after the final norm (B, T, C), and run()'s routing."""
+        x, routing = self.run(self.transformer.h, self.transformer.drop(self.transformer.wte(idx)), cache, pos)
+        return self.transformer.ln_f(x), routing
+
+    def mtp_module(self, module, token, h, cache=None, pos=0):
+        """Module k: tokens t_{i+k} (B, T) and h_{k-1} (B, T, C) -> h_k (B, T, C), and run()'s routing. eq. 21-22"""
+        x = module.combine(self.transformer.drop(self.transformer.wte(token)), h)
+        x, routing = self.run(module.h, x, cache, pos)
+        return module.norm(x), routing
+
     def forward(self, idx, targets=None, cache=None, pos=0, return_logits=True):
         """idx (B, T) -> logits, loss.
 
@@ -552,19 +655,7 @@ class GPT(nn.Module):
             raise ValueError(f'{pos + T} tokens do not fit in block_size={self.config.block_size}')
         if pos > 0 and cache is None:
             raise ValueError(f'pos={pos} needs the cache that holds the positions before it')
-        rope = self.rope_cos[pos:pos + T], self.rope_sin[pos:pos + T]
-        balances, loads = [], []
-
-        def run(blocks, x, cache=None):
-            for i, block in enumerate(blocks):
-                x, balance, load = block(x, *rope, None if cache is None else cache[i], pos)
-                if load is not None:
-                    balances.append(balance)
-                    loads.append(load)
-            return x
-
-        x = self.transformer.drop(self.transformer.wte(idx))                # (B, T, C)
-        h = self.transformer.ln_f(run(self.transformer.h, x, cache))
+        h, routing = self.main_stack(idx, cache, pos)                       # (B, T, C)
         if targets is None:
             return self.lm_head(h[:, -1:]), None
         if not self.training and return_logits:
@@ -579,8 +670,8 @@ class GPT(nn.Module):
             token, label = idx, targets
             for k, module in enumerate(self.mtp, start=1):
                 token = F.pad(token[:, 1:], (0, 1))                         # t_{i+k}
-                x = module.combine(self.transformer.drop(self.transformer.wte(token)), h)
-                h = module.norm(run(module.h, x))                           # eq. 22
+                h, more = self.mtp_module(module, token, h)
+                routing += more
                 beyond = (label < 0) | (label == self.config.eos_token_id)
                 label = torch.where(beyond, -1, F.pad(targets[:, k:], (0, min(k, T)), value=-1))
                 states.append(h)
@@ -596,10 +687,10 @@ class GPT(nn.Module):
             torch.cat([c * m for c, m in zip(coef, mean)]), self.rows_fn, torch.is_grad_enabled())
         if self.training:
             self.stats = {'losses': (rows.view(D + 1, -1) * mean).sum(dim=1)}
-            if loads:
-                balance = torch.stack(balances)                             # (MoE layers,)
+            if routing:
+                balance = torch.stack([balance for balance, _ in routing])  # (MoE layers,)
                 loss = loss + self.config.aux_loss_alpha * balance.sum()
-                self.stats |= {'balance': balance.detach().mean(), 'load': torch.stack(loads)}
+                self.stats |= {'balance': balance.detach().mean(), 'load': torch.stack([load for _, load in routing])}
         return None, loss
 
     @torch.no_grad()
@@ -683,60 +774,144 @@ class GPT(nn.Module):
         raise ValueError(f"cannot load {model_type!r}: GPT-2's weights do not fit this architecture (MLA, MoE). "
                          'Train from scratch, or resume a checkpoint that was trained here.')
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW, fused where it exists; matrices, 2-D and 3-D, decay, norms and biases do not."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
-                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw'):
+        """AdamW, fused where it exists; matrices, 2-D and 3-D, decay, norms and biases do not.
+
+        optimizer='muon': Muon for the matrices but for the embedding, the head and the routers, which stay AdamW's.
+        """
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        apart = ('wte.weight', 'lm_head.weight', 'gate.weight')
+        muon = [p for name, p in named if optimizer == 'muon' and p.dim() >= 2 and not name.endswith(apart)]
+        ids = {id(p) for p in muon}
+        rest = [p for _, p in named if id(p) not in ids]
+        groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
         fused = device_type in ('cuda', 'cpu')
+        if optimizer == 'muon':
+            groups.append({'params': muon, 'weight_decay': weight_decay, 'muon': True})
+            return Muon(groups, lr=learning_rate, betas=betas, fused=fused)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def make_cache(self, batch_size, length):
-        """An empty latent cache: (n_layer, B, length, kv_lora_rank + qk_rope_head_dim)."""
+    def make_cache(self, batch_size, length, speculative=False):
+        """An empty latent cache: (blocks, B, length, kv_lora_rank + qk_rope_head_dim).
+
+        For the n_layer main blocks; with speculative for the MTP modules' blocks too, after them.
+        """
         cfg, w = self.config, self.lm_head.weight
-        return torch.zeros(cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
+        layers = len(self.blocks()) if speculative else cfg.n_layer
+        return torch.zeros(layers, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
                            dtype=compute_dtype(w), device=w.device)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
         """Append max_new_tokens to each row of idx (B, T). temperature 0: the likeliest token, always.
 
         The latent cache is used up to block_size; past it the last block_size tokens are the context, as in nanoGPT.
         With a stop_token, a row that produced it is filled up with it, and generation ends when every row has.
+        speculative: the D MTP modules draft D tokens, and one pass of the main stack verifies them all (V3 section
+        5.4.3): the same tokens at temperature 0, the same distribution otherwise. All rows go on in step: as many
+        drafts count as every row accepts. Leaves in `speculation` the number of `passes` that verified drafts and, as
+        tensors (D,), how many `drafts` of each module had all before them accepted, and how many were `accepted` too.
         """
         B, T = idx.shape
         if T == 0:
             raise ValueError('generate needs a prompt of at least one token')
-        block_size = self.config.block_size
-        out = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)     # (B, T + max_new_tokens)
-        cache = self.make_cache(B, min(out.size(1), block_size))
+        D = len(self.mtp) if speculative else 0
+        if speculative and D == 0:
+            raise ValueError('speculative decoding needs MTP modules, and this model has none')
+        block_size, total = self.config.block_size, T + max_new_tokens
+        # behind the tokens lie the drafts: unverified tokens, written over by the verified ones
+        out = torch.cat((idx, idx.new_zeros(B, max_new_tokens + 2 * D)), dim=1)
+        cache = self.make_cache(B, min(out.size(1), block_size), speculative)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        cached = 0
-        for end in range(T, out.size(1)):
-            if end > block_size:
-                logits, _ = self(out[:, end - block_size:end])
+        counts = torch.zeros(2, D, dtype=torch.long, device=idx.device)
+        passes, since_check, draft_probs = 0, 0, None
+        known, cached, drafted = T, 0, 0  # tokens that are certain; positions in the cache; drafts behind the tokens
+        state = None                      # (B, up to D - 1, C): main states before position `cached`
+        while known < total:
+            if known > block_size:
+                h, _ = self.main_stack(out[:, known - block_size:known])
             else:
-                logits, _ = self(out[:, cached:end], cache=cache, pos=cached)
-                cached = end
-            token = sample_token(logits[:, -1].float(), temperature, top_k)  # (B, 1)
+                h, _ = self.main_stack(out[:, cached:known + drafted], cache, cached)
+            probs = probabilities(self.lm_head(h[:, -1 - drafted:]), temperature, top_k)     # (B, 1 + drafted, V)
+            if drafted:
+                drafts = out[:, known:known + drafted]                                       # (B, D)
+                new, reached, accepted = verify(drafts, draft_probs, probs, done)
+                passes += 1
+                counts += torch.stack((reached, accepted))
+            else:
+                new = draw(probs[:, 0])                                                      # (B, 1)
             if stop_token is not None:
-                token = token.masked_fill(done, stop_token)
-                done |= token == stop_token
-            out[:, end:end + 1] = token
-            if stop_token is not None and (end - T) % 16 == 15 and done.all():  # a host sync: not at every token
-                return out[:, :end + 1]
-        return out
+                for i in range(new.size(1)):
+                    new[:, i:i + 1].masked_fill_(done, stop_token)
+                    done |= new[:, i:i + 1] == stop_token
+            n = new.size(1)
+            out[:, known:known + n] = new
+            known += n
+            since_check += n
+            if stop_token is not None and since_check >= 16:  # a host sync: not at every token
+                since_check = 0
+                if done.all():
+                    break
+            if known - 1 <= block_size:
+                first, cached = cached, known - 1  # rejected drafts lie beyond `cached`: they are written over
+                drafted = D if D > 0 and known + D <= min(block_size, total + D) else 0
+            if drafted:
+                # What module k wrote at its last k - 1 positions rested on drafts: it begins that much earlier.
+                h = h[:, :cached - first]
+                state = h if state is None else torch.cat((state, h), dim=1)                 # (B, positions, C)
+                start = cached - state.size(1)
+                h, layer, draft_probs = state, self.config.n_layer, []
+                for k, module in enumerate(self.mtp, start=1):
+                    h, _ = self.mtp_module(module, out[:, start + k:cached + k], h, cache[layer:], start)
+                    layer += len(module.h)
+                    draft_probs.append(probabilities(self.lm_head(h[:, -1:]), temperature, top_k))  # (B, 1, V)
+                    out[:, cached + k:cached + k + 1] = draw(draft_probs[-1][:, 0])
+                draft_probs = torch.cat(draft_probs, dim=1)                                  # (B, D, V)
+                state = state[:, state.size(1) - (D - 1):] if D > 1 else None
+        self.speculation = {'passes': passes, 'drafts': counts[0], 'accepted': counts[1]}
+        return out[:, :min(known, total)]
 
 
-def sample_token(logits, temperature, top_k):
-    """(B, V) -> (B, 1)"""
+def probabilities(logits, temperature, top_k):
+    """(..., V) -> (..., V), fp32. At temperature 0 all of it is the likeliest token's."""
+    logits = logits.float()
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits / temperature
     if top_k is not None and 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float('-inf'))
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+    return logits.softmax(dim=-1)
+
+
+def draw(probs):
+    """(B, V), not necessarily summing to 1 -> (B, 1)"""
+    return torch.multinomial(probs, num_samples=1)
+
+
+def verify(drafts, q, p, done):
+    """Speculative sampling (arXiv 2211.17192): tokens distributed as p's, though the drafts were drawn from q.
+
+    drafts (B, D); q (B, D, V); p (B, D + 1, V); done (B, 1): rows whose tokens do not matter.
+    -> the tokens (B, a + 1): the a drafts that every row accepts, and one more; and of each draft in how many rows all
+    before it were accepted, and in how many it was too: (D,), (D,).
+    """
+    D = drafts.size(1)
+    at_draft = [x.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p[:, :D], q)]       # (B, D) each
+    accept = (torch.rand_like(at_draft[1]) * at_draft[1] < at_draft[0]) | done               # with probability p / q
+    run = accept.long().cumprod(dim=1)                                                       # (B, D): all up to here
+    a = int(run.sum(dim=1).min())  # the one host sync of a pass
+    rest = p[:, a]
+    if a < D:  # in a row that rejects draft a + 1: from what p has and q has not; in the others, the draft itself
+        rest = (rest - q[:, a]).clamp(min=0)
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p[:, a])
+        last = torch.where(run[:, a:a + 1] > 0, drafts[:, a:a + 1], draw(rest))
+    else:
+        last = draw(rest)
+    alive = (~done).long()
+    reached = F.pad(run[:, :-1], (1, 0), value=1)
+    return torch.cat((drafts[:, :a], last), dim=1), (reached * alive).sum(dim=0), (run * alive).sum(dim=0)
 
 
 # dense bf16 tensor-core peak in TFLOP/s (fp16 for those without bf16), by the words of the device's name

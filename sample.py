@@ -21,6 +21,7 @@ num_samples = 10  # generated together, as one batch
 max_new_tokens = 500
 temperature = 0.8  # 0: always the likeliest token
 top_k = 200  # 0: every token may be drawn
+speculative = False  # the MTP modules draft, the main stack verifies: the same text, faster
 seed = 1337
 device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': that of the training run
@@ -106,7 +107,8 @@ torch.manual_seed(seed)
 x = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)
 t0 = time.time()
 with torch.no_grad(), ctx:
-    y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k, stop_token=stop_token)
+    y = model.generate(x, max_new_tokens, temperature=temperature, top_k=top_k, stop_token=stop_token,
+                       speculative=speculative)
 rows = y.tolist()
 dt = time.time() - t0
 made = 0
@@ -119,3 +121,8 @@ for row in rows:
     print(decode(prompt + new))
     print('---------------')
 print(f'{made} tokens in {dt:.2f} s: {made / dt:.1f} tokens/s')
+if speculative:
+    drafts, accepted = (model.speculation[key].tolist() for key in ('drafts', 'accepted'))
+    rates = ', '.join(f'module {k} {100 * a / max(d, 1):.0f}%' for k, (a, d) in enumerate(zip(accepted, drafts), start=1))
+    print(f'accepted drafts: {rates}; {y.size(1) - len(prompt)} tokens per sample in {model.speculation["passes"]} '
+          'verifying passes')

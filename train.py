@@ -49,7 +49,8 @@ dataset = 'openwebtext'
 gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all ranks together
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024
-# AdamW
+# optimizer
+optimizer = 'adamw'  # or 'muon': Muon for the blocks' matrices, AdamW for the rest
 learning_rate = 6e-4
 max_iters = 600000
 weight_decay = 1e-1
@@ -101,6 +102,8 @@ except Exception as e:  # torch raises RuntimeError, AssertionError and others
     stop(f'device={device!r} cannot be used here: {first_line(e)}')
 if gradient_accumulation_steps % world != 0:
     stop(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} ranks')
+if optimizer not in ('adamw', 'muon'):
+    stop(f"optimizer={optimizer!r} must be 'adamw' or 'muon'")
 if init_from not in ('scratch', 'resume'):
     stop(f"init_from={init_from!r} must be 'scratch' or 'resume': GPT-2's weights do not fit this architecture")
 accumulation = gradient_accumulation_steps // world
@@ -214,7 +217,7 @@ if max(int(tokens[split][:1_000_000].max()) for split in tokens) >= model.config
 model.to(device)
 raw_model = model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, config['optimizer'])
 if checkpoint is not None:
     optimizer.load_state_dict(checkpoint['optimizer'])
     if checkpoint.get('scaler'):
