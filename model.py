@@ -562,7 +562,8 @@ class Muon(torch.optim.AdamW):
         for (m, n), params in by_shape.items():
             for p in params:
                 if 'momentum_buffer' not in self.state[p]:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                    # AdamW's load_state_dict looks for a step in every state
+                    self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
             grads = [p.grad for p in params]
             momenta = [self.state[p]['momentum_buffer'] for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)

@@ -21,7 +21,7 @@ num_samples = 10  # generated together, as one batch
 max_new_tokens = 500
 temperature = 0.8  # 0: always the likeliest token
 top_k = 200  # 0: every token may be drawn
-speculative = False  # the MTP modules draft, the main stack verifies: the same text, faster
+speculative = False  # the MTP modules draft and the main stack verifies
 seed = 1337
 device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': that of the training run
@@ -123,6 +123,8 @@ for row in rows:
 print(f'{made} tokens in {dt:.2f} s: {made / dt:.1f} tokens/s')
 if speculative:
     drafts, accepted = (model.speculation[key].tolist() for key in ('drafts', 'accepted'))
-    rates = ', '.join(f'module {k} {100 * a / max(d, 1):.0f}%' for k, (a, d) in enumerate(zip(accepted, drafts), start=1))
-    print(f'accepted drafts: {rates}; {y.size(1) - len(prompt)} tokens per sample in {model.speculation["passes"]} '
-          'verifying passes')
+    rates = ', '.join(f'module {k} {100 * made / max(drafted, 1):.0f}%'
+                      for k, (made, drafted) in enumerate(zip(accepted, drafts), start=1))
+    passes = model.speculation['passes']
+    print(f'accepted drafts: {rates}; {(y.size(1) - len(prompt)) / max(passes, 1):.2f} tokens per sample and '
+          f'verifying pass ({passes})')

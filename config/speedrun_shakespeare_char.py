@@ -1,4 +1,4 @@
-# The fastest way found to nanoGPT's laptop loss (val 1.8857, which it reaches in 89.6 s) on tiny Shakespeare, characters.
+# The fastest way found to the val loss of nanoGPT's laptop run (1.8857, in 89.6 s): tiny Shakespeare, characters.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/speedrun_shakespeare_char.py
