@@ -11,6 +11,7 @@ decoding a matrix-vector product) before and after its own work: on a machine wh
 Any field of GPTConfig may be given as --key=value.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -51,7 +52,8 @@ rows = 6144  # loss: tokens
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 dtype = 'bfloat16'  # or 'float32'
 compile = what == 'train'  # torch.compile: blocks and loss here, the peers whole
-exec(open(os.path.join(here, 'configurator.py')).read())
+with contextlib.redirect_stdout(sys.stderr):  # the table, or the JSON, has standard output to itself
+    exec(open(os.path.join(here, 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 config_fields = {name: globals()[name] for name in settings}
 device_type = torch.device(device).type

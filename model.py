@@ -811,8 +811,9 @@ class GPT(nn.Module):
         With a stop_token, a row that produced it is filled up with it, and generation ends when every row has.
         speculative: the D MTP modules draft D tokens, and one pass of the main stack verifies them all (V3 section
         5.4.3): the same tokens at temperature 0, the same distribution otherwise. All rows go on in step: as many
-        drafts count as every row accepts. Leaves in `speculation` the number of `passes` that verified drafts and, as
-        tensors (D,), how many `drafts` of each module had all before them accepted, and how many were `accepted` too.
+        drafts count as every row accepts. Leaves in `speculation` the number of `passes` that verified drafts, of
+        `tokens` that they gave to a row and, as tensors (D,), how many `drafts` of each module had all before them
+        accepted, and how many were `accepted` too.
         """
         B, T = idx.shape
         if T == 0:
@@ -826,7 +827,7 @@ class GPT(nn.Module):
         cache = self.make_cache(B, min(out.size(1), block_size), speculative)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
         counts = torch.zeros(2, D, dtype=torch.long, device=idx.device)
-        passes, since_check, draft_probs = 0, 0, None
+        passes, verified, since_check, draft_probs = 0, 0, 0, None
         known, cached, drafted = T, 0, 0  # tokens that are certain; positions in the cache; drafts behind the tokens
         state = None                      # (B, up to D - 1, C): main states before position `cached`
         while known < total:
@@ -839,6 +840,7 @@ class GPT(nn.Module):
                 drafts = out[:, known:known + drafted]                                       # (B, D)
                 new, reached, accepted = verify(drafts, draft_probs, probs, done)
                 passes += 1
+                verified += new.size(1)
                 counts += torch.stack((reached, accepted))
             else:
                 new = draw(probs[:, 0])                                                      # (B, 1)
@@ -870,7 +872,7 @@ class GPT(nn.Module):
                     out[:, cached + k:cached + k + 1] = draw(draft_probs[-1][:, 0])
                 draft_probs = torch.cat(draft_probs, dim=1)                                  # (B, D, V)
                 state = state[:, state.size(1) - (D - 1):] if D > 1 else None
-        self.speculation = {'passes': passes, 'drafts': counts[0], 'accepted': counts[1]}
+        self.speculation = {'passes': passes, 'tokens': verified, 'drafts': counts[0], 'accepted': counts[1]}
         return out[:, :min(known, total)]
 
 

@@ -125,6 +125,5 @@ if speculative:
     drafts, accepted = (model.speculation[key].tolist() for key in ('drafts', 'accepted'))
     rates = ', '.join(f'module {k} {100 * made / max(drafted, 1):.0f}%'
                       for k, (made, drafted) in enumerate(zip(accepted, drafts), start=1))
-    passes = model.speculation['passes']
-    print(f'accepted drafts: {rates}; {(y.size(1) - len(prompt)) / max(passes, 1):.2f} tokens per sample and '
-          f'verifying pass ({passes})')
+    passes, tokens = model.speculation['passes'], model.speculation['tokens']
+    print(f'accepted drafts: {rates}; {tokens / max(passes, 1):.2f} tokens per sample in each of {passes} passes')

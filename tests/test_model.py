@@ -571,3 +571,37 @@ def test_state_dict_round_trip_and_types():
     idx = torch.randint(61, (1, 9))
     assert torch.equal(model.eval()(idx)[0], other.eval()(idx)[0])
     assert not any('rope' in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize('tokens', [1, 5, 16, 600])
+def test_experts_by_sorted_rows_and_all_at_once_equal_a_loop_over_tokens(tokens):
+    """600 tokens pad each expert's rows; 1 leaves most experts without any."""
+    torch.manual_seed(0)
+    moe = tiny_model().transformer.h[0].mlp
+    x = torch.randn(tokens, moe.gate.in_features)
+    _, gates, experts = moe.route(x)
+    if tokens == 600:
+        assert moe.row_alignment(experts.numel()) > 1
+    expected = torch.zeros_like(x)
+    for i in range(tokens):
+        for g, e in zip(gates[i], experts[i]):
+            gate, up = (moe.experts_gate_up[e] @ x[i]).chunk(2)
+            expected[i] += g * (moe.experts_down[e] @ (F.silu(gate) * up))
+    out, load = moe.chosen_experts(x, gates, experts)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(load, torch.bincount(experts.flatten(), minlength=moe.n_experts))
+    torch.testing.assert_close(moe.all_experts(x, gates, experts), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_padded_rows_change_no_gradient(monkeypatch):
+    torch.manual_seed(0)
+    model = tiny_model().train()
+    idx = torch.randint(61, (20, 31))
+    grads = []
+    for align in (1, 16):
+        monkeypatch.setattr(type(model.transformer.h[0].mlp), 'row_alignment', lambda self, n, align=align: align)
+        model.zero_grad()
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)

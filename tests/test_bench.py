@@ -1,0 +1,34 @@
+"""bench.py as a user runs it, at toy sizes, with the real peers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TOY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=64', '--q_lora_rank=8',
+       '--kv_lora_rank=8', '--qk_nope_head_dim=4', '--qk_rope_head_dim=4', '--v_head_dim=8', '--n_routed_experts=4',
+       '--num_experts_per_tok=2', '--moe_intermediate_size=8', '--mtp_n_layer=1', '--compile=False', '--dtype=float32']
+
+
+def bench(*args):
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'bench.py'), *args], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('what, args', [('train', ['--peer=ours,transformers', '--steps=1']),
+                                        ('decode', ['--peer=ours', '--prompt_tokens=4', '--new_tokens=4'])])
+def test_every_row_is_measured(what, args):
+    done = bench(what, '--json', *TOY, *args)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row['peer'] for row in rows] == args[0].removeprefix('--peer=').split(',')
+    for row in rows:
+        assert 'missing' not in row and row['tokens/s'] > 0 and row['peak GiB'] > 0
+
+
+def test_mistakes_are_one_line():
+    for args in ((), ('swim',), ('train', '--peer=nobody')):
+        done = bench(*args)
+        assert done.returncode == 1 and 'Traceback' not in done.stderr
