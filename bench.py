@@ -242,7 +242,7 @@ def loss(name):
             return LinearCrossEntropy.apply(h, w, target, weight, rows_fn, True)[0]
         if name == 'plain':
             return F.cross_entropy((h @ w.t()).float(), target)
-        return F.linear_cross_entropy(h, w, target, options=F.LinearCrossEntropyOptions())
+        return F.linear_cross_entropy(h, w, target, options=torch.nn.LinearCrossEntropyOptions())
 
     def step():
         nonlocal h, w

@@ -234,15 +234,18 @@ class MLA(nn.Module):
         B, H, T, n = q_nope.shape
         S, c = cache.size(1), self.kv_lora_rank
         w_uk, w_uv = self.kv_b_proj.weight.view(H, n + self.v_head_dim, c).split((n, self.v_head_dim), dim=1)
-        q = torch.cat((q_nope @ w_uk.to(q_nope.dtype), q_rope), dim=-1)                # (B, H, T, c+r)
-        scores = q.flatten(1, 2) @ cache.transpose(1, 2) * self.scale                  # (B, H*T, S)
-        scores = scores.view(B, H, T, S).float()
+        # einsum multiplies head by head; @ would first copy the weights for each row of the batch
+        q = torch.einsum('bhtn,hnc->bhtc', q_nope, w_uk.to(q_nope.dtype))
+        q = torch.cat((q, q_rope), dim=-1) * self.scale                                # (B, H, T, c+r)
+        # the cache comes first, because a CPU kernel would copy its transpose
+        scores = (cache @ q.flatten(1, 2).transpose(1, 2)).transpose(1, 2)             # (B, H*T, S)
+        scores = scores.unflatten(1, (H, T)).float()                                   # (B, H, T, S)
         if T > 1:  # the newest T of the S positions are the queries themselves
             future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
             scores = scores.masked_fill(future, float('-inf'))
         weights = scores.softmax(dim=-1).to(cache.dtype).flatten(1, 2)                 # (B, H*T, S)
         latent = (weights @ cache[..., :c]).view(B, H, T, c)
-        return latent @ w_uv.to(latent.dtype).transpose(1, 2)
+        return torch.einsum('bhtc,hvc->bhtv', latent, w_uv.to(latent.dtype))
 
 
 class MLP(nn.Module):
