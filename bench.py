@@ -23,6 +23,7 @@ import sys
 import time
 
 import torch
+import torch._functorch.config
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_line
@@ -52,6 +53,7 @@ rows = 6144  # loss: tokens
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 dtype = 'bfloat16'  # or 'float32'
 compile = what == 'train'  # torch.compile: blocks and loss here, the peers whole
+activation_memory = 1.0  # train: as in train.py, for this model and its dense twin
 with contextlib.redirect_stdout(sys.stderr):  # the table, or the JSON, has standard output to itself
     exec(open(os.path.join(here, 'configurator.py')).read())
 # -----------------------------------------------------------------------------
@@ -147,6 +149,7 @@ def train(name):
     if isinstance(model, GPT):
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
         if compile:
+            torch._functorch.config.activation_memory_budget = activation_memory
             model.compile()
 
         def loss_of(x, y):

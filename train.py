@@ -23,6 +23,7 @@ import time
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -71,6 +72,7 @@ backend = 'nccl'  # between GPUs; CPUs use gloo
 device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': bfloat16 where the device computes in it
 compile = True  # torch.compile, block by block
+activation_memory = 1.0  # with compile: share of a block's activations that is kept; the backward recomputes the rest
 # -----------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())  # from the command line, config files
@@ -102,6 +104,8 @@ except Exception as e:  # torch raises RuntimeError, AssertionError and others
     stop(f'device={device!r} cannot be used here: {first_line(e)}')
 if gradient_accumulation_steps % world != 0:
     stop(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} ranks')
+if not 0 <= activation_memory <= 1:
+    stop('activation_memory must lie in 0..1')
 if optimizer not in ('adamw', 'muon'):
     stop(f"optimizer={optimizer!r} must be 'adamw' or 'muon'")
 if init_from not in ('scratch', 'resume'):
@@ -226,6 +230,7 @@ checkpoint = None  # free the memory
 
 if compile:
     # try it on one micro-batch, in training and in evaluation: no compiler costs speed and nothing else
+    torch._functorch.config.activation_memory_budget = activation_memory
     raw_model.compile()
     try:
         with ctx:

@@ -28,6 +28,14 @@ def test_every_row_is_measured(what, args):
         assert 'missing' not in row and row['tokens/s'] > 0 and row['peak GiB'] > 0
 
 
+def test_every_way_to_the_loss_finds_the_same():
+    done = bench('loss', '--json', *TOY, '--rows=32', '--steps=1')
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row['peer'] for row in rows] == ['ours', 'plain', 'torch']
+    assert all(row['loss'] == pytest.approx(rows[1]['loss'], abs=1e-5) for row in rows)
+
+
 def test_mistakes_are_one_line():
     for args in ((), ('swim',), ('train', '--peer=nobody')):
         done = bench(*args)

@@ -169,6 +169,7 @@ def test_eval_only_evaluates_once_on_resume_too(small):
     (['--qk_rope_head_dim=3'], 'even'), (['--dtype=float16'], 'needs CUDA'), (['--dtype=int8'], 'must be'),
     (['--block_size=600'], 'too few'), (['--vocab_size=20'], 'beyond vocab_size'), (['--device=gpu'], 'cannot be used'),
     (['--eval_iters=0'], 'positive'), (['--log_interval=0'], 'positive'), (['--batch_size=0'], 'positive'),
+    (['--activation_memory=2'], 'in 0..1'),
 ])
 def test_mistakes_get_one_line(small, flags, message):
     printed = train(small, *flags, ok=False)
@@ -207,9 +208,10 @@ def test_compile_falls_back_to_eager_in_one_line(small):
     assert losses(log(small)) == losses(log(small, 'eager'))
 
 
-def test_compiled_blocks_train_like_eager_ones(small):
+@pytest.mark.parametrize('kept', [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_compiled_blocks_train_like_eager_ones(small, kept):
     short = ['--max_iters=2', '--eval_interval=2', '--n_layer=1', '--num_nextn_predict_layers=1', '--dtype=bfloat16']
-    printed = train(small, *short, '--compile=True', '--out_dir=compiled')
+    printed = train(small, *short, '--compile=True', f'--activation_memory={kept}', '--out_dir=compiled')
     assert 'without torch.compile' not in printed
     train(small, *short)
     for a, b in zip(losses(log(small, 'compiled')).values(), losses(log(small)).values()):
