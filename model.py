@@ -13,6 +13,7 @@ Letters in the shape comments:
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ class GPTConfig:
     | intermediate_size         | (n_shared_experts + K) moe_intermediate_size: the active width |
     | mtp_n_layer               | 2 from 8 main blocks on, else 1                               |
     | initializer_range         | 0.5 / sqrt(C): V3's 0.006 at its 7168, 0.022 at 512           |
+    | rope_original_...         | block_size / rope_factor                                      |
     """
     block_size: int = 1024          # context length in tokens
     vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64
@@ -58,6 +60,12 @@ class GPTConfig:
     qk_rope_head_dim: int = -1
     v_head_dim: int = -1
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0        # YaRN: how many times longer the context is than the original one; 1: off
+    rope_original_max_position_embeddings: int = -1
+    rope_beta_fast: float = 32.0    # pairs with more turns than this in the original context keep their frequency,
+    rope_beta_slow: float = 1.0     # those with fewer than this are slowed by the factor
+    rope_mscale: float = 1.0
+    rope_mscale_all_dim: float = 1.0
     # DeepSeekMoE
     n_routed_experts: int = 8       # 0: a dense model
     n_shared_experts: int = 1
@@ -95,14 +103,17 @@ class GPTConfig:
         self._derive('routed_scaling_factor', math.sqrt(max(K, 0)))
         self._derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
         self._derive('initializer_range', 0.5 / math.sqrt(C))
+        self._check(self.rope_factor >= 1, 'rope_factor must be at least 1 (1: no YaRN)')
+        self._derive('rope_original_max_position_embeddings', max(1, int(self.block_size / self.rope_factor)))
 
         for name in ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size',
-                     'mtp_n_layer'):
+                     'mtp_n_layer', 'rope_original_max_position_embeddings'):
             self._check(getattr(self, name) > 0, f'{name} must be positive, or -1 to derive it')
         for name in ('q_lora_rank', 'n_routed_experts', 'n_shared_experts', 'first_k_dense_replace',
-                     'num_nextn_predict_layers', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda'):
+                     'num_nextn_predict_layers', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda',
+                     'rope_mscale', 'rope_mscale_all_dim'):
             self._check(getattr(self, name) >= 0, f'{name} must not be negative')
-        for name in ('rms_norm_eps', 'rope_theta', 'initializer_range'):
+        for name in ('rms_norm_eps', 'rope_theta', 'rope_beta_fast', 'rope_beta_slow', 'initializer_range'):
             self._check(getattr(self, name) > 0, f'{name} must be positive')
         self._check(self.first_k_dense_replace <= self.n_layer, f'first_k_dense_replace must lie in 0..{self.n_layer}')
         self._check(self.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
@@ -146,11 +157,34 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rope_table(dim, length, theta):
-    """cos and sin of position * theta^(-2i/dim), each (length, dim/2), fp32."""
-    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), freq)
-    return angle.cos().float(), angle.sin().float()
+def yarn_mscale(factor, mscale):
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_table(config):
+    """cos and sin of position * theta^(-2i/r), each (block_size, r/2), fp32; with YaRN where rope_factor > 1.
+
+    YaRN (arXiv 2309.00071, section 3.2): pairs that turn many times within the original context keep their frequency,
+    pairs that hardly turn are slowed by the factor, and a ramp over the pairs lies between.
+    """
+    r, factor = config.qk_rope_head_dim, config.rope_factor
+    freq = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)              # (r/2,)
+    scale = 1.0
+    if factor > 1:
+        def pair(turns):  # which pair makes so many turns within the original context
+            return r * math.log(config.rope_original_max_position_embeddings / (turns * 2 * math.pi)) / (
+                2 * math.log(config.rope_theta))
+
+        low = max(math.floor(pair(config.rope_beta_fast)), 0)
+        high = min(math.ceil(pair(config.rope_beta_slow)), r - 1)
+        slowed = ((torch.arange(r // 2) - low) / (high - low or 0.001)).clamp(0, 1)            # (r/2,): 0 to 1
+        freq = freq * (1 - slowed) + freq / factor * slowed
+        # with both mscales the correction is the softmax scale's, in MLA; here is what they differ by
+        scale = yarn_mscale(factor, 1.0)
+        if config.rope_mscale > 0 and config.rope_mscale_all_dim > 0:
+            scale = yarn_mscale(factor, config.rope_mscale) / yarn_mscale(factor, config.rope_mscale_all_dim)
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), freq)
+    return (angle.cos() * scale).float(), (angle.sin() * scale).float()
 
 
 def apply_rope(x, cos, sin):
@@ -174,16 +208,17 @@ class MLA(nn.Module):
         self.kv_lora_rank = config.kv_lora_rank
         self.dropout = config.dropout
         qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        self.scale = qk_head_dim ** -0.5
+        self.scale = qk_head_dim ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
 
+        # the latents' norms have this epsilon in every released model, whatever its rms_norm_eps
         if self.q_lora_rank > 0:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
             self.q_b_proj = nn.Linear(config.q_lora_rank, H * qk_head_dim, bias=False)
         else:
             self.q_proj = nn.Linear(C, H * qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(C, config.kv_lora_rank + config.qk_rope_head_dim, bias=config.bias)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(H * config.v_head_dim, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -405,9 +440,10 @@ class MoE(nn.Module):
             logits = F.linear(x.float(), self.gate.weight.float())
         scores = logits.sigmoid() if self.scoring_func == 'sigmoid' else logits.softmax(dim=-1)  # eq. 15
         choice = scores.detach() + self.e_score_correction_bias
-        if self.n_group > 1:  # V3 section 2.1.2: the groups with the largest sum of their two best
+        if self.n_group > 1:  # V3 section 2.1.2: the groups with the largest sum of their two best; V2: with the best
             groups = choice.view(-1, self.n_group, self.n_experts // self.n_group)
-            strength = groups.topk(min(2, groups.size(-1)), dim=-1).values.sum(dim=-1)           # (N, n_group)
+            best = min(2 if self.scoring_func == 'sigmoid' else 1, groups.size(-1))
+            strength = groups.topk(best, dim=-1).values.sum(dim=-1)                              # (N, n_group)
             kept = strength.topk(self.topk_group, dim=-1, sorted=False).indices
             dropped = torch.ones_like(strength, dtype=torch.bool).scatter(1, kept, False)
             choice = groups.masked_fill(dropped.unsqueeze(-1), float('-inf')).flatten(1)         # (N, E)
@@ -601,7 +637,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.transformer.wte.weight = self.lm_head.weight
-        cos, sin = rope_table(config.qk_rope_head_dim, config.block_size, config.rope_theta)
+        cos, sin = rope_table(config)
         self.register_buffer('rope_cos', cos, persistent=False)
         self.register_buffer('rope_sin', sin, persistent=False)
         self.stats = {}  # of the last training forward: see forward()
@@ -765,7 +801,10 @@ class GPT(nn.Module):
         """The model of a ckpt.pt that train.py wrote, and the checkpoint itself; a ValueError where it cannot be."""
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-            model = cls(GPTConfig(**(checkpoint['model_args'] | overrides)))
+            args = checkpoint['model_args']
+            # where the checkpoint does not say it, its context is the original one
+            args = {'rope_original_max_position_embeddings': args['block_size']} | args | overrides
+            model = cls(GPTConfig(**args))
             model.load_state_dict({k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()})
         except FileNotFoundError:
             raise ValueError(f'{path} is missing: train a model first, or name the out_dir it is in') from None
@@ -775,8 +814,20 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        raise ValueError(f"cannot load {model_type!r}: GPT-2's weights do not fit this architecture (MLA, MoE). "
-                         'Train from scratch, or resume a checkpoint that was trained here.')
+        """The model of a local Hugging Face folder of the DeepSeek-V2 or V3 family: convert.py reads it."""
+        if model_type.startswith('gpt2') or not os.path.isdir(model_type):
+            raise ValueError(f"cannot load {model_type!r}: no such folder, and GPT-2's weights do not fit this "
+                             'architecture (MLA, MoE). What fits: a local folder with a DeepSeek-V2 or V3 family '
+                             'checkpoint (config.json and *.safetensors)')
+        try:
+            import convert
+        except ImportError as e:
+            raise ValueError(f'reading {model_type} needs convert.py beside model.py, and pip install safetensors: '
+                             f'{first_line(e)}') from None
+        model_args, tensors = convert.open_folder(model_type)
+        model = cls(GPTConfig(**(model_args | (override_args or {}))))
+        convert.read_weights(tensors, model.config, model.state_dict())
+        return model
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw'):
         """AdamW, fused where it exists; matrices, 2-D and 3-D, decay, norms and biases do not.

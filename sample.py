@@ -3,6 +3,7 @@ Generates text from a checkpoint that train.py wrote.
 
     python sample.py --out_dir=out-demo --start="def " --num_samples=3 --max_new_tokens=200
     python sample.py --out_dir=out-demo --start=FILE:prompt.txt --temperature=0
+    python sample.py --init_from=DIR --start="The "    # a DeepSeek checkpoint in Hugging Face's format
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import torch
 from model import GPT, MoE, first_line
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'  # a checkpoint in out_dir
+init_from = 'resume'  # the checkpoint in out_dir, or the path of a folder in Hugging Face's format
 out_dir = 'out'
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
 num_samples = 10  # generated together, as one batch
@@ -30,8 +31,9 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-if init_from != 'resume':
-    raise SystemExit(f"init_from={init_from!r} must be 'resume': GPT-2's weights do not fit this architecture")
+if init_from != 'resume' and not os.path.isdir(init_from):
+    raise SystemExit(f"init_from={init_from!r} must be 'resume' or a folder with a DeepSeek-V2 or V3 family "
+                     "checkpoint: GPT-2's weights do not fit this architecture")
 if num_samples <= 0 or min(max_new_tokens, temperature, top_k) < 0:
     raise SystemExit('num_samples must be positive; max_new_tokens, temperature and top_k must not be negative')
 try:
@@ -39,7 +41,10 @@ try:
 except Exception as e:  # torch raises RuntimeError, AssertionError and others
     raise SystemExit(f'device={device!r} cannot be used here: {first_line(e)}') from None
 try:
-    model, checkpoint = GPT.from_checkpoint(ckpt_path, device)
+    if init_from == 'resume':
+        model, checkpoint = GPT.from_checkpoint(ckpt_path, device)
+    else:
+        model, checkpoint = GPT.from_pretrained(init_from), {'config': {}}
 except ValueError as e:
     raise SystemExit(str(e)) from None
 model.eval().to(device)
@@ -62,9 +67,10 @@ if compile:
         model.uncompile()
         print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
 
-# the tokenizer: the characters that the checkpoint was trained on, else GPT-2's
+# the tokenizer: the characters that the checkpoint was trained on, the one that travels with it, or GPT-2's
 stop_token = None
 meta = checkpoint.get('meta') or {}
+tokenizer_path = os.path.join(out_dir if init_from == 'resume' else init_from, 'tokenizer.json')
 if 'stoi' in meta:
     stoi, itos = meta['stoi'], meta['itos']
 
@@ -76,6 +82,26 @@ if 'stoi' in meta:
 
     def decode(ids):
         return ''.join(itos.get(i, '') for i in ids)  # a vocabulary may be larger than its characters
+elif os.path.exists(tokenizer_path):
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise SystemExit(f'{tokenizer_path} needs tokenizers: pip install tokenizers') from None
+    try:
+        tokenizer = Tokenizer.from_file(tokenizer_path)
+    except Exception as e:  # tokenizers raises plain Exceptions
+        raise SystemExit(f'{tokenizer_path} cannot be read: {first_line(e)}') from None
+    if model.config.eos_token_id >= 0:
+        stop_token = model.config.eos_token_id
+
+    def encode(text):
+        try:
+            return tokenizer.encode(text).ids
+        except Exception as e:  # a text that it has no tokens for
+            raise SystemExit(f'start: this model does not know all of {text!r}: {first_line(e)}') from None
+
+    def decode(ids):
+        return tokenizer.decode(ids)
 else:
     try:
         import tiktoken

@@ -17,6 +17,7 @@ import os
 import pickle
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ log_interval = 1
 eval_iters = 200
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # after every evaluation, not only after a better one
-init_from = 'scratch'  # or 'resume'
+init_from = 'scratch'  # or 'resume', or the path of a DeepSeek checkpoint in Hugging Face's format
 # wandb logging
 wandb_log = False
 wandb_project = 'owt'
@@ -108,8 +109,9 @@ if not 0 <= activation_memory <= 1:
     stop('activation_memory must lie in 0..1')
 if optimizer not in ('adamw', 'muon'):
     stop(f"optimizer={optimizer!r} must be 'adamw' or 'muon'")
-if init_from not in ('scratch', 'resume'):
-    stop(f"init_from={init_from!r} must be 'scratch' or 'resume': GPT-2's weights do not fit this architecture")
+if init_from not in ('scratch', 'resume') and not os.path.isdir(init_from):
+    stop(f"init_from={init_from!r} must be 'scratch', 'resume' or a folder with a DeepSeek-V2 or V3 family checkpoint: "
+         "GPT-2's weights do not fit this architecture")
 accumulation = gradient_accumulation_steps // world
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -198,19 +200,28 @@ try:
         model = GPT(GPTConfig(**model_args))
     else:
         # the architecture is the checkpoint's; these may change from run to run
-        free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'eos_token_id')
-        model, checkpoint = GPT.from_checkpoint(ckpt_path, device, **{k: config[k] for k in free})
+        free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda')
+        # these where they are given: YaRN extends the context of a trained model
+        if_given = ['eos_token_id', *(field.name for field in dataclasses.fields(GPTConfig)
+                                      if field.name.startswith('rope_') and field.name != 'rope_theta')]
+        overrides = {k: config[k] for k in free} | {'block_size': block_size}
+        overrides |= {k: config[k] for k in if_given if config[k] != getattr(GPTConfig, k)}
+        if init_from == 'resume':
+            model, checkpoint = GPT.from_checkpoint(ckpt_path, device, **overrides)
+            iter_num = checkpoint['iter_num']
+            best_val_loss = checkpoint['best_val_loss']
+        else:
+            model = GPT.from_pretrained(init_from, overrides)
         ignored = [f'{field.name}={config[field.name]}' for field in dataclasses.fields(GPTConfig)
-                   if field.name not in (*free, 'block_size', 'vocab_size')
+                   if field.name not in (*free, *if_given, 'block_size', 'vocab_size')
                    and config[field.name] not in (field.default, getattr(model.config, field.name))]
         if ignored and master:
             print(f'ignored, since the architecture is the checkpoint\'s: {", ".join(ignored)}')
-        iter_num = checkpoint['iter_num']
-        best_val_loss = checkpoint['best_val_loss']
-        if block_size > model.config.block_size:
-            stop(f'block_size={block_size} is longer than the {model.config.block_size} of the checkpoint: resume with '
-                 'the config file and the flags that the run was started with')
-        model.crop_block_size(block_size)
+        original = model.config.rope_original_max_position_embeddings
+        if block_size > model.config.rope_factor * original:
+            stop(f'block_size={block_size} is longer than the {int(model.config.rope_factor * original)} of the '
+                 'checkpoint: resume with the config file and the flags that the run was started with, or extend it '
+                 f'with --rope_factor={math.ceil(block_size / original)}')
         if iter_num >= max_iters and not eval_only and master:
             print(f'nothing to do but evaluate: {ckpt_path} has made {iter_num} of {max_iters} updates')
 except ValueError as e:
@@ -222,7 +233,7 @@ model.to(device)
 raw_model = model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, config['optimizer'])
-if checkpoint is not None:
+if checkpoint is not None and checkpoint['optimizer']:  # a converted checkpoint has none
     optimizer.load_state_dict(checkpoint['optimizer'])
     if checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
@@ -308,6 +319,8 @@ def git_commit():
 
 if master:
     os.makedirs(out_dir, exist_ok=True)
+    if os.path.exists(os.path.join(init_from, 'tokenizer.json')):  # it travels with the checkpoint
+        shutil.copy(os.path.join(init_from, 'tokenizer.json'), out_dir)
     log_path = os.path.join(out_dir, 'log.jsonl')
     if init_from == 'scratch' and not eval_only and os.path.exists(log_path):
         os.replace(log_path, log_path + '.old')

@@ -109,7 +109,7 @@ def test_attention_equals_the_papers_equations_head_by_head():
     config, attn = model.config, model.transformer.h[0].attn
     T, H, n, r, v, c = 9, 4, 12, 4, 8, config.kv_lora_rank
     x = torch.randn(1, T, 32)
-    got = attn(x, *(t[:T] for t in rope_table(r, 32, 10000.0)))[0]
+    got = attn(x, *(t[:T] for t in rope_table(config)))[0]
 
     def norm(y, weight):
         return y / (y.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
@@ -135,7 +135,7 @@ def test_attention_equals_the_papers_equations_head_by_head():
 
 
 def test_rope_scores_depend_on_the_offset_alone():
-    cos, sin = rope_table(8, 64, 10000.0)
+    cos, sin = rope_table(GPTConfig(qk_rope_head_dim=8, block_size=64))
     q, k = torch.randn(2, 8)
     def score(i, j):
         return apply_rope(q[None], cos[i:i + 1], sin[i:i + 1]) @ apply_rope(k[None], cos[j:j + 1], sin[j:j + 1]).T

@@ -1,0 +1,468 @@
+"""convert.py against transformers' own DeepseekV3ForCausalLM and DeepseekV2ForCausalLM: fp32, random weights."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import TINY, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+import convert
+from model import GPT, GPTConfig
+
+V3 = dict(vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
+          num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3,
+          kv_lora_rank=12, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, n_group=1,
+          topk_group=1, first_k_dense_replace=1, max_position_embeddings=96, num_nextn_predict_layers=0,
+          routed_scaling_factor=2.5, eos_token_id=None, initializer_range=0.25)
+V2 = V3 | dict(routed_scaling_factor=1.0, norm_topk_prob=False, topk_method='greedy')
+YARN = dict(max_position_embeddings=96, rope_scaling=dict(
+    type='yarn', factor=6.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.5, mscale=1.0,
+    mscale_all_dim=0.7))
+GROUPS = dict(n_group=4, topk_group=2, num_experts_per_tok=4)
+
+
+def theirs(settings, v2=False, bias=0.3):
+    model = (DeepseekV2ForCausalLM(DeepseekV2Config(**settings)) if v2 else
+             DeepseekV3ForCausalLM(DeepseekV3Config(**settings))).eval()
+    for name, p in model.named_parameters():
+        if 'norm' in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+        elif name.endswith('bias'):
+            torch.nn.init.normal_(p, std=0.5)
+    for name, b in model.named_buffers():
+        if name.endswith('e_score_correction_bias'):
+            b.normal_(std=bias)
+    return model
+
+
+def write_checkpoint(out_dir, model, **extra):
+    out_dir.mkdir(exist_ok=True)
+    torch.save({'model': model.state_dict(), 'optimizer': None, 'model_args': dataclasses.asdict(model.config),
+                'iter_num': 7, 'best_val_loss': 1.5, 'config': {'dataset': 'letters'}, 'meta': {}} | extra,
+               out_dir / 'ckpt.pt')
+
+
+def ours(**overrides):
+    model = GPT(GPTConfig(**{**TINY, 'block_size': 96, 'initializer_range': 0.25, 'mtp_n_layer': 1, **overrides})).eval()
+    for moe in model.moe_layers():
+        if model.config.scoring_func == 'sigmoid':
+            moe.e_score_correction_bias.normal_(std=0.3)
+    for name, p in model.named_parameters():
+        if 'norm' in name or 'ln_f' in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+        elif name.endswith('bias'):
+            torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
+def same_model(a, b):
+    """Same logits with and without the cache, same greedy tokens; b is transformers'."""
+    idx = torch.randint(61, (2, 90))
+    with torch.no_grad():
+        logits, want = a(idx, idx)[0], b(idx).logits
+        assert 3 < want.abs().max() < 60 and want.std() > 1
+        assert (logits - want).abs().max() <= 1e-4
+
+        cache = a.make_cache(2, 90)
+        a(idx[:, :40], cache=cache)
+        past = b(idx[:, :40], use_cache=True).past_key_values
+        for pos in range(40, 44):
+            step = a(idx[:, pos:pos + 1], cache=cache, pos=pos)[0]
+            assert (step - b(idx[:, pos:pos + 1], past_key_values=past).logits).abs().max() <= 1e-4
+    prompt = idx[:1, :8]
+    assert torch.equal(a.generate(prompt, 64, temperature=0),
+                       b.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None))
+
+
+IMPORTS = [
+    ('plain', V3, False), ('no q compression', V3 | dict(q_lora_rank=None), False),
+    ('all dense', V3 | dict(first_k_dense_replace=3), False), ('groups', V3 | GROUPS, False),
+    ('yarn', V3 | YARN, False), ('tied', V3 | dict(tie_word_embeddings=True), False),
+    ('biases', V3 | dict(attention_bias=True), False), ('one eps', V3 | dict(rms_norm_eps=1e-2), False),
+    ('theta', V3 | dict(rope_theta=50000.0), False), ('two shared', V3 | dict(n_shared_experts=2), False),
+    ('gates as they are', V3 | dict(norm_topk_prob=False), False),
+    ('yarn without mscale', V3 | dict(rope_scaling=dict(type='yarn', factor=6.0,
+                                                        original_max_position_embeddings=16)), False),
+    ('V2', V2, True), ('V2 Lite', V2 | YARN | dict(q_lora_rank=None), True),
+    ('V2 groups', V2 | GROUPS | dict(topk_method='group_limited_greedy', routed_scaling_factor=16.0), True),
+]
+
+
+@pytest.mark.parametrize('settings, v2', [case[1:] for case in IMPORTS], ids=[case[0] for case in IMPORTS])
+def test_what_transformers_saves_opens_here(tmp_path, settings, v2):
+    model = theirs(settings, v2)
+    model.save_pretrained(tmp_path, max_shard_size='20KB' if settings is V3 else '5GB')
+    assert (tmp_path / 'model.safetensors.index.json').exists() == (settings is V3)
+    same_model(GPT.from_pretrained(str(tmp_path)).eval(), model)
+
+
+EXPORTS = [
+    dict(), dict(q_lora_rank=0), dict(first_k_dense_replace=1), dict(n_group=4, topk_group=2),
+    dict(n_group=8, topk_group=4), dict(tie_word_embeddings=False), dict(bias=True),
+    dict(rope_factor=6.0, rope_beta_fast=2.0, rope_mscale_all_dim=0.7), dict(rope_factor=6.0, rope_mscale_all_dim=0.0),
+    dict(n_routed_experts=0), dict(n_shared_experts=0), dict(num_experts_per_tok=1), dict(rms_norm_eps=1e-2),
+    dict(scoring_func='softmax', norm_topk_prob=False),
+    dict(scoring_func='softmax', norm_topk_prob=False, n_group=4, topk_group=2),
+]
+
+
+@pytest.mark.parametrize('overrides', EXPORTS, ids=str)
+def test_a_model_from_here_opens_in_transformers_and_comes_back_bit_for_bit(tmp_path, overrides):
+    expressible = overrides.get('n_routed_experts') != 0 and overrides.get('scoring_func') != 'softmax'
+    model = ours(num_nextn_predict_layers=2 if expressible else 0, **overrides)
+    write_checkpoint(tmp_path / 'out', model)
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    their_class = DeepseekV2ForCausalLM if overrides.get('scoring_func') == 'softmax' else DeepseekV3ForCausalLM
+    loaded, info = load(their_class, tmp_path / 'hf', model.config)
+    assert not any(info.values())
+    same_model(model, loaded)
+
+    convert.import_folder(str(tmp_path / 'hf'), str(tmp_path / 'back'))
+    back = torch.load(tmp_path / 'back/ckpt.pt', weights_only=True)
+    state = model.state_dict()
+    assert list(back['model']) == list(state)
+    for name, tensor in state.items():
+        assert back['model'][name].dtype == tensor.dtype and torch.equal(back['model'][name], tensor), name
+    again, _ = GPT.from_checkpoint(tmp_path / 'back/ckpt.pt')
+    idx = torch.randint(61, (1, 90))
+    assert torch.equal(again.eval()(idx, idx)[0], model(idx, idx)[0])
+
+
+def load(their_class, folder, config):
+    """As the model card says: the pattern names the layers that are MTP modules."""
+    before = their_class._keys_to_ignore_on_load_unexpected
+    their_class._keys_to_ignore_on_load_unexpected = [
+        rf'model\.layers\.{config.n_layer + k}\.' for k in range(config.num_nextn_predict_layers)]
+    try:
+        model, info = their_class.from_pretrained(folder, output_loading_info=True)
+    finally:
+        their_class._keys_to_ignore_on_load_unexpected = before
+    model._keys_to_ignore_on_load_unexpected = [
+        rf'model\.layers\.{config.n_layer + k}\.' for k in range(config.num_nextn_predict_layers)]
+    return model.eval(), info
+
+
+def counted_drafts(loaded, prompt, new_tokens):
+    """transformers' greedy generation with its MTP modules: the tokens, the drafts it made, those it accepted."""
+    from transformers.generation.candidate_generator import MTPCandidateGenerator
+    drafts, accepted = [], []
+    get_candidates, update = MTPCandidateGenerator.get_candidates, MTPCandidateGenerator.update_candidate_strategy
+
+    def counting_candidates(self, input_ids, *args, **kwargs):
+        ids, logits = get_candidates(self, input_ids, *args, **kwargs)
+        drafts.append(ids.size(1) - input_ids.size(1))
+        return ids, logits
+
+    def counting_update(self, input_ids, scores, n_matches):
+        accepted.append(int(n_matches))
+        return update(self, input_ids, scores, n_matches)
+
+    MTPCandidateGenerator.get_candidates = counting_candidates
+    MTPCandidateGenerator.update_candidate_strategy = counting_update
+    try:
+        tokens = loaded.generate(prompt, max_new_tokens=new_tokens, do_sample=False, use_mtp=True)
+    finally:
+        MTPCandidateGenerator.get_candidates = get_candidates
+        MTPCandidateGenerator.update_candidate_strategy = update
+    return tokens, drafts, accepted
+
+
+@pytest.mark.parametrize('modules', [1, 2])
+def test_drafts_there_are_accepted_as_here(tmp_path, modules):
+    """Trained for seconds on a text, so that some drafts are right and some are wrong."""
+    text = 'the cat sat on the mat; the dog lay on the log; a cat and a dog met at the gate; ' * 3
+    letters = sorted(set(text))
+    stoi = {ch: i for i, ch in enumerate(letters)}
+    data = torch.tensor([stoi[ch] for ch in text])
+    model = GPT(GPTConfig(**{**TINY, 'block_size': 160, 'vocab_size': len(letters), 'mtp_n_layer': 1,
+                             'num_nextn_predict_layers': modules}))
+    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), 'cpu')
+    for _ in range(150):
+        starts = torch.randint(len(data) - 33, (8,))
+        rows = torch.stack([data[i:i + 33] for i in starts])
+        model(rows[:, :-1], rows[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_balance(model.stats['load'])
+    model.eval()
+    write_checkpoint(tmp_path / 'out', model, meta={'vocab_size': len(letters), 'stoi': stoi,
+                                                    'itos': dict(enumerate(letters))})
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    loaded, _ = load(DeepseekV3ForCausalLM, tmp_path / 'hf', model.config)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    prompt = tokenizer('the cat ', return_tensors='pt').input_ids
+    assert prompt.tolist() == [[stoi[ch] for ch in 'the cat ']]
+    plain = loaded.generate(prompt, max_new_tokens=100, do_sample=False)
+    tokens, drafts, accepted = counted_drafts(loaded, prompt, 100)
+    assert torch.equal(tokens, plain) and tokenizer.decode(plain[0]) == ''.join(letters[i] for i in plain[0])
+    assert torch.equal(model.generate(prompt, 100, temperature=0, speculative=True), plain)
+    # the first pass there drafts nothing; the last one's acceptance is cut at the length
+    made = [n for n, d in zip(accepted, drafts) if d == modules]
+    rate = sum(made[:-1]) / (modules * len(made[:-1]))
+    told = model.speculation
+    assert 0.15 < rate < 1
+    assert abs(rate - int(told['accepted'].sum()) / (modules * told['passes'])) < 0.05, (rate, told)
+
+
+def test_modules_of_two_blocks_are_left_out_and_a_line_says_so(tmp_path, capsys):
+    model = ours(mtp_n_layer=2, num_nextn_predict_layers=2)
+    write_checkpoint(tmp_path / 'out', model)
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    line = 'left out: the 2 MTP modules, because the format has no modules with 2 blocks each'
+    assert line in capsys.readouterr().out and line in (tmp_path / 'hf/README.md').read_text()
+    assert not any('layers.2.' in name for name in load_file(tmp_path / 'hf/model.safetensors'))
+    loaded, info = load(DeepseekV3ForCausalLM, tmp_path / 'hf', model.config)
+    assert not any(info.values())
+    same_model(model, loaded)
+
+
+def test_the_released_naming(tmp_path):
+    write_checkpoint(tmp_path / 'out', ours(tie_word_embeddings=False, num_nextn_predict_layers=1))
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    tensors = load_file(tmp_path / 'hf/model.safetensors')
+    for name in ('model.layers.1.mlp.experts.7.up_proj.weight', 'model.layers.0.self_attn.kv_a_proj_with_mqa.weight',
+                 'model.layers.2.eh_proj.weight', 'model.layers.2.enorm.weight', 'model.layers.2.hnorm.weight',
+                 'model.layers.2.shared_head.norm.weight', 'model.layers.2.shared_head.head.weight',
+                 'model.layers.2.embed_tokens.weight', 'model.layers.2.self_attn.o_proj.weight', 'lm_head.weight'):
+        assert name in tensors
+    assert tensors['model.layers.1.mlp.gate.e_score_correction_bias'].dtype == torch.float32
+    settings = json.loads((tmp_path / 'hf/config.json').read_text())
+    assert settings['architectures'] == ['DeepseekV3ForCausalLM'] and settings['num_nextn_predict_layers'] == 1
+    card = (tmp_path / 'hf/README.md').read_text()
+    assert r"_keys_to_ignore_on_load_unexpected = [r'model\.layers\.2\.']" in card
+    assert 'letters' in card and '1.5000' in card and (tmp_path / 'hf/generation_config.json').exists()
+
+
+def test_bf16_stays_bf16_and_the_balance_bias_fp32(tmp_path):
+    theirs(V3).bfloat16().save_pretrained(tmp_path / 'hf')
+    convert.import_folder(str(tmp_path / 'hf'), str(tmp_path / 'out'))
+    state = torch.load(tmp_path / 'out/ckpt.pt', weights_only=True)['model']
+    for name, tensor in state.items():
+        assert tensor.dtype == (torch.float32 if name.endswith('correction_bias') else torch.bfloat16), name
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'again'))
+    first, second = (load_file(tmp_path / name / 'model.safetensors') for name in ('hf', 'again'))
+    for name in first:
+        assert torch.equal(first[name].float(), second[name].float()), name
+
+
+def test_block_fp8_is_dequantised_by_its_scales(tmp_path):
+    """Widths that are no multiple of 128: the last block of a row and of a column is a part of one."""
+    settings = V3 | dict(hidden_size=160, intermediate_size=136)
+    theirs(settings).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / 'model.safetensors')
+    name = 'model.layers.0.mlp.gate_proj.weight'                                # (136, 160)
+    weight = tensors[name].to(torch.float8_e4m3fn)
+    scale = torch.tensor([[0.5, 2.0], [3.0, 7.0]])
+    save_file(tensors | {name: weight, f'{name}_scale_inv': scale}, tmp_path / 'model.safetensors')
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['quantization_config'] = {'quant_method': 'fp8', 'fmt': 'e4m3', 'weight_block_size': [128, 128]}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    got = GPT.from_pretrained(str(tmp_path)).transformer.h[0].mlp.gate_up_proj.weight[:136]
+    for row, col in ((0, 0), (127, 127), (127, 128), (128, 127), (135, 159)):
+        want = weight[row, col].float() * scale[row // 128, col // 128]
+        assert got[row, col] == want.bfloat16().float()
+    save_file(tensors | {name: weight}, tmp_path / 'model.safetensors')
+    with pytest.raises(ValueError, match='scale_inv is missing'):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_groups_of_softmax_scores_are_ranked_by_their_best():
+    model = ours(scoring_func='softmax', norm_topk_prob=False, n_group=2, topk_group=1, num_experts_per_tok=2,
+                 routed_scaling_factor=1.0)
+    moe = model.transformer.h[0].mlp
+    torch.nn.init.zeros_(moe.gate.weight)
+    moe.gate.weight.data[:, 0] = torch.tensor([5.0, 0, 0, 0, 4.0, 4.0, 0, 0])   # a best one, against two good ones
+    scores, gates, experts = moe.route(torch.eye(1, 32))
+    assert (experts < 4).all() and torch.equal(gates, scores.gather(1, experts))
+
+
+# -----------------------------------------------------------------------------
+# the published models
+
+V2_LITE = dict(
+    architectures=['DeepseekV2ForCausalLM'], model_type='deepseek_v2', attention_bias=False, aux_loss_alpha=0.001,
+    bos_token_id=100000, eos_token_id=100001, first_k_dense_replace=1, hidden_act='silu', hidden_size=2048,
+    initializer_range=0.02, intermediate_size=10944, kv_lora_rank=512, max_position_embeddings=163840,
+    moe_intermediate_size=1408, moe_layer_freq=1, n_group=1, n_routed_experts=64, n_shared_experts=2,
+    norm_topk_prob=False, num_attention_heads=16, num_experts_per_tok=6, num_hidden_layers=27, num_key_value_heads=16,
+    q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, rms_norm_eps=1e-6, rope_theta=10000,
+    rope_scaling=dict(beta_fast=32, beta_slow=1, factor=40, mscale=0.707, mscale_all_dim=0.707,
+                      original_max_position_embeddings=4096, type='yarn'),
+    routed_scaling_factor=1.0, scoring_func='softmax', seq_aux=True, tie_word_embeddings=False, topk_group=1,
+    topk_method='greedy', torch_dtype='bfloat16', v_head_dim=128, vocab_size=102400)
+V3_671B = dict(
+    architectures=['DeepseekV3ForCausalLM'], model_type='deepseek_v3', attention_bias=False, bos_token_id=0,
+    eos_token_id=1, first_k_dense_replace=3, hidden_act='silu', hidden_size=7168, initializer_range=0.02,
+    intermediate_size=18432, kv_lora_rank=512, max_position_embeddings=163840, moe_intermediate_size=2048,
+    moe_layer_freq=1, n_group=8, n_routed_experts=256, n_shared_experts=1, norm_topk_prob=True,
+    num_attention_heads=128, num_experts_per_tok=8, num_hidden_layers=61, num_key_value_heads=128,
+    num_nextn_predict_layers=1, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64,
+    quantization_config=dict(activation_scheme='dynamic', fmt='e4m3', quant_method='fp8', weight_block_size=[128, 128]),
+    rms_norm_eps=1e-6, rope_theta=10000,
+    rope_scaling=dict(beta_fast=32, beta_slow=1, factor=40, mscale=1.0, mscale_all_dim=1.0,
+                      original_max_position_embeddings=4096, type='yarn'),
+    routed_scaling_factor=2.5, scoring_func='sigmoid', tie_word_embeddings=False, topk_group=4, topk_method='noaux_tc',
+    torch_dtype='bfloat16', v_head_dim=128, vocab_size=129280)
+MOONLIGHT = dict(
+    architectures=['DeepseekV3ForCausalLM'], model_type='deepseek_v3', attention_bias=False, bos_token_id=163584,
+    eos_token_id=163585, first_k_dense_replace=1, hidden_act='silu', hidden_size=2048, initializer_range=0.02,
+    intermediate_size=11264, kv_lora_rank=512, max_position_embeddings=8192, moe_intermediate_size=1408,
+    moe_layer_freq=1, n_group=1, n_routed_experts=64, n_shared_experts=2, norm_topk_prob=True, num_attention_heads=16,
+    num_experts_per_tok=6, num_hidden_layers=27, num_key_value_heads=16, num_nextn_predict_layers=0, q_lora_rank=None,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, rms_norm_eps=1e-5, rope_theta=50000.0, routed_scaling_factor=2.446,
+    scoring_func='sigmoid', tie_word_embeddings=False, topk_group=1, topk_method='noaux_tc', torch_dtype='bfloat16',
+    v_head_dim=128, vocab_size=163840)
+
+
+@pytest.mark.parametrize('settings, billions', [(V2_LITE, 15.71), (V3_671B, 671.03), (MOONLIGHT, 15.96)])
+def test_published_models_have_their_published_sizes(settings, billions):
+    args = convert.settings_in(settings) | {'num_nextn_predict_layers': 0}
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**args))
+    assert abs(model.get_num_params(non_embedding=False) / 1e9 - billions) < 0.01
+    assert f'{billions:.1f}'[:-1] in convert.memory_estimate(model.config, 2)
+    factor = settings.get('rope_scaling', {}).get('factor', 1)
+    all_dim = settings.get('rope_scaling', {}).get('mscale_all_dim', 0)
+    want = 192 ** -0.5 * (0.1 * all_dim * math.log(factor) + 1) ** 2
+    assert math.isclose(model.transformer.h[0].attn.scale, want)
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+def test_gpt2_tokenizer_is_tiktokens(tmp_path, tiktoken_cache, monkeypatch):
+    import tiktoken
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))
+    model = ours(vocab_size=50304, n_embd=8, n_layer=1, n_head=1, num_nextn_predict_layers=0)
+    write_checkpoint(tmp_path / 'out', model)
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    tokenizer, enc = AutoTokenizer.from_pretrained(tmp_path / 'hf'), tiktoken.get_encoding('gpt2')
+    text = "It's 3.14159 naïve\tcafés — 東京 🙂\n\n    def f(x):  return x  <|endoftext|> and so on"
+    ids = enc.encode(text, allowed_special='all')
+    assert tokenizer(text).input_ids == ids and tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == 50256
+    assert json.loads((tmp_path / 'hf/config.json').read_text())['eos_token_id'] == 50256
+
+
+def test_a_character_the_tokenizer_lacks_is_an_error():
+    tokenizer = convert.character_tokenizer({'a': 0, '\n': 1, ' ': 2})
+    assert tokenizer.encode('a a\n').ids == [0, 2, 0, 1] and tokenizer.decode([0, 2, 0, 1]) == 'a a\n'
+    with pytest.raises(Exception, match='UNK'):
+        tokenizer.encode('ab')
+
+
+# -----------------------------------------------------------------------------
+# the scripts
+
+@pytest.fixture
+def exported(tmp_path):
+    """A checkpoint of ASCII characters, and its export."""
+    stoi = {chr(i): i for i in range(61)}
+    model = ours(num_nextn_predict_layers=1)
+    write_checkpoint(tmp_path / 'out', model, meta={'vocab_size': 61, 'stoi': stoi, 'itos': dict(enumerate(stoi))})
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    return tmp_path
+
+
+def test_sample_speaks_with_the_tokenizer_that_travels_along(exported):
+    flags = ('--start=1 + 2', '--temperature=0', '--num_samples=1', '--max_new_tokens=20', '--device=cpu')
+    root = convert.__file__.replace('convert.py', '')
+    convert.import_folder(str(exported / 'hf'), str(exported / 'back'))
+    said = [run(f'{root}sample.py', *flags, *where, '--dtype=float32', cwd=exported).split('---')[0].split('\n', 6)[-1]
+            for where in (('--out_dir=out',), ('--out_dir=back',), ('--init_from=hf', '--out_dir=nowhere'))]
+    assert '1 + 2' in said[0] and said[0].splitlines()[-1:] == said[1].splitlines()[-1:] == said[2].splitlines()[-1:]
+    assert 'does not know' in run(f'{root}sample.py', '--init_from=hf', '--start=é', cwd=exported, ok=False)
+
+
+def test_training_goes_on_from_an_import_and_reaches_further_with_yarn(exported, clone):
+    """Fine-tuning from the folder, then a context four times as long: block_size and rope_factor are free at resume."""
+    data = clone / 'data/ascii'
+    data.mkdir()
+    for split in ('train', 'val'):
+        torch.randint(61, (2000,), dtype=torch.uint16).numpy().tofile(data / f'{split}.bin')
+    shutil.move(exported / 'hf', clone / 'hf')
+    common = ['--dataset=ascii', '--device=cpu', '--compile=False', '--dtype=float32', '--eval_interval=1',
+              '--eval_iters=1', '--gradient_accumulation_steps=1', '--batch_size=2', '--warmup_iters=0']
+    printed = run('train.py', *common, '--init_from=hf', '--out_dir=tuned', '--block_size=96', '--max_iters=1',
+                  cwd=clone)
+    assert 'step 1:' in printed and (clone / 'tuned/tokenizer.json').exists()
+    run('convert.py', 'import', '--hf_dir=hf', '--out_dir=tuned2', cwd=clone)
+    longer = [*common, '--init_from=resume', '--out_dir=tuned2', '--block_size=384', '--max_iters=1']
+    assert '--rope_factor=4' in run('train.py', *longer, cwd=clone, ok=False).splitlines()[-1]
+    run('train.py', *longer, '--rope_factor=4', cwd=clone)
+    args = torch.load(clone / 'tuned2/ckpt.pt', weights_only=True)['model_args']
+    assert (args['block_size'], args['rope_factor'], args['rope_original_max_position_embeddings']) == (384, 4.0, 96)
+    printed = run('train.py', *longer[:-1], '--max_iters=2', cwd=clone)  # the factor is the checkpoint's by now
+    assert 'step 2:' in printed and 'ignored' not in printed
+
+
+@pytest.mark.parametrize('damage, message', [
+    ('missing', 'missing, the first is model.norm.weight'), ('extra', 'unknown to this model, the first is model.extra'),
+    ('shape', 'model.norm.weight has the shape [31]'), ('architecture', 'its architecture is LlamaForCausalLM'),
+    ('truncated', 'model.safetensors is damaged'), ('rope', "RoPE of type 'linear'"), ('json', 'cannot be read'),
+    ('weights', 'model.safetensors is damaged or missing'), ('quantised', "by 'awq'"), ('lacks', 'lacks hidden_size'),
+    ('topk', "topk_method='random'"), ('copy', 'shared_head.head.weight differs'),
+])
+def test_a_damaged_folder_gets_one_line_and_leaves_nothing_behind(exported, damage, message):
+    hf = exported / 'hf'
+    tensors, config = load_file(hf / 'model.safetensors'), json.loads((hf / 'config.json').read_text())
+    if damage == 'missing':
+        del tensors['model.norm.weight']
+    if damage == 'extra':
+        tensors['model.extra'] = torch.zeros(1)
+    if damage == 'shape':
+        tensors['model.norm.weight'] = torch.zeros(31)
+    if damage == 'copy':
+        tensors['model.layers.2.shared_head.head.weight'] += 1
+    config |= {'architecture': dict(architectures=['LlamaForCausalLM']), 'topk': dict(topk_method='random'),
+               'rope': dict(rope_scaling=dict(type='linear', factor=2.0)), 'lacks': dict(hidden_size=None),
+               'quantised': dict(quantization_config=dict(quant_method='awq'))}.get(damage, {})
+    save_file(tensors, hf / 'model.safetensors')
+    (hf / 'config.json').write_text(json.dumps(config)[:50 if damage == 'json' else None])
+    if damage == 'truncated':
+        (hf / 'model.safetensors').write_bytes((hf / 'model.safetensors').read_bytes()[:-100])
+    if damage == 'weights':
+        (hf / 'model.safetensors').unlink()
+    with pytest.raises(ValueError) as error:
+        convert.import_folder(str(hf), str(exported / 'new'))
+    assert message in str(error.value) and '\n' not in str(error.value)
+    assert not (exported / 'new').exists()
+
+
+def test_the_script_ends_with_one_line_and_overwrites_nothing(exported):
+    script = convert.__file__
+    for args, message in [
+            (['export', '--out_dir=out', '--hf_dir=hf'], 'hf exists already'),
+            (['export', '--out_dir=nowhere', '--hf_dir=new'], 'ckpt.pt is missing'),
+            (['import', '--hf_dir=hf', '--out_dir=out'], 'ckpt.pt exists already'),
+            (['import', '--hf_dir=nowhere', '--out_dir=new'], 'cannot be read')]:
+        printed = run(script, *args, cwd=exported, ok=False)
+        assert message in printed.strip().splitlines()[-1] and 'Traceback' not in printed
+        assert not (exported / 'new').exists()
+
+
+def test_an_export_that_fails_leaves_nothing_behind(tmp_path):
+    model = ours(scoring_func='softmax', norm_topk_prob=False, num_nextn_predict_layers=0)
+    model.moe_layers()[0].e_score_correction_bias[:] = 1.0
+    write_checkpoint(tmp_path / 'out', model)
+    with pytest.raises(ValueError, match='bias_update_speed=0'):
+        convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    (tmp_path / 'out/tokenizer.json').mkdir()  # a folder where a file should be: copying it fails
+    write_checkpoint(tmp_path / 'out', ours())
+    with pytest.raises(OSError):
+        convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
+
+
+def test_names_of_gpt2_and_an_absent_reader_are_explained(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="GPT-2's weights do not fit.*DeepSeek-V2 or V3"):
+        GPT.from_pretrained('gpt2-medium')
+    monkeypatch.setitem(__import__('sys').modules, 'convert', None)
+    with pytest.raises(ValueError, match='needs convert.py beside model.py'):
+        GPT.from_pretrained(str(tmp_path))
