@@ -516,7 +516,7 @@ def main():
             export_folder(args.out_dir, args.hf_dir)
         else:
             import_folder(args.hf_dir, args.out_dir)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         raise SystemExit(f'convert.py: {first_line(e)}') from None
 
 

@@ -322,7 +322,7 @@ if master:
     if os.path.exists(os.path.join(init_from, 'tokenizer.json')):  # it travels with the checkpoint
         shutil.copy(os.path.join(init_from, 'tokenizer.json'), out_dir)
     log_path = os.path.join(out_dir, 'log.jsonl')
-    if init_from == 'scratch' and not eval_only and os.path.exists(log_path):
+    if init_from != 'resume' and not eval_only and os.path.exists(log_path):
         os.replace(log_path, log_path + '.old')
     log_file = open(log_path, 'a')
     if log_file.tell() > 0:

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-import shutil
+import runpy
+import sys
 
 import pytest
 import torch
-from conftest import TINY, run
-from safetensors import safe_open
+from conftest import ROOT, TINY
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -49,7 +49,8 @@ def write_checkpoint(out_dir, model, **extra):
 
 
 def ours(**overrides):
-    model = GPT(GPTConfig(**{**TINY, 'block_size': 96, 'initializer_range': 0.25, 'mtp_n_layer': 1, **overrides})).eval()
+    sizes = {**TINY, 'block_size': 96, 'initializer_range': 0.25, 'mtp_n_layer': 1}
+    model = GPT(GPTConfig(**sizes | overrides)).eval()
     for moe in model.moe_layers():
         if model.config.scoring_func == 'sigmoid':
             moe.e_score_correction_bias.normal_(std=0.3)
@@ -326,7 +327,7 @@ def test_published_models_have_their_published_sizes(settings, billions):
     with torch.device('meta'):
         model = GPT(GPTConfig(**args))
     assert abs(model.get_num_params(non_embedding=False) / 1e9 - billions) < 0.01
-    assert f'{billions:.1f}'[:-1] in convert.memory_estimate(model.config, 2)
+    assert convert.memory_estimate(model.config, 2).startswith(f'{billions:.2f}B parameters')
     factor = settings.get('rope_scaling', {}).get('factor', 1)
     all_dim = settings.get('rope_scaling', {}).get('mscale_all_dim', 0)
     want = 192 ** -0.5 * (0.1 * all_dim * math.log(factor) + 1) ** 2
@@ -358,52 +359,73 @@ def test_a_character_the_tokenizer_lacks_is_an_error():
 
 
 # -----------------------------------------------------------------------------
-# the scripts
+# the scripts, run in this process: starting Python and torch anew takes seconds
 
 @pytest.fixture
-def exported(tmp_path):
-    """A checkpoint of ASCII characters, and its export."""
+def exported(tmp_path, monkeypatch):
+    """A checkpoint of ASCII characters, and its export; the working directory is theirs."""
     stoi = {chr(i): i for i in range(61)}
     model = ours(num_nextn_predict_layers=1)
     write_checkpoint(tmp_path / 'out', model, meta={'vocab_size': 61, 'stoi': stoi, 'itos': dict(enumerate(stoi))})
     convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_sample_speaks_with_the_tokenizer_that_travels_along(exported):
-    flags = ('--start=1 + 2', '--temperature=0', '--num_samples=1', '--max_new_tokens=20', '--device=cpu')
-    root = convert.__file__.replace('convert.py', '')
-    convert.import_folder(str(exported / 'hf'), str(exported / 'back'))
-    said = [run(f'{root}sample.py', *flags, *where, '--dtype=float32', cwd=exported).split('---')[0].split('\n', 6)[-1]
-            for where in (('--out_dir=out',), ('--out_dir=back',), ('--init_from=hf', '--out_dir=nowhere'))]
-    assert '1 + 2' in said[0] and said[0].splitlines()[-1:] == said[1].splitlines()[-1:] == said[2].splitlines()[-1:]
-    assert 'does not know' in run(f'{root}sample.py', '--init_from=hf', '--start=é', cwd=exported, ok=False)
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """What a script prints; with ok=False the one line that it ends with."""
+    def run(name, *args, ok=True, root=ROOT):
+        monkeypatch.setattr(sys, 'argv', [name, *args])
+        capsys.readouterr()
+        if ok:
+            runpy.run_path(str(root / name), run_name='__main__')
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(root / name), run_name='__main__')
+        assert '\n' not in str(end.value.code)
+        return str(end.value.code)
+    return run
 
 
-def test_training_goes_on_from_an_import_and_reaches_further_with_yarn(exported, clone):
+def test_sample_speaks_with_the_tokenizer_that_travels_along(exported, script):
+    script('convert.py', 'import', '--hf_dir=hf', '--out_dir=back')
+    said = []
+    for where in (['--out_dir=out'], ['--out_dir=back'], ['--init_from=hf', '--out_dir=nowhere']):
+        printed = script('sample.py', '--start=1 + 2', '--temperature=0', '--num_samples=1', '--max_new_tokens=20',
+                         '--device=cpu', '--dtype=float32', *where)
+        said.append(printed[printed.index('1 + 2', printed.rindex('Overriding')):printed.index('-----')])
+    assert said[0] == said[1] == said[2] and len(said[0]) == 5 + 20 + 1
+    assert 'does not know' in script('sample.py', '--init_from=hf', '--device=cpu', '--start=é', ok=False)
+    assert "GPT-2's weights" in script('sample.py', '--init_from=gpt2', ok=False)
+
+
+def test_training_goes_on_from_an_import_and_reaches_further_with_yarn(exported, clone, script):
     """Fine-tuning from the folder, then a context four times as long: block_size and rope_factor are free at resume."""
     data = clone / 'data/ascii'
     data.mkdir()
     for split in ('train', 'val'):
         torch.randint(61, (2000,), dtype=torch.uint16).numpy().tofile(data / f'{split}.bin')
-    shutil.move(exported / 'hf', clone / 'hf')
-    common = ['--dataset=ascii', '--device=cpu', '--compile=False', '--dtype=float32', '--eval_interval=1',
-              '--eval_iters=1', '--gradient_accumulation_steps=1', '--batch_size=2', '--warmup_iters=0']
-    printed = run('train.py', *common, '--init_from=hf', '--out_dir=tuned', '--block_size=96', '--max_iters=1',
-                  cwd=clone)
-    assert 'step 1:' in printed and (clone / 'tuned/tokenizer.json').exists()
-    run('convert.py', 'import', '--hf_dir=hf', '--out_dir=tuned2', cwd=clone)
-    longer = [*common, '--init_from=resume', '--out_dir=tuned2', '--block_size=384', '--max_iters=1']
-    assert '--rope_factor=4' in run('train.py', *longer, cwd=clone, ok=False).splitlines()[-1]
-    run('train.py', *longer, '--rope_factor=4', cwd=clone)
-    args = torch.load(clone / 'tuned2/ckpt.pt', weights_only=True)['model_args']
+
+    def train(*flags, ok=True):
+        return script('train.py', '--dataset=ascii', '--device=cpu', '--compile=False', '--dtype=float32',
+                      '--eval_interval=1', '--eval_iters=1', '--gradient_accumulation_steps=1', '--batch_size=2',
+                      '--warmup_iters=0', *flags, ok=ok, root=clone)
+
+    assert 'step 1:' in train('--init_from=hf', '--out_dir=tuned', '--block_size=96', '--max_iters=1')
+    assert (exported / 'tuned/tokenizer.json').exists()
+    script('convert.py', 'import', '--hf_dir=hf', '--out_dir=longer')
+    flags = ['--init_from=resume', '--out_dir=longer', '--block_size=384']
+    assert '--rope_factor=4' in train(*flags, ok=False)
+    train(*flags, '--rope_factor=4', '--max_iters=1')
+    args = torch.load('longer/ckpt.pt', weights_only=True)['model_args']
     assert (args['block_size'], args['rope_factor'], args['rope_original_max_position_embeddings']) == (384, 4.0, 96)
-    printed = run('train.py', *longer[:-1], '--max_iters=2', cwd=clone)  # the factor is the checkpoint's by now
+    printed = train(*flags, '--max_iters=2')  # the factor is the checkpoint's by now
     assert 'step 2:' in printed and 'ignored' not in printed
 
 
 @pytest.mark.parametrize('damage, message', [
-    ('missing', 'missing, the first is model.norm.weight'), ('extra', 'unknown to this model, the first is model.extra'),
+    ('missing', 'missing, the first is model.norm.weight'), ('extra', 'to this model, the first is model.extra'),
     ('shape', 'model.norm.weight has the shape [31]'), ('architecture', 'its architecture is LlamaForCausalLM'),
     ('truncated', 'model.safetensors is damaged'), ('rope', "RoPE of type 'linear'"), ('json', 'cannot be read'),
     ('weights', 'model.safetensors is damaged or missing'), ('quantised', "by 'awq'"), ('lacks', 'lacks hidden_size'),
@@ -435,16 +457,15 @@ def test_a_damaged_folder_gets_one_line_and_leaves_nothing_behind(exported, dama
     assert not (exported / 'new').exists()
 
 
-def test_the_script_ends_with_one_line_and_overwrites_nothing(exported):
-    script = convert.__file__
-    for args, message in [
-            (['export', '--out_dir=out', '--hf_dir=hf'], 'hf exists already'),
-            (['export', '--out_dir=nowhere', '--hf_dir=new'], 'ckpt.pt is missing'),
-            (['import', '--hf_dir=hf', '--out_dir=out'], 'ckpt.pt exists already'),
-            (['import', '--hf_dir=nowhere', '--out_dir=new'], 'cannot be read')]:
-        printed = run(script, *args, cwd=exported, ok=False)
-        assert message in printed.strip().splitlines()[-1] and 'Traceback' not in printed
-        assert not (exported / 'new').exists()
+@pytest.mark.parametrize('args, message', [
+    (['export', '--out_dir=out', '--hf_dir=hf'], 'hf exists already'),
+    (['export', '--out_dir=nowhere', '--hf_dir=new'], 'ckpt.pt is missing'),
+    (['import', '--hf_dir=hf', '--out_dir=out'], 'ckpt.pt exists already'),
+    (['import', '--hf_dir=nowhere', '--out_dir=new'], 'cannot be read'),
+])
+def test_the_script_ends_with_one_line_and_overwrites_nothing(exported, script, args, message):
+    assert message in script('convert.py', *args, ok=False)
+    assert sorted(p.name for p in exported.iterdir()) == ['hf', 'out']
 
 
 def test_an_export_that_fails_leaves_nothing_behind(tmp_path):
@@ -463,6 +484,6 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path):
 def test_names_of_gpt2_and_an_absent_reader_are_explained(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="GPT-2's weights do not fit.*DeepSeek-V2 or V3"):
         GPT.from_pretrained('gpt2-medium')
-    monkeypatch.setitem(__import__('sys').modules, 'convert', None)
+    monkeypatch.setitem(sys.modules, 'convert', None)
     with pytest.raises(ValueError, match='needs convert.py beside model.py'):
         GPT.from_pretrained(str(tmp_path))
