@@ -468,7 +468,7 @@ def export_folder(out_dir, hf_dir):
         shutil.rmtree(temporary, ignore_errors=True)
     for line in left_out:
         print(line)
-    print(f'wrote {hf_dir}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB in {dtype}')
+    print(f'wrote {hf_dir}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e6:,.1f} MB in {dtype}')
 
 
 # -----------------------------------------------------------------------------
@@ -477,8 +477,9 @@ def export_folder(out_dir, hf_dir):
 def memory_estimate(config, bytes_per_weight):
     with torch.device('meta'):
         n = GPT(config).get_num_params(non_embedding=False)
-    return (f'{n / 1e9:.2f}B parameters. This import and its ckpt.pt: {n * bytes_per_weight / 1e9:.1f} GB each; '
-            f'sampling: {n * (4 + bytes_per_weight) / 1e9:.1f} GB; training with AdamW: {n * 16 / 1e9:.1f} GB and more')
+    here, sample, train = (f'{n * size / 1e9:.3g} GB' for size in (bytes_per_weight, 4 + bytes_per_weight, 16))
+    return (f'{n / 1e9:.4g}B parameters. Memory for this import, and disk for its ckpt.pt: {here} each; memory for '
+            f'sampling: {sample}, for training with AdamW: {train} and more')
 
 
 def import_folder(hf_dir, out_dir):

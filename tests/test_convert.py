@@ -103,6 +103,15 @@ def test_what_transformers_saves_opens_here(tmp_path, settings, v2):
     same_model(GPT.from_pretrained(str(tmp_path)).eval(), model)
 
 
+def test_mtp_modules_that_are_named_and_not_there_are_done_without(tmp_path, capsys):
+    """transformers keeps their number when it saves a model, and drops their weights."""
+    model = theirs(V3 | dict(num_nextn_predict_layers=1))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / 'config.json').read_text())['num_nextn_predict_layers'] == 1
+    same_model(GPT.from_pretrained(str(tmp_path)).eval(), model)
+    assert 'going on without' in capsys.readouterr().out
+
+
 EXPORTS = [
     dict(), dict(q_lora_rank=0), dict(first_k_dense_replace=1), dict(n_group=4, topk_group=2),
     dict(n_group=8, topk_group=4), dict(tie_word_embeddings=False), dict(bias=True),
@@ -327,7 +336,7 @@ def test_published_models_have_their_published_sizes(settings, billions):
     with torch.device('meta'):
         model = GPT(GPTConfig(**args))
     assert abs(model.get_num_params(non_embedding=False) / 1e9 - billions) < 0.01
-    assert convert.memory_estimate(model.config, 2).startswith(f'{billions:.2f}B parameters')
+    assert convert.memory_estimate(model.config, 2).startswith(f'{billions:.4g}B parameters')
     factor = settings.get('rope_scaling', {}).get('factor', 1)
     all_dim = settings.get('rope_scaling', {}).get('mscale_all_dim', 0)
     want = 192 ** -0.5 * (0.1 * all_dim * math.log(factor) + 1) ** 2
