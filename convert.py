@@ -188,7 +188,7 @@ def open_folder(hf_dir):
         if os.path.exists(index):
             with open(index, encoding='utf-8') as f:
                 files = sorted(set(json.load(f)['weight_map'].values()))
-    except (OSError, json.JSONDecodeError, ValueError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:  # no file, no JSON, JSON of something else
         raise ValueError(f'{hf_dir} cannot be read: {first_line(e)}') from None
     tensors = {}
     for name in files:
@@ -203,7 +203,7 @@ def open_folder(hf_dir):
         args['num_nextn_predict_layers'] = 0
     try:
         config = GPTConfig(**args)
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         raise ValueError(f'{hf_dir} cannot be read: {first_line(e)}') from None
     check_tensors(hf_dir, tensors, config)
     return args, tensors
@@ -251,16 +251,19 @@ def read_weights(tensors, config, state):
             view.copy_(read(tensors, part))
 
 
+def dtype_here(tensors, name):
+    """The dtype that a released tensor has after read()."""
+    code = tensors[name].get_slice(name).get_dtype()
+    return {'F32': torch.float32, 'F16': torch.float16}.get(code, torch.bfloat16)
+
+
 def empty_state(tensors, config):
-    """A state dict to be filled: each tensor in its released dtype, FP8's in bf16, the balance bias in fp32."""
+    """A state dict to be filled: each tensor in its released dtype, the balance bias in fp32."""
     state = {}
     for name, tensor in skeleton(config).items():
         released = parts(config, name, tensor)
-        dtype = torch.float32
-        if released and not name.endswith('e_score_correction_bias'):
-            part = released[0][0]
-            code = tensors[part].get_slice(part).get_dtype()
-            dtype = {'F32': torch.float32, 'F16': torch.float16}.get(code, torch.bfloat16)
+        keep = released and not name.endswith('e_score_correction_bias')
+        dtype = dtype_here(tensors, released[0][0]) if keep else torch.float32
         state[name] = torch.zeros(tensor.shape, dtype=dtype)
     if config.tie_word_embeddings:
         state['lm_head.weight'] = state['transformer.wte.weight']
@@ -488,9 +491,9 @@ def import_folder(hf_dir, out_dir):
         raise ValueError(f'{path} exists already: remove it, or name another out_dir')
     args, tensors = open_folder(hf_dir)
     config = GPTConfig(**args)
-    state = empty_state(tensors, config)
-    dtype = state['transformer.wte.weight'].dtype
+    dtype = dtype_here(tensors, 'model.embed_tokens.weight')
     print(memory_estimate(config, dtype.itemsize), flush=True)
+    state = empty_state(tensors, config)
     read_weights(tensors, config, state)
     checkpoint = {'model': state, 'optimizer': None, 'scaler': {}, 'model_args': dataclasses.asdict(config),
                   'iter_num': 0, 'best_val_loss': math.inf, 'config': {'dtype': str(dtype).removeprefix('torch.')},
@@ -517,7 +520,7 @@ def main():
             export_folder(args.out_dir, args.hf_dir)
         else:
             import_folder(args.hf_dir, args.out_dir)
-    except (ValueError, OSError, ImportError) as e:
+    except (ValueError, OSError, ImportError, RuntimeError) as e:  # RuntimeError: torch found no memory
         raise SystemExit(f'convert.py: {first_line(e)}') from None
 
 

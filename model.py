@@ -815,7 +815,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         """The model of a local Hugging Face folder of the DeepSeek-V2 or V3 family: convert.py reads it."""
-        if model_type.startswith('gpt2') or not os.path.isdir(model_type):
+        if not os.path.isdir(model_type):
             raise ValueError(f"cannot load {model_type!r}: no such folder, and GPT-2's weights do not fit this "
                              'architecture (MLA, MoE). What fits: a local folder with a DeepSeek-V2 or V3 family '
                              'checkpoint (config.json and *.safetensors)')

@@ -40,7 +40,12 @@ parser.add_argument('--out', metavar='PNG', default='positions.png')
 args = parser.parse_args()
 
 folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', args.data)
-tokens = np.memmap(os.path.join(folder, 'val.bin'), dtype=np.uint16, mode='r')
+path = os.path.join(folder, 'val.bin')
+if args.length <= 0 or args.length % 32 != 0 or args.windows <= 0:
+    raise SystemExit('--length must be a multiple of 32, --windows positive')
+if not os.path.exists(path):
+    raise SystemExit(f'{path} is missing: run python data/{args.data}/prepare.py first')
+tokens = np.memmap(path, dtype=np.uint16, mode='r')
 starts = np.linspace(0, len(tokens) - args.length - 1, args.windows).astype(int)
 rows = torch.from_numpy(np.stack([tokens[i:i + args.length + 1] for i in starts]).astype(np.int64))  # (n, T + 1)
 
