@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one process a core: threads beside it would only fight for it
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
