@@ -49,6 +49,8 @@ def _read_config(path):
             source = f.read()
     except OSError as e:
         raise SystemExit(f'config file {path}: {e.strerror}') from None
+    except UnicodeDecodeError:
+        raise SystemExit(f'config file {path}: not UTF-8 text') from None
     _print(f'Overriding config with {path}:\n{source.rstrip()}')
     names = dict(globals())  # a config file may read the defaults
     before = dict(names)

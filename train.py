@@ -107,6 +107,8 @@ if gradient_accumulation_steps % world != 0:
     stop(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} ranks')
 if not 0 <= activation_memory <= 1:
     stop('activation_memory must lie in 0..1')
+if seed < 0:
+    stop('seed must not be negative')
 if optimizer not in ('adamw', 'muon'):
     stop(f"optimizer={optimizer!r} must be 'adamw' or 'muon'")
 if init_from not in ('scratch', 'resume') and not os.path.isdir(init_from):
@@ -318,7 +320,10 @@ def git_commit():
 
 
 if master:
-    os.makedirs(out_dir, exist_ok=True)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as e:
+        stop(f'out_dir={out_dir!r} cannot be made: {e.strerror}')
     if os.path.exists(os.path.join(init_from, 'tokenizer.json')):  # it travels with the checkpoint
         shutil.copy(os.path.join(init_from, 'tokenizer.json'), out_dir)
     log_path = os.path.join(out_dir, 'log.jsonl')
