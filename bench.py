@@ -29,6 +29,12 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_line
 
 here = os.path.dirname(os.path.abspath(__file__))
+
+
+def stop(message):
+    """A mistake of the user's: one line, and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
 PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
          'decode': ['ours', 'dense', 'transformers', 'gpt2', 'nanogpt'],
          'loss': ['ours', 'plain', 'torch']}
@@ -36,7 +42,7 @@ as_json = '--json' in sys.argv
 sys.argv = [arg for arg in sys.argv if arg != '--json']
 what = sys.argv.pop(1) if len(sys.argv) > 1 else ''
 if what not in PEERS:
-    raise SystemExit(f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] [--key=value ...]')
+    stop(f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] [--key=value ...]')
 
 # -----------------------------------------------------------------------------
 # the model: GPTConfig's defaults, and over them the main run's sizes
@@ -115,7 +121,7 @@ def build(name):
     try:
         import transformers
     except ImportError:
-        raise SystemExit('transformers is not installed: pip install -r requirements-dev.txt') from None
+        stop('transformers is not installed: pip install -r requirements-dev.txt')
     transformers.logging.set_verbosity_error()
     if name == 'transformers':
         if config.num_nextn_predict_layers > 0 and what == 'train':
@@ -272,7 +278,7 @@ def table(lines):
 
 names = peer.split(',')
 if not set(names) <= set(PEERS[what]):
-    raise SystemExit(f'peer={peer!r}: for {what} there are {", ".join(PEERS[what])}')
+    stop(f'peer={peer!r}: for {what} there are {", ".join(PEERS[what])}')
 if 'BENCH_CHILD' in os.environ:
     print(json.dumps({'peer': peer} | {'train': train, 'decode': decode, 'loss': loss}[what](peer)))
     raise SystemExit

@@ -20,6 +20,13 @@ def _print(text):
         print(text)
 
 
+def _stop(message):
+    """A mistake of the user's: one line, and exit code 2."""
+    if _os.environ.get('RANK', '0') == '0':
+        print(' '.join(message.split()), file=_sys.stderr, flush=True)  # a config file's errors may have many lines
+    raise SystemExit(2)
+
+
 def _settings(namespace):
     return {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
 
@@ -28,7 +35,7 @@ def _check_key(key, where):
     known = _settings(globals())
     if key not in known:
         near = _difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        raise SystemExit(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+        _stop(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
     return type(known[key])
 
 
@@ -36,11 +43,11 @@ def _fit(key, value, kind, where):
     """value as a `kind`, where nothing is lost by it."""
     if type(value) is kind:
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1e300:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():  # 1e4
         return int(value)
-    raise SystemExit(f'{where}: {key} must be {kind.__name__}, not {value!r}')
+    _stop(f'{where}: {key} must be {kind.__name__}, not {value!r}')
 
 
 def _read_config(path):
@@ -48,16 +55,16 @@ def _read_config(path):
         with open(path, encoding='utf-8') as f:
             source = f.read()
     except OSError as e:
-        raise SystemExit(f'config file {path}: {e.strerror}') from None
+        _stop(f'config file {path}: {e.strerror}')
     except UnicodeDecodeError:
-        raise SystemExit(f'config file {path}: not UTF-8 text') from None
+        _stop(f'config file {path}: not UTF-8 text')
     _print(f'Overriding config with {path}:\n{source.rstrip()}')
     names = dict(globals())  # a config file may read the defaults
     before = dict(names)
     try:
         exec(source, names)
     except Exception as e:
-        raise SystemExit(f'{path}: {type(e).__name__}: {e}') from None
+        _stop(f'{path}: {type(e).__name__}: {e}')
     for key, value in names.items():
         passing = key.startswith('_') or isinstance(value, (_types.ModuleType, _types.FunctionType, type))
         if passing or (key in before and before[key] is value):
@@ -68,13 +75,13 @@ def _read_config(path):
 def _read_flag(arg):
     key, equals, text = arg[2:].partition('=')
     if not arg.startswith('--') or not equals:
-        raise SystemExit(f'{arg}: settings are written --key=value')
+        _stop(f'{arg}: settings are written --key=value')
     kind = _check_key(key, arg)
     value = text
     if kind is not str:
         try:
             value = _ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except Exception:  # it has five kinds of them
             pass
     value = _fit(key, value, kind, arg)
     _print(f'Overriding: {key} = {value}')

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import sys
 
 import torch
 from safetensors import safe_open
@@ -502,6 +503,8 @@ def import_folder(hf_dir, out_dir):
     copy_tokenizer(hf_dir, out_dir)
     try:
         torch.save(checkpoint, path + '.tmp')
+        with open(path + '.tmp', 'rb') as f:
+            os.fsync(f.fileno())
         os.replace(path + '.tmp', path)
     finally:
         if os.path.exists(path + '.tmp'):
@@ -510,7 +513,8 @@ def import_folder(hf_dir, out_dir):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('direction', choices=('export', 'import'))
     parser.add_argument('--out_dir', required=True, help='the folder of ckpt.pt')
     parser.add_argument('--hf_dir', required=True, help='the folder in Hugging Face format')
@@ -521,7 +525,8 @@ def main():
         else:
             import_folder(args.hf_dir, args.out_dir)
     except (ValueError, OSError, ImportError, RuntimeError) as e:  # RuntimeError: torch found no memory
-        raise SystemExit(f'convert.py: {first_line(e)}') from None
+        print(f'convert.py: {first_line(e)}', file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == '__main__':

@@ -7,6 +7,13 @@ Draws the log.jsonl of one or several runs: losses, tokens per second, and the b
 import argparse
 import json
 import os
+import sys
+
+
+def stop(message):
+    """A mistake of the user's: one line, and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
 
 
 def read_log(path):
@@ -29,21 +36,22 @@ def read_log(path):
                 elif 'loss' in record:
                     train[record['step']] = record
     except OSError as e:
-        raise SystemExit(f'{path}: {e.strerror}') from None
+        stop(f'{path}: {e.strerror}')
     if not train and not evals:
-        raise SystemExit(f'{path}: no records in it')
+        stop(f'{path}: no records in it')
     return header, [train[k] for k in sorted(train)], [evals[k] for k in sorted(evals)]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('logs', nargs='+', metavar='log.jsonl')
     parser.add_argument('--out', metavar='PNG', help='default: log.png beside the first log')
     args = parser.parse_args()
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit('plot.py needs matplotlib: pip install matplotlib') from None
+        stop('plot.py needs matplotlib: pip install matplotlib')
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 

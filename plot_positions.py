@@ -9,6 +9,7 @@ A checkpoint with a context shorter than --length is drawn twice: as it is, and 
 import argparse
 import math
 import os
+import sys
 
 import matplotlib
 import numpy as np
@@ -21,6 +22,12 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 
+def stop(message):
+    """A mistake of the user's: one line, and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def losses_by_position(model, rows):
     """rows (n, T + 1) -> (T,): the mean loss of the token that follows each position."""
     total = torch.zeros(rows.size(1) - 1)
@@ -31,7 +38,8 @@ def losses_by_position(model, rows):
     return total / len(rows)
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('out_dirs', nargs='+', metavar='out_dir')
 parser.add_argument('--data', default='pydocs_char')
 parser.add_argument('--length', type=int, default=1024)
@@ -42,9 +50,9 @@ args = parser.parse_args()
 folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', args.data)
 path = os.path.join(folder, 'val.bin')
 if args.length <= 0 or args.length % 32 != 0 or args.windows <= 0:
-    raise SystemExit('--length must be a multiple of 32, --windows positive')
+    stop('--length must be a multiple of 32, --windows positive')
 if not os.path.exists(path):
-    raise SystemExit(f'{path} is missing: run python data/{args.data}/prepare.py first')
+    stop(f'{path} is missing: run python data/{args.data}/prepare.py first')
 tokens = np.memmap(path, dtype=np.uint16, mode='r')
 starts = np.linspace(0, len(tokens) - args.length - 1, args.windows).astype(int)
 rows = torch.from_numpy(np.stack([tokens[i:i + args.length + 1] for i in starts]).astype(np.int64))  # (n, T + 1)
@@ -65,7 +73,7 @@ for out_dir in args.out_dirs:
             print(f'{label}: mean loss in each quarter of the context: {parts}')
             ax.plot(np.arange(len(losses)) * 32 + 16, losses, label=label)
     except ValueError as e:
-        raise SystemExit(str(e)) from None
+        stop(str(e))
 ax.set(xlabel='position', ylabel='loss (nats per token)')
 ax.grid(alpha=0.3)
 ax.legend()

@@ -8,11 +8,19 @@ Generates text from a checkpoint that train.py wrote.
 
 import contextlib
 import os
+import sys
 import time
 
 import torch
 
 from model import GPT, MoE, first_line
+
+
+def stop(message):
+    """A mistake of the user's: one line, and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'  # the checkpoint in out_dir, or the path of a folder in Hugging Face's format
@@ -32,26 +40,30 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if init_from != 'resume' and not os.path.isdir(init_from):
-    raise SystemExit(f"init_from={init_from!r} must be 'resume' or a folder with a DeepSeek-V2 or V3 family "
-                     "checkpoint: GPT-2's weights do not fit this architecture")
+    stop(f"init_from={init_from!r} must be 'resume' or a folder with a DeepSeek-V2 or V3 family "
+         "checkpoint: GPT-2's weights do not fit this architecture")
 if num_samples <= 0 or min(max_new_tokens, temperature, top_k) < 0:
-    raise SystemExit('num_samples must be positive; max_new_tokens, temperature and top_k must not be negative')
+    stop('num_samples must be positive; max_new_tokens, temperature and top_k must not be negative')
 try:
     device_type = torch.zeros(1, device=device).device.type
 except Exception as e:  # torch raises RuntimeError, AssertionError and others
-    raise SystemExit(f'device={device!r} cannot be used here: {first_line(e)}') from None
+    stop(f'device={device!r} cannot be used here: {first_line(e)}')
 try:
     if init_from == 'resume':
         model, checkpoint = GPT.from_checkpoint(ckpt_path, device)
     else:
         model, checkpoint = GPT.from_pretrained(init_from), {'config': {}}
 except ValueError as e:
-    raise SystemExit(str(e)) from None
+    stop(str(e))
 model.eval().to(device)
 
-dtype = dtype or checkpoint['config'].get('dtype') or 'float32'
+config, meta = checkpoint.get('config') or {}, checkpoint.get('meta') or {}
+plain = type(config) is dict and type(meta) is dict
+if not plain or not type(meta.get('stoi', {})) is type(meta.get('itos', {})) is dict:
+    stop(f'{ckpt_path} is no checkpoint of this model: its config or its characters are no tables')
+dtype = dtype or config.get('dtype') or 'float32'
 if dtype not in ('float32', 'bfloat16', 'float16'):
-    raise SystemExit(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'")
+    stop(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'")
 ptdtype = getattr(torch, dtype)
 ctx = contextlib.nullcontext() if dtype == 'float32' else torch.amp.autocast(device_type, dtype=ptdtype)
 for module in model.modules():  # once, rather than at every token; autocast sees to the rest
@@ -69,7 +81,6 @@ if compile:
 
 # the tokenizer: the characters that the checkpoint was trained on, the one that travels with it, or GPT-2's
 stop_token = None
-meta = checkpoint.get('meta') or {}
 tokenizer_path = os.path.join(out_dir if init_from == 'resume' else init_from, 'tokenizer.json')
 if 'stoi' in meta:
     stoi, itos = meta['stoi'], meta['itos']
@@ -77,7 +88,7 @@ if 'stoi' in meta:
     def encode(text):
         unknown = sorted(set(text) - set(stoi))
         if unknown:
-            raise SystemExit(f'start: this model does not know the characters {"".join(unknown)!r}')
+            stop(f'start: this model does not know the characters {"".join(unknown)!r}')
         return [stoi[ch] for ch in text]
 
     def decode(ids):
@@ -86,11 +97,11 @@ elif os.path.exists(tokenizer_path):
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise SystemExit(f'{tokenizer_path} needs tokenizers: pip install tokenizers') from None
+        stop(f'{tokenizer_path} needs tokenizers: pip install tokenizers')
     try:
         tokenizer = Tokenizer.from_file(tokenizer_path)
     except Exception as e:  # tokenizers raises plain Exceptions
-        raise SystemExit(f'{tokenizer_path} cannot be read: {first_line(e)}') from None
+        stop(f'{tokenizer_path} cannot be read: {first_line(e)}')
     if model.config.eos_token_id >= 0:
         stop_token = model.config.eos_token_id
 
@@ -98,7 +109,7 @@ elif os.path.exists(tokenizer_path):
         try:
             return tokenizer.encode(text).ids
         except Exception as e:  # a text that it has no tokens for
-            raise SystemExit(f'start: this model does not know all of {text!r}: {first_line(e)}') from None
+            stop(f'start: this model does not know all of {text!r}: {first_line(e)}')
 
     def decode(ids):
         return tokenizer.decode(ids)
@@ -106,11 +117,11 @@ else:
     try:
         import tiktoken
     except ImportError:
-        raise SystemExit('this checkpoint speaks GPT-2 tokens: pip install tiktoken') from None
+        stop('this checkpoint speaks GPT-2 tokens: pip install tiktoken')
     try:
         enc = tiktoken.get_encoding('gpt2')
     except Exception as e:
-        raise SystemExit(f'tiktoken could not load the GPT-2 tokenizer: {type(e).__name__}: {first_line(e)}') from None
+        stop(f'tiktoken could not load the GPT-2 tokenizer: {type(e).__name__}: {first_line(e)}')
     stop_token = enc.eot_token
 
     def encode(text):
@@ -124,10 +135,10 @@ if start.startswith('FILE:'):
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
     except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f'{start}: {first_line(e)}') from None
+        stop(f'{start}: {first_line(e)}')
 prompt = encode(start)
 if not prompt:
-    raise SystemExit('start: an empty prompt; there must be at least one token')
+    stop('start: an empty prompt; there must be at least one token')
 
 torch.manual_seed(seed)
 x = torch.tensor(prompt, device=device).repeat(num_samples, 1)  # (num_samples, T)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import sys
 import urllib.request
 
 import numpy as np
@@ -10,8 +11,15 @@ import numpy as np
 TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
 
+def stop(message):
+    """A mistake of the user's: one line, and exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def argument_parser(doc):
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS,  # the docstring has it
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--input', metavar='PATH', help='a local text file, or a folder of .txt and .md files, instead')
     return parser
 
@@ -23,7 +31,7 @@ def text_files(path):
     files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
                    if name.endswith(('.txt', '.md')))
     if not files:
-        raise SystemExit(f'--input={path}: no such text file, and no folder with .txt or .md files in it')
+        stop(f'--input={path}: no such text file, and no folder with .txt or .md files in it')
     return files
 
 
@@ -34,10 +42,10 @@ def read_text(path):
             with open(name, encoding='utf-8') as f:
                 parts.append(f.read())
         except (OSError, UnicodeDecodeError) as e:
-            raise SystemExit(f'{name} cannot be read as UTF-8 text: {e}') from None
+            stop(f'{name} cannot be read as UTF-8 text: {e}')
     text = '\n'.join(parts)
     if len(text) < 20:
-        raise SystemExit(f'--input={path}: {len(text)} characters are too few to split into train and val')
+        stop(f'--input={path}: {len(text)} characters are too few to split into train and val')
     return text
 
 
@@ -48,8 +56,8 @@ def tiny_shakespeare(folder):
         try:
             urllib.request.urlretrieve(TINY_SHAKESPEARE, path + '.tmp')
         except OSError as e:
-            raise SystemExit(f'download failed ({e}). By hand: fetch {TINY_SHAKESPEARE}, and run this script again '
-                             f'with --input=FILE') from None
+            stop(f'download failed ({e}). By hand: fetch {TINY_SHAKESPEARE}, and run this script again '
+                 f'with --input=FILE')
         os.replace(path + '.tmp', path)
     return read_text(path)
 
@@ -59,12 +67,12 @@ def gpt2_encoding():
     try:
         import tiktoken
     except ImportError:
-        raise SystemExit('this needs tiktoken: pip install tiktoken') from None
+        stop('this needs tiktoken: pip install tiktoken')
     try:
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as e:
-        raise SystemExit(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}): it downloads it once. By '
-                         'hand: run it where there is a network, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR') from None
+        stop(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}): it downloads it once. By '
+             'hand: run it where there is a network, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR')
 
 
 def token_dtype(vocab_size):

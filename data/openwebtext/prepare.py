@@ -38,15 +38,15 @@ if __name__ == '__main__':
     if args.input:
         files = common.text_files(args.input)
         if len(files) < 2:
-            raise SystemExit(f'--input={args.input}: two documents at least, one for training and one for validation')
+            common.stop(f'--input={args.input}: two documents at least, one for training and one for validation')
         documents = load_dataset('text', data_files=files, sample_by='document', split='train')
     else:
         try:
             documents = load_dataset('Skylion007/openwebtext', split='train', num_proc=args.num_proc)
         except Exception as e:  # the hub's errors have no common class
-            raise SystemExit(f'download failed ({type(e).__name__}: {str(e)[:200]}). By hand: fetch '
-                             'Skylion007/openwebtext from the Hugging Face hub, unpack its text files into a folder, '
-                             'and run this script again with --input=FOLDER') from None
+            common.stop(f'download failed ({type(e).__name__}: {str(e)[:200]}). By hand: fetch '
+                        'Skylion007/openwebtext from the Hugging Face hub, unpack its text files into a folder, '
+                        'and run this script again with --input=FOLDER')
 
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     splits['val'] = splits.pop('test')
