@@ -15,7 +15,7 @@ Letters in the shape comments:
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -87,6 +87,11 @@ class GPTConfig:
     eos_token_id: int = -1             # ends a document: no module is trained to see beyond it; -1: not known
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            self._check(fits, f'{field.name} must be {kind.__name__}, not {value!r}')
+            self._check(kind is not float or math.isfinite(value), f'{field.name}={value} must be finite')
         C, K = self.n_embd, self.num_experts_per_tok
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             self._check(getattr(self, name) > 0, f'{name} must be positive')
@@ -590,10 +595,11 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group.get('muon'):
-                self._muon(group)
+                self._muon(group, getattr(self, 'found_inf', None))
         return loss
 
-    def _muon(self, group):
+    def _muon(self, group, found_inf):
+        """found_inf: as fused AdamW reads it; where this tensor is 1, the step changes nothing, without a host sync."""
         by_shape = {}
         for p in group['params']:
             if p.grad is not None:
@@ -605,11 +611,16 @@ class Muon(torch.optim.AdamW):
                     self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
             grads = [p.grad for p in params]
             momenta = [self.state[p]['momentum_buffer'] for p in params]
+            decay, keep = 1 - group['lr'] * group['weight_decay'], 1
+            if found_inf is not None:
+                grads = [torch.where(found_inf > 0, m, g) for g, m in zip(grads, momenta)]  # leaves the momenta alone
+                keep = 1 - found_inf
+                decay = torch.where(found_inf > 0, 1.0, decay)
             torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
             nesterov = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
-            update = orthogonalise(torch.cat([g.view(-1, m, n) for g in nesterov]))           # (matrices, m, n)
+            update = orthogonalise(torch.cat([g.view(-1, m, n) for g in nesterov])) * keep    # (matrices, m, n)
             updates = [u.view_as(p) for u, p in zip(update.split([p.numel() // (m * n) for p in params]), params)]
-            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+            torch._foreach_mul_(params, decay)
             torch._foreach_add_(params, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(m, n)))
 
 
@@ -738,16 +749,17 @@ class GPT(nn.Module):
         """Loss-free balancing: raise b of the experts below their layer's mean load, lower it of those above.
 
         Once after each optimizer step. load (MoE layers, E): the tokens that each expert got in the whole step,
-        summed over micro-batches and ranks. b is re-centred, since a shift common to all experts changes no choice.
+        summed over micro-batches and ranks; where all are 0, b stays. b is re-centred, since a shift common to all
+        experts changes no choice.
         """
         if self.config.bias_update_speed == 0:
             return
         load = load.float()
         step = self.config.bias_update_speed * torch.sign(load.mean(dim=1, keepdim=True) - load)
-        for moe, delta in zip(self.moe_layers(), step):
+        for moe, delta, idle in zip(self.moe_layers(), step, load.sum(dim=1) == 0):
             bias = moe.e_score_correction_bias
-            bias += delta
-            bias -= bias.mean()
+            moved = bias + delta
+            bias.copy_(torch.where(idle, bias, moved - moved.mean()))
 
     def compile(self, **kwargs):
         """Compile block by block (equal blocks share one graph) and the loss, rather than the whole model at once."""

@@ -5,8 +5,8 @@ Trains a model; nanoGPT's loop and flags, and every field of GPTConfig as a flag
     torchrun --standalone --nproc_per_node=8 train.py config/train_deepseek.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 train.py ...
 
-All randomness of an iteration (its batches, its dropout) follows from (seed, iteration, rank), so a resumed run
-goes on exactly as the uninterrupted one would have.
+All randomness of a micro-batch (its rows, its dropout) follows from the seed and the micro-batch's number, counted over
+iterations and ranks, so a resumed run goes on exactly as the uninterrupted one would have.
 """
 
 import contextlib
@@ -16,8 +16,10 @@ import math
 import os
 import pickle
 import platform
+import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,7 +42,7 @@ eval_interval = 2000
 log_interval = 1
 eval_iters = 200
 eval_only = False  # evaluate once and stop
-always_save_checkpoint = True  # after every evaluation, not only after a better one
+always_save_checkpoint = True  # ckpt.pt is the last one, ckpt_best.pt the best; False: the best, and ckpt_last.pt
 init_from = 'scratch'  # or 'resume', or the path of a DeepSeek checkpoint in Hugging Face's format
 # wandb logging
 wandb_log = False
@@ -59,6 +61,7 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0.0: no clipping
+max_skipped_iters = 20  # stop after so many iterations in a row with a loss or a gradient that is not finite
 # learning rate: linear warm-up, cosine decay
 decay_lr = True
 warmup_iters = 2000
@@ -85,24 +88,50 @@ here = os.path.dirname(os.path.abspath(__file__))
 ddp = 'RANK' in os.environ
 rank, world = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if ddp else (0, 1)
 master = rank == 0
-if ddp:
-    if device.startswith('cuda'):
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend if device.startswith('cuda') else 'gloo')
 
 
 def stop(message):
-    raise SystemExit(message if master else 1)
+    """What the user can mend: one line that says it, and exit code 2."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':  # one rank speaks for its machine
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
-for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval'):
+for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
+            'max_skipped_iters'):
     if config[key] <= 0:
         stop(f'{key} must be positive')
+for key in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'max_iters', 'warmup_iters', 'lr_decay_iters',
+            'mtp_lambda_late', 'mtp_late_from'):
+    if not 0 <= config[key] < math.inf:
+        stop(f'{key}={config[key]} must be finite and not negative')
+for key in ('beta1', 'beta2'):
+    if not 0 <= config[key] < 1:
+        stop(f'{key}={config[key]} must lie in [0, 1)')
+if ddp and device.startswith('cuda'):
+    device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    if torch.cuda.device_count() < int(os.environ['LOCAL_WORLD_SIZE']):
+        stop(f'{os.environ["LOCAL_WORLD_SIZE"]} ranks need as many GPUs; here are {torch.cuda.device_count()}')
 try:
     device_type = torch.zeros(1, device=device).device.type
 except Exception as e:  # torch raises RuntimeError, AssertionError and others
     stop(f'device={device!r} cannot be used here: {first_line(e)}')
+if ddp:
+    if device_type == 'cuda':
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
+    except (ValueError, RuntimeError) as e:
+        stop(f'the ranks cannot be connected: {first_line(e)}')
+hosts = dist.new_group(backend='gloo') if ddp else None  # for what the ranks agree on without their GPUs
+
+
+def all_reduce(x, op=dist.ReduceOp.SUM, group=None):
+    if ddp:
+        dist.all_reduce(x, op, group)
+    return x
+
+
 if gradient_accumulation_steps % world != 0:
     stop(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} ranks')
 if not 0 <= activation_memory <= 1:
@@ -142,8 +171,11 @@ if wandb_log and master:
 data_dir = os.path.join(here, 'data', dataset)
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads a pickle of dicts, strings and numbers, and refuses one that names a class or a function."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads a pickle of dicts, strings and numbers, and refuses one that names a class or a function.
+
+    Python's own unpickler rather than the one in C, whose memo lets a few bytes ask for gigabytes.
+    """
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
@@ -156,6 +188,9 @@ def load_meta(path):
         meta = PlainUnpickler(f).load()
     if type(meta['vocab_size']) is not int or meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
         raise ValueError('its vocab_size must be an int, its dtype uint16 or uint32')
+    stoi, itos = meta.get('stoi', {}), meta.get('itos', {})
+    if {(type(k), type(v)) for k, v in [*stoi.items(), *((ch, i) for i, ch in itos.items())]} - {(str, int)}:
+        raise ValueError('its stoi and itos must map characters to ints and back')
     return meta
 
 
@@ -166,13 +201,21 @@ except Exception as e:  # an unpickler meets damage in many ways
 tokens = {}
 for split in ('train', 'val'):
     path = os.path.join(data_dir, f'{split}.bin')
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         stop(f'{path} is missing: run python data/{dataset}/prepare.py first')
     # prepare.py writes uint32 where the vocabulary does not fit in uint16, and says so in meta.pkl
     token_dtype = np.dtype(meta.get('dtype', 'uint16'))
+    if os.path.getsize(path) % token_dtype.itemsize != 0:
+        stop(f'{path} is cut short, or does not hold {token_dtype}: run prepare.py again')
     if os.path.getsize(path) <= block_size * token_dtype.itemsize:
         stop(f'{path} holds too few tokens for block_size={block_size}')
-    tokens[split] = np.memmap(path, dtype=token_dtype, mode='r')
+    try:
+        tokens[split] = np.memmap(path, dtype=token_dtype, mode='r')
+    except OSError as e:
+        stop(f'{path} cannot be read: {e.strerror}')
+    head = tokens[split][:4096]
+    if token_dtype == np.uint16 and len(head) >= 64 and head[0::2].any() and not head[1::2].any():
+        stop(f'{path} holds numbers wider than uint16, by its zeros: write uint16, or name the dtype in meta.pkl')
 
 
 def get_batch(split, stream, index):
@@ -193,7 +236,14 @@ def get_batch(split, stream, index):
 iter_num = 0
 best_val_loss = math.inf
 torch.manual_seed(seed)
-ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+# ckpt.pt is what nanoGPT's is: the last checkpoint, or with always_save_checkpoint=False the best; the other is beside
+names = ('ckpt.pt', 'ckpt_best.pt') if always_save_checkpoint else ('ckpt_last.pt', 'ckpt.pt')
+last_path, best_path = (os.path.join(out_dir, name) for name in names)
+ckpt_path = os.path.join(out_dir, 'ckpt_last.pt')
+if not os.path.exists(ckpt_path):
+    ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and os.path.exists(ckpt_path):
+    init_from = 'resume'  # torchrun lost a rank and starts all of them again
 checkpoint = None
 try:
     if init_from == 'scratch':
@@ -210,8 +260,14 @@ try:
         overrides |= {k: config[k] for k in if_given if config[k] != getattr(GPTConfig, k)}
         if init_from == 'resume':
             model, checkpoint = GPT.from_checkpoint(ckpt_path, device, **overrides)
-            iter_num = checkpoint['iter_num']
-            best_val_loss = checkpoint['best_val_loss']
+            iter_num, best_val_loss = checkpoint.get('iter_num'), checkpoint.get('best_val_loss')
+            if type(iter_num) is not int or iter_num < 0 or type(best_val_loss) is not float:
+                stop(f'{ckpt_path} is no checkpoint of a training run: its iter_num or best_val_loss is odd')
+            # the characters must be the same; a converted checkpoint, without an optimizer, has no table of them
+            trained_on = checkpoint.get('meta') or {}
+            if checkpoint.get('optimizer') and trained_on.get('stoi') != meta.get('stoi'):
+                stop(f'{data_dir} has another vocabulary than {ckpt_path} was trained on: resume with its dataset, or '
+                     'restore its meta.pkl')
         else:
             model = GPT.from_pretrained(init_from, overrides)
         ignored = [f'{field.name}={config[field.name]}' for field in dataclasses.fields(GPTConfig)
@@ -229,16 +285,29 @@ try:
 except ValueError as e:
     stop(str(e))
 model_args = dataclasses.asdict(model.config)  # with every derived size
-if max(int(tokens[split][:1_000_000].max()) for split in tokens) >= model.config.vocab_size:
-    stop(f'{data_dir} holds tokens beyond vocab_size={model.config.vocab_size}')
+for split, data in tokens.items():  # all of it, each rank its share
+    top = torch.tensor(int(np.array_split(data, world)[rank].max(initial=0)))
+    top = all_reduce(top, dist.ReduceOp.MAX, hosts).item()
+    if top >= model.config.vocab_size:
+        stop(f'{data_dir}/{split}.bin holds the token {top}, beyond vocab_size={model.config.vocab_size}')
+    if split == 'train' and top < 256 and not meta and not vocab_size and init_from == 'scratch':
+        stop(f'{data_dir}/meta.pkl is missing, and {split}.bin holds no more than {top + 1} different tokens: run '
+             f'prepare.py again, or say --vocab_size={top + 1}')
 model.to(device)
 raw_model = model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, config['optimizer'])
-if checkpoint is not None and checkpoint['optimizer']:  # a converted checkpoint has none
-    optimizer.load_state_dict(checkpoint['optimizer'])
-    if checkpoint.get('scaler'):
-        scaler.load_state_dict(checkpoint['scaler'])
+if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        if checkpoint.get('scaler'):
+            scaler.load_state_dict(checkpoint['scaler'])
+    except Exception as e:  # a dict of another shape fails in many ways
+        stop(f'the optimizer in {ckpt_path} does not fit optimizer={config["optimizer"]!r}: {first_line(e)}')
+if ddp:
+    furthest = all_reduce(torch.tensor(iter_num), dist.ReduceOp.MAX, hosts).item()
+    if all_reduce(torch.tensor(int(iter_num != furthest)), group=hosts) > 0:
+        stop(f'the ranks hold checkpoints of different iterations: {out_dir} must be one folder for all machines')
 checkpoint = None  # free the memory
 
 if compile:
@@ -260,12 +329,6 @@ if compile:
 if ddp:
     # the only buffer that changes, the balance bias, changes alike on all ranks
     model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, broadcast_buffers=False)
-
-
-def all_reduce(x):
-    if ddp:
-        dist.all_reduce(x)
-    return x
 
 
 @torch.no_grad()
@@ -292,21 +355,56 @@ def get_lr(it):
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
 
-def save_checkpoint():
-    """Written beside and renamed: a kill at any instant leaves the last checkpoint whole."""
-    torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
-                'meta': meta},  # a character set's table, for sample.py
-               ckpt_path + '.tmp')
-    with open(ckpt_path + '.tmp', 'rb') as f:
-        os.fsync(f.fileno())
-    os.replace(ckpt_path + '.tmp', ckpt_path)
+def fsync(path):
+    if os.name == 'posix':  # elsewhere a folder cannot be opened
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def save_checkpoint(best):
+    """Written beside, forced to the disk and renamed: a kill at any instant leaves the last checkpoint whole.
+
+    The best one is a second name of the same file, and moves first: a run that is killed in between goes on from the
+    checkpoint before, and comes to the same best one again.
+    """
+    new, new_best = last_path + '.tmp', best_path + '.tmp'
+    try:
+        torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
+                    'scaler': scaler.state_dict(), 'model_args': model_args, 'iter_num': iter_num,
+                    'best_val_loss': best_val_loss, 'config': config,
+                    'meta': meta},  # a character set's table, for sample.py
+                   new)
+        fsync(new)
+        if best or not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(new_best)
+            try:
+                os.link(new, new_best)
+            except OSError:  # a file system without links
+                shutil.copyfile(new, new_best)
+                fsync(new_best)
+            os.replace(new_best, best_path)
+        os.replace(new, last_path)
+        fsync(out_dir)
+    except (OSError, RuntimeError) as e:
+        for path in (new, new_best):
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        stop(f'{last_path} could not be written, what was saved before is whole: {first_line(e)}')
+
+
+def write_log(record):
+    try:
+        log_file.write(json.dumps(record).encode() + b'\n')
+    except OSError as e:
+        stop(f'{log_path} could not be written: {e.strerror}')
 
 
 def log(record):
     # JSON has no nan and no infinity
     record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    print(json.dumps(record), file=log_file, flush=True)
+    write_log(record)
     if wandb_log:
         wandb.log({k: v for k, v in record.items() if v is not None}, step=record['step'])
 
@@ -320,18 +418,27 @@ def git_commit():
 
 
 if master:
+    log_path = os.path.join(out_dir, 'log.jsonl')
     try:
         os.makedirs(out_dir, exist_ok=True)
+        moves = []
+        if init_from != 'resume':  # what an earlier run left here
+            moves = [(name, name + '.old') for name in ('ckpt_last.pt', 'ckpt_best.pt', 'ckpt.pt', 'log.jsonl')]
+        elif always_save_checkpoint and os.path.exists(os.path.join(out_dir, 'ckpt_last.pt')):  # it was False before
+            moves = [('ckpt.pt', 'ckpt_best.pt'), ('ckpt_last.pt', 'ckpt.pt')]
+        elif not always_save_checkpoint and os.path.exists(os.path.join(out_dir, 'ckpt_best.pt')):  # it was True
+            moves = [('ckpt.pt', 'ckpt_last.pt'), ('ckpt_best.pt', 'ckpt.pt')]
+        for old, new in moves:
+            if os.path.exists(os.path.join(out_dir, old)) and not eval_only:
+                os.replace(os.path.join(out_dir, old), os.path.join(out_dir, new))
+                print(f'{out_dir}/{old} is now {new}')
+        if os.path.exists(os.path.join(init_from, 'tokenizer.json')):  # it travels with the checkpoint
+            shutil.copy(os.path.join(init_from, 'tokenizer.json'), out_dir)
+        log_file = open(log_path, 'ab', buffering=0)
+        if log_file.tell() > 0:
+            log_file.write(b'\n')  # a run that was killed may have left half a line
     except OSError as e:
-        stop(f'out_dir={out_dir!r} cannot be made: {e.strerror}')
-    if os.path.exists(os.path.join(init_from, 'tokenizer.json')):  # it travels with the checkpoint
-        shutil.copy(os.path.join(init_from, 'tokenizer.json'), out_dir)
-    log_path = os.path.join(out_dir, 'log.jsonl')
-    if init_from != 'resume' and not eval_only and os.path.exists(log_path):
-        os.replace(log_path, log_path + '.old')
-    log_file = open(log_path, 'a')
-    if log_file.tell() > 0:
-        print(file=log_file)  # a run that was killed may have left half a line
+        stop(f'out_dir={out_dir!r} cannot be written: {e.strerror}')
     header = {'command': shlex.join(sys.argv), 'config': config, 'model_args': model_args, 'world_size': world,
               'parameters': raw_model.get_num_params(), 'active_parameters': raw_model.get_num_active_params(),
               'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__},
@@ -339,14 +446,31 @@ if master:
               f'{platform.machine()} {device_type}, {os.cpu_count()} cores', 'git_commit': git_commit()}
     if wandb_log:
         wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-    print(json.dumps(header), file=log_file, flush=True)
+    write_log(header)
     print(f'parameters without embedding and head: {header["parameters"] / 1e6:.2f}M, of which a token uses '
           f'{header["active_parameters"] / 1e6:.2f}M')
     print(f'tokens per iteration: {tokens_per_iter:,}; device: {device}, {dtype}')
+    if init_from == 'resume':
+        print(f'going on from {ckpt_path}, iteration {iter_num}')
+
+# a signal ends the run after the step that it interrupts, with a checkpoint; a second Ctrl-C ends it at once
+signalled = False
+
+
+def on_signal(number, frame):
+    global signalled
+    if number == signal.SIGINT and signalled:
+        os._exit(130)
+    signalled = True
+
+
+signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGINT, on_signal)
 
 # training loop
 model.train()
 running_mfu = math.nan
+skipped, in_a_row = torch.zeros(2, device=device)  # iterations that changed nothing
 t_log, iters_logged = time.time(), 0
 while True:
     lr = get_lr(iter_num) if decay_lr else learning_rate
@@ -354,20 +478,20 @@ while True:
         group['lr'] = lr
     raw_model.config.mtp_lambda = mtp_lambda if iter_num < mtp_late_from * max_iters else \
         min(mtp_lambda, mtp_lambda_late)
-    # whatever is random in this iteration
-    torch.manual_seed(seed + iter_num * world + rank)
 
     # evaluate and save
     if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
         losses = estimate_loss()
         improved = losses['val'] < best_val_loss
-        if iter_num > 0:  # an untrained model is never saved, so it is no best one either
-            best_val_loss = min(best_val_loss, losses['val'])
+        if improved and iter_num > 0:  # an untrained model is never saved, so it is no best one either
+            best_val_loss = losses['val']
         if master:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             log({'step': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
-            if iter_num > 0 and not eval_only and (improved or always_save_checkpoint):
-                save_checkpoint()
+            if not math.isfinite(losses['val']):
+                print('the validation loss is not finite: not saved')
+            elif iter_num > 0 and not eval_only:
+                save_checkpoint(best=improved)
         t_log, iters_logged = time.time(), 0
     if iter_num >= max_iters or eval_only:
         break
@@ -375,7 +499,10 @@ while True:
     # forward and backward, over the micro-batches
     stats = {}
     for micro_step in range(accumulation):
-        x, y = get_batch('train', 0, iter_num * gradient_accumulation_steps + micro_step * world + rank)
+        number = iter_num * gradient_accumulation_steps + micro_step * world + rank
+        for seed_generator in (torch.manual_seed, np.random.seed, random.seed):
+            seed_generator((seed + number) % 2**32)
+        x, y = get_batch('train', 0, number)
         if ddp:  # gradients travel with the last micro-batch
             model.require_backward_grad_sync = micro_step == accumulation - 1
         with ctx:
@@ -383,20 +510,26 @@ while True:
         scaler.scale(loss / accumulation).backward()
         for k, v in raw_model.stats.items():
             stats[k] = stats[k] + v if k in stats else v
-    # clip, step, balance
+    # clip, step, balance; an iteration with a loss or a gradient that is not finite, on any rank, changes nothing,
+    # which is decided on the device
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
-    scaler.step(optimizer)
+    means = all_reduce(torch.cat([stats['losses'], *([stats['balance'].view(1)] if 'load' in stats else [])]))
+    means = means / (accumulation * world)
+    bad = ~(norm + means.sum()).isfinite()
+    optimizer.found_inf = bad.float()  # with it a fused step leaves weights and moments alone
+    if optimizer.defaults['fused'] or not bad:
+        optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     if 'load' in stats:
-        raw_model.update_balance(all_reduce(stats['load']))
+        raw_model.update_balance(all_reduce(stats['load']).masked_fill(bad, 0))
+    skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
     iters_logged += 1
 
     # log: all numbers come over in one host sync, the only one of the loop
     if iter_num % log_interval == 0:
-        means = torch.cat([stats['losses'], *([stats['balance'].view(1)] if 'load' in stats else [])])
-        numbers = [all_reduce(means) / (accumulation * world), norm.view(1)]
+        numbers = [means, torch.stack([norm, skipped, in_a_row])]
         if 'load' in stats:
             load = stats['load'].float()  # of the whole iteration, all ranks: update_balance needed it so
             numbers.append(load.amax(dim=1) / load.mean(dim=1) - 1)
@@ -405,8 +538,8 @@ while True:
         record = {'step': iter_num, 'loss': losses[0], 'mtp_losses': losses[1:], 'lr': lr}
         if 'load' in stats:
             record['balance'] = numbers.pop(0)
-            record['max_vio'] = numbers[1:]
-        record['grad_norm'] = numbers[0]
+            record['max_vio'] = numbers[3:]
+        record |= {'grad_norm': numbers[0], 'skipped': int(numbers[1])}
         now = time.time()
         dt = (now - t_log) / iters_logged
         t_log, iters_logged = now, 0
@@ -418,11 +551,24 @@ while True:
             extra = ''.join(f', mtp{k} {v:.4f}' for k, v in enumerate(losses[1:], start=1))
             if 'load' in stats:
                 extra += f', maxvio {max(record["max_vio"]):.2f}'
+            if record['skipped']:
+                extra += f', skipped {record["skipped"]}'
             left = f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left'
             print(f'iter {iter_num}: loss {losses[0]:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
                   f'{tokens_per_iter / dt:,.0f} tok/s, {left}{extra}')
             log(record)
+        if numbers[2] >= max_skipped_iters:
+            stop(f'{int(numbers[2])} iterations in a row were skipped for a loss or a gradient that is not finite: try '
+                 'a smaller learning_rate, with --init_from=resume if there is a checkpoint')
     iter_num += 1
+
+    # leave after a signal to any rank, all ranks after the same step
+    if all_reduce(torch.tensor(int(signalled)), group=hosts) > 0:
+        if master:
+            save_checkpoint(best=False)
+            print(f'stopped by a signal before iteration {iter_num}: the same command with --init_from=resume goes on '
+                  f'from {last_path}')
+        break
 
 if ddp:
     dist.destroy_process_group()

@@ -169,7 +169,7 @@ def test_eval_only_evaluates_once_on_resume_too(small):
     (['--qk_rope_head_dim=3'], 'even'), (['--dtype=float16'], 'needs CUDA'), (['--dtype=int8'], 'must be'),
     (['--block_size=600'], 'too few'), (['--vocab_size=20'], 'beyond vocab_size'), (['--device=gpu'], 'cannot be used'),
     (['--eval_iters=0'], 'positive'), (['--log_interval=0'], 'positive'), (['--batch_size=0'], 'positive'),
-    (['--activation_memory=2'], 'in 0..1'), (['--seed=-1'], 'seed'), (['--out_dir=model.py'], 'cannot be made'),
+    (['--activation_memory=2'], 'in 0..1'), (['--seed=-1'], 'seed'), (['--out_dir=model.py'], 'cannot be written'),
     (['out-binary.py'], 'not UTF-8'),
 ])
 def test_mistakes_get_one_line(small, flags, message):
