@@ -1,8 +1,8 @@
-# make demo: from nothing to a trained model's samples.   make test: ruff and pytest.
+# make demo: from nothing to a trained model's samples.   make test: ruff and pytest.   make soak: kills, half an hour.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test soak
 demo: .venv/installed
 	$(BIN)/python data/pydocs_char/prepare.py
 	$(BIN)/python train.py config/demo.py
@@ -12,6 +12,9 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+soak: .venv/installed-dev
+	$(BIN)/python tests/soak.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -355,13 +355,6 @@ def get_lr(it):
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
 
-def fsync(path):
-    if os.name == 'posix':  # elsewhere a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
 def save_checkpoint(best):
     """Written beside, forced to the disk and renamed: a kill at any instant leaves the last checkpoint whole.
 
@@ -370,12 +363,14 @@ def save_checkpoint(best):
     """
     new, new_best = last_path + '.tmp', best_path + '.tmp'
     try:
-        torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
-                    'scaler': scaler.state_dict(), 'model_args': model_args, 'iter_num': iter_num,
-                    'best_val_loss': best_val_loss, 'config': config,
-                    'meta': meta},  # a character set's table, for sample.py
-                   new)
-        fsync(new)
+        with open(new, 'wb') as f:
+            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
+                        'scaler': scaler.state_dict(), 'model_args': model_args, 'iter_num': iter_num,
+                        'best_val_loss': best_val_loss, 'config': config,
+                        'meta': meta},  # a character set's table, for sample.py
+                       f)
+            f.flush()
+            os.fsync(f.fileno())
         if best or not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(new_best)
@@ -383,15 +378,18 @@ def save_checkpoint(best):
                 os.link(new, new_best)
             except OSError:  # a file system without links
                 shutil.copyfile(new, new_best)
-                fsync(new_best)
             os.replace(new_best, best_path)
         os.replace(new, last_path)
-        fsync(out_dir)
+        if os.name == 'posix':  # elsewhere a folder cannot be opened
+            folder = os.open(out_dir, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as e:
         for path in (new, new_best):
             with contextlib.suppress(OSError):
                 os.remove(path)
-        stop(f'{last_path} could not be written, what was saved before is whole: {first_line(e)}')
+        # torch's own error hides the system's
+        stop(f'{last_path} could not be written, what was saved before is whole: {first_line(e.__context__ or e)}')
 
 
 def write_log(record):

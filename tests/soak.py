@@ -1,0 +1,251 @@
+"""
+What takes too long for the tests: kills at random instants, a full disk, and ten thousand steps. Linux alone.
+
+    python tests/soak.py [kill] [ranks] [disk] [memory] [--kills=100] [--rank_kills=20] [--steps=10000] [--seed=0]
+
+`make soak` runs all four, in a copy of the project, and prints a table of what was seen; exit code 1 if one failed.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ['--dataset=soak', '--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2',
+         '--n_embd=64', '--vocab_size=304', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
+         '--n_routed_experts=4', '--num_experts_per_tok=2', '--dropout=0.1', '--warmup_iters=10',
+         '--learning_rate=1e-3', '--eval_iters=2', '--bias_update_speed=0.01']
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1000']
+
+
+def new_clone():
+    """A copy of the project with a small random data set."""
+    clone = Path(tempfile.mkdtemp(prefix='soak-')) / 'clone'
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', 'tests'))
+    folder = clone / 'data/soak'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, n in (('train', 20000), ('val', 2000)):
+        (rng.integers(300, size=n) // 3 * 3).astype(np.uint16).tofile(folder / f'{split}.bin')
+    return clone
+
+
+def start(clone, *flags, python=(), **kwargs):
+    command = [sys.executable, *python, 'train.py', *FLAGS, *flags]
+    log = open(clone / 'printed', 'ab')
+    return subprocess.Popen(command, cwd=clone, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=log,
+                            stderr=subprocess.STDOUT, start_new_session=True, **kwargs)
+
+
+def finish(clone, *flags, **kwargs):
+    code = start(clone, *flags, **kwargs).wait()
+    if code != 0:
+        raise SystemExit(f'a run ended with code {code}:\n' + (clone / 'printed').read_text()[-2000:])
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return all(torch.equal(a[k], b[k]) for k in b)
+
+
+def steps_of_this_start(out):
+    """The last iteration that log.jsonl tells of since train.py was started last; None before the first."""
+    step = None
+    path = out / 'log.jsonl'
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        if line.startswith(b'{"command"'):
+            step = None
+        elif line.startswith(b'{"step"') and b'"loss"' in line and line.endswith(b'}'):
+            step = json.loads(line)['step']
+    return step
+
+
+def wait_for(what, process, seconds=120):
+    """Until what() is true or the process has ended."""
+    end = time.time() + seconds
+    while process.poll() is None and not what():
+        if time.time() > end:
+            raise SystemExit('nothing happened for too long')
+        time.sleep(0.005)
+
+
+def kill(clone, kills):
+    """kill -9 at random instants of a run that saves after each iteration, and going on; run after run."""
+    flags = ['--max_iters=300', '--eval_interval=1', '--eval_iters=1']
+    finish(clone, *flags, '--out_dir=whole')
+    out = clone / 'out'
+    made = writing = starting = finished = equal = 0
+    tmp_seen = None
+    while made < kills or (out / 'ckpt.pt').exists():
+        resume = ['--init_from=resume'] if (out / 'ckpt.pt').exists() else []
+        process = start(clone, *flags, *resume, '--out_dir=out')
+        if made < kills:
+            if random.random() < 0.1:  # before it trains
+                time.sleep(random.uniform(0, 3))
+            else:
+                steps = (out / 'log.jsonl').stat().st_size if (out / 'log.jsonl').exists() and resume else 0
+                wait_for(lambda n=steps: (out / 'log.jsonl').exists() and (out / 'log.jsonl').stat().st_size > n + 4000
+                         and steps_of_this_start(out) is not None, process)
+                time.sleep(random.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        if code == -signal.SIGKILL:
+            made += 1
+            starting += steps_of_this_start(out) is None
+            tmp = out / 'ckpt.pt.tmp'
+            if tmp.exists() and tmp.stat().st_mtime_ns != tmp_seen:  # left by this kill
+                tmp_seen = tmp.stat().st_mtime_ns
+                writing += 1
+            if (out / 'ckpt.pt').exists():
+                weights(out / 'ckpt.pt')
+        elif code == 0:
+            finished += 1
+            equal += same_weights(out / 'ckpt.pt', clone / 'whole/ckpt.pt')
+            shutil.rmtree(out)
+        else:
+            raise SystemExit(f'a resumed run ended with code {code}:\n' + (clone / 'printed').read_text()[-2000:])
+    return equal == finished > 0, f'{made} kills, {writing} of them while a checkpoint was written, {starting} ' \
+        f'before the first iteration; all went on; {equal} of {finished} finished runs equal the whole one bit for bit'
+
+
+def children(pid):
+    """The processes that a process has started."""
+    found = []
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            fields = stat.read_text().rpartition(')')[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def ranks(clone, kills):
+    """kill -9 of one of two ranks under torchrun --max-restarts, which starts both again."""
+    flags = ['--max_iters=300', '--eval_interval=2', '--eval_iters=2']
+    finish(clone, *flags, '--out_dir=whole2', python=TORCHRUN)
+    out = clone / 'out2'
+    made = finished = equal = 0
+    victims = [0, 0]
+    while made < kills:
+        shutil.rmtree(out, ignore_errors=True)
+        process = start(clone, *flags, '--out_dir=out2', python=TORCHRUN)
+        while process.poll() is None:
+            before = (out / 'log.jsonl').stat().st_size if (out / 'log.jsonl').exists() else 0
+            wait_for(lambda n=before: (out / 'log.jsonl').exists() and (out / 'log.jsonl').stat().st_size > n + 4000
+                     and steps_of_this_start(out) is not None, process)
+            if made >= kills:
+                process.wait()
+                break
+            time.sleep(random.uniform(0, 1.0))
+            workers = sorted(children(process.pid))
+            if process.poll() is None and len(workers) == 2:
+                victim = random.randrange(2)
+                try:
+                    os.kill(workers[victim], signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                victims[victim] += 1
+                made += 1
+        if process.returncode != 0:
+            raise SystemExit(f'torchrun: code {process.returncode}:\n' + (clone / 'printed').read_text()[-3000:])
+        finished += 1
+        equal += same_weights(out / 'ckpt.pt', clone / 'whole2/ckpt.pt')
+    return equal == finished > 0, f'{made} kills ({victims[0]} of rank 0, {victims[1]} of rank 1), torchrun started ' \
+        f'both again each time; {equal} of {finished} finished runs equal the whole one bit for bit'
+
+
+def disk(clone, _):
+    """A checkpoint that does not fit: files may have 60% of its size, then less than the log has."""
+    finish(clone, '--max_iters=3', '--eval_interval=3', '--out_dir=full')
+    path = clone / 'full/ckpt.pt'
+    before = path.read_bytes()
+    header = len((clone / 'full/log.jsonl').read_bytes().splitlines()[0])
+    for limit, file in ((len(before) * 6 // 10, 'ckpt.pt'), (header + 3000, 'ckpt.pt'), (header + 300, 'log.jsonl')):
+        (clone / 'printed').write_bytes(b'')
+        (clone / 'full/log.jsonl').write_bytes(b'')
+        process = start(clone, '--max_iters=20', '--eval_interval=5', '--init_from=resume', '--out_dir=full',
+                        preexec_fn=lambda n=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)))
+        code = process.wait()
+        printed = (clone / 'printed').read_text()
+        last = printed.strip().splitlines()[-1]
+        if code != 2 or 'Traceback' in printed or f'full/{file} could not be written' not in last or \
+                path.read_bytes() != before or list((clone / 'full').glob('*.tmp')):
+            raise SystemExit(f'a full disk: code {code}\n{printed[-2000:]}')
+    finish(clone, '--max_iters=20', '--eval_interval=5', '--init_from=resume', '--out_dir=full')
+    finish(clone, '--max_iters=20', '--eval_interval=5', '--out_dir=roomy')
+    equal = same_weights(path, clone / 'roomy/ckpt.pt')
+    return equal, 'full while ckpt.pt was written, early and late, and while log.jsonl was: one line, exit code 2, ' \
+        'the old ckpt.pt untouched; resumed with room, the weights equal those of a whole run'
+
+
+def memory(clone, steps):
+    """Resident memory and open files over many steps, with an evaluation and a checkpoint every 100."""
+    process = start(clone, f'--max_iters={steps}', '--eval_interval=100', '--out_dir=long')
+    out = clone / 'long'
+    samples = []
+    while process.poll() is None:
+        time.sleep(0.5)
+        try:
+            status = Path(f'/proc/{process.pid}/status').read_text()
+            files = len(os.listdir(f'/proc/{process.pid}/fd'))
+            rss = int(status.split('VmRSS:')[1].split()[0])
+        except (OSError, IndexError):  # it has ended
+            break
+        step = steps_of_this_start(out)
+        if step is not None and step > 500:
+            samples.append((step, rss, files))
+    if process.wait() != 0 or len(samples) < 10:
+        raise SystemExit('the long run failed:\n' + (clone / 'printed').read_text()[-2000:])
+    x, rss, files = np.array(samples, dtype=float).T
+    slope = np.polyfit(x, rss, 1)[0] * 1000
+    growth = slope * (x[-1] - x[0]) / 1000 / 1024
+    quarter = len(rss) // 4
+    return growth < 4 and files.max() - files.min() <= 2, \
+        f'{steps} steps, after the first 500: resident memory {slope:+.1f} KiB per 1,000 steps, {growth:+.2f} MiB in ' \
+        f'all (mean of the first quarter {rss[:quarter].mean() / 1024:.1f} MiB, of the last ' \
+        f'{rss[-quarter:].mean() / 1024:.1f}); open files {files.min():.0f} to {files.max():.0f}'
+
+
+def main():
+    options = {'kills': 100, 'rank_kills': 20, 'steps': 10000, 'seed': 0}
+    for arg in sys.argv[1:]:
+        if arg.startswith('--'):
+            key, value = arg[2:].split('=')
+            options[key] = int(value)
+    named = [arg for arg in sys.argv[1:] if not arg.startswith('--')]
+    parts = {'kill': (kill, options['kills']), 'ranks': (ranks, options['rank_kills']), 'disk': (disk, None),
+             'memory': (memory, options['steps'])}
+    rows, failed = [], False
+    for name in named or parts:
+        random.seed(options['seed'])
+        clone = new_clone()
+        t0 = time.time()
+        part, amount = parts[name]
+        good, text = part(clone, amount)
+        failed |= not good
+        rows.append(f'{name:>7}  {"ok" if good else "FAILED"}  {time.time() - t0:5.0f} s  {text}')
+        print(rows[-1], flush=True)
+        shutil.rmtree(clone.parent)
+    print('\n' + '\n'.join(rows))
+    raise SystemExit(int(failed))
+
+
+if __name__ == '__main__':
+    main()
