@@ -29,6 +29,8 @@ def read_log(path):
                     record = json.loads(line)
                 except json.JSONDecodeError:  # the last line of a run that was killed
                     continue
+                if type(record) is not dict:
+                    continue
                 if 'command' in record:
                     header = record
                 elif 'val_loss' in record:
@@ -37,6 +39,8 @@ def read_log(path):
                     train[record['step']] = record
     except OSError as e:
         stop(f'{path}: {e.strerror}')
+    except UnicodeDecodeError:
+        stop(f'{path}: not UTF-8 text')
     if not train and not evals:
         stop(f'{path}: no records in it')
     return header, [train[k] for k in sorted(train)], [evals[k] for k in sorted(evals)]

@@ -101,6 +101,8 @@ for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_int
             'max_skipped_iters'):
     if config[key] <= 0:
         stop(f'{key} must be positive')
+if gradient_accumulation_steps % world != 0:
+    stop(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} ranks')
 for key in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'max_iters', 'warmup_iters', 'lr_decay_iters',
             'mtp_lambda_late', 'mtp_late_from'):
     if not 0 <= config[key] < math.inf:
@@ -120,7 +122,10 @@ if ddp:
     if device_type == 'cuda':
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
+        store, _, _ = next(dist.rendezvous('env://'))
+        # torchrun's store outlives a restart, with the addresses of the ranks that were lost
+        store = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group(backend if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
     except (ValueError, RuntimeError) as e:
         stop(f'the ranks cannot be connected: {first_line(e)}')
 hosts = dist.new_group(backend='gloo') if ddp else None  # for what the ranks agree on without their GPUs
@@ -132,8 +137,6 @@ def all_reduce(x, op=dist.ReduceOp.SUM, group=None):
     return x
 
 
-if gradient_accumulation_steps % world != 0:
-    stop(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} ranks')
 if not 0 <= activation_memory <= 1:
     stop('activation_memory must lie in 0..1')
 if seed < 0:
@@ -388,8 +391,8 @@ def save_checkpoint(best):
         for path in (new, new_best):
             with contextlib.suppress(OSError):
                 os.remove(path)
-        # torch's own error hides the system's
-        stop(f'{last_path} could not be written, what was saved before is whole: {first_line(e.__context__ or e)}')
+        cause = e if isinstance(e, OSError) else e.__context__ or e  # torch's own error hides the system's
+        stop(f'{last_path} could not be written, what was saved before is whole: {first_line(cause)}')
 
 
 def write_log(record):
@@ -515,8 +518,10 @@ while True:
     means = all_reduce(torch.cat([stats['losses'], *([stats['balance'].view(1)] if 'load' in stats else [])]))
     means = means / (accumulation * world)
     bad = ~(norm + means.sum()).isfinite()
-    optimizer.found_inf = bad.float()  # with it a fused step leaves weights and moments alone
-    if optimizer.defaults['fused'] or not bad:
+    if optimizer.defaults['fused']:
+        optimizer.found_inf = bad.float()  # where it is 1, a fused step leaves weights and moments alone
+        optimizer.step()
+    elif not bad:  # a host sync, but for MPS
         optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

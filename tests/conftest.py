@@ -1,14 +1,21 @@
+import contextlib
 import hashlib
+import io
 import os
+import pickle
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one process a core: threads beside it would only fight for it
     os.environ.setdefault('OMP_NUM_THREADS', '1')
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +55,55 @@ def clone(tmp_path):
     skip = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', 'tests', 'wandb')
     shutil.copytree(ROOT, target, ignore=skip)
     return target
+
+
+SMALL = ['--dataset=abc', '--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2',
+         '--n_embd=32', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--n_routed_experts=4',
+         '--num_experts_per_tok=2', '--max_iters=6', '--eval_interval=3', '--eval_iters=4', '--warmup_iters=2',
+         '--lr_decay_iters=6', '--learning_rate=3e-3', '--bias_update_speed=0.01', '--out_dir=out']
+
+
+@pytest.fixture
+def small(clone):
+    """A clone with a data set of 40 characters."""
+    folder = clone / 'data/abc'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    chars = ''.join(chr(48 + i) for i in range(40))
+    for split, n in (('train', 4000), ('val', 500)):
+        (rng.integers(40, size=n) // 2 * 2).astype(np.uint16).tofile(folder / f'{split}.bin')
+    meta = {'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    return clone
+
+
+def run_inside(script, *args, cwd):
+    """Run a script in this process, which saves the start of another: its exit code, standard output and error.
+
+    As Python itself would: the text of a SystemExit and a traceback go to standard error, with code 1.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before = os.getcwd(), sys.argv, sys.path[:], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    os.chdir(cwd)
+    sys.argv = [script, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(Path(cwd) / script), run_name='__main__')
+            except SystemExit as e:
+                code = e.code or 0
+                if not isinstance(code, int):
+                    print(code, file=sys.stderr)
+                    code = 1
+            except Exception:
+                traceback.print_exc()
+                code = 1
+    finally:
+        os.chdir(before[0])
+        sys.argv, sys.path[:] = before[1], before[2]
+        signal.signal(signal.SIGINT, before[3][0])
+        signal.signal(signal.SIGTERM, before[3][1])
+    return code, out.getvalue(), err.getvalue()
 
 
 def run(*args, cwd, ok=True, timeout=300, **env):

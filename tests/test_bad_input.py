@@ -1,0 +1,335 @@
+"""Bad input of every kind: exit code 2, one line on standard error that says what is wrong, and nothing written."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, run_inside
+
+RESUME = '--init_from=resume'
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and '__pycache__' not in path.parts}
+
+
+def expect(clone, script, flags, message, run=run_inside):
+    before = contents(clone)
+    code, _, said = run(script, *(SMALL if script == 'train.py' else []), *flags, cwd=clone)
+    assert 'Traceback' not in said, said
+    # bench.py keeps its standard output for the table
+    said = [line for line in said.splitlines() if not (script == 'bench.py' and line.startswith('Overriding: '))]
+    assert len(said) == 1 and message in said[0], said
+    assert code == 2
+    assert contents(clone) == before
+
+
+@pytest.mark.parametrize('flag, message', [
+    # the form of a flag, and its type
+    ('--n_emb=32', 'did you mean n_embd'), ('--n_embd', '--key=value'), ('-n_embd=32', '--key=value'),
+    ('n_embd=32', 'No such file'), ('--=3', 'unknown key'),
+    ('--gradient_accumulation_steps=0.5', 'must be int'), ('--n_layer=two', 'must be int'),
+    ('--n_layer=', 'must be int'), ('--n_layer=None', 'must be int'), ('--n_layer=[2]', 'must be int'),
+    ('--max_iters=1e999', 'must be int'),
+    ('--bias=1', 'must be bool'), ('--decay_lr=yes', 'must be bool'), ('--learning_rate=fast', 'must be float'),
+    ('--learning_rate=nan', 'must be float'), ('--dropout=True', 'must be float'),
+    # values that no run can have
+    ('--batch_size=0', 'positive'), ('--block_size=-1', 'positive'), ('--gradient_accumulation_steps=0', 'positive'),
+    ('--eval_interval=0', 'positive'), ('--eval_iters=0', 'positive'), ('--log_interval=0', 'positive'),
+    ('--max_skipped_iters=0', 'positive'), ('--learning_rate=-1', 'not negative'), ('--learning_rate=1e999', 'finite'),
+    ('--min_lr=-1e-5', 'not negative'), ('--weight_decay=-0.1', 'not negative'), ('--grad_clip=-1', 'not negative'),
+    ('--warmup_iters=-1', 'not negative'), ('--lr_decay_iters=-1', 'not negative'), ('--max_iters=-1', 'not negative'),
+    ('--mtp_lambda_late=-1', 'not negative'), ('--mtp_late_from=-1', 'not negative'), ('--beta1=1.0', 'in [0, 1)'),
+    ('--beta2=-0.1', 'in [0, 1)'), ('--seed=-1', 'seed'), ('--activation_memory=2', 'in 0..1'),
+    ('--optimizer=sgd', "'adamw' or 'muon'"), ('--dtype=int8', 'must be'), ('--dtype=float16', 'needs CUDA'),
+    ('--device=gpu', 'cannot be used'), ('--device=cuda:99', 'cannot be used'), ('--init_from=gpt2', 'do not fit'),
+    ('--dataset=nowhere', 'prepare.py'),
+    # sizes that no model can have
+    ('--n_head=3', 'must divide'), ('--n_layer=0', 'positive'), ('--n_embd=-32', 'positive'),
+    ('--dropout=1', 'dropout'), ('--dropout=-0.1', 'dropout'), ('--num_experts_per_tok=5', 'num_experts_per_tok'),
+    ('--n_group=3', 'n_group'), ('--topk_group=2', 'topk_group'), ('--qk_rope_head_dim=3', 'even'),
+    ('--scoring_func=relu', 'scoring_func'), ('--rope_factor=0.5', 'rope_factor'), ('--rope_theta=1e999', 'finite'),
+    ('--moe_intermediate_size=12', 'multiples of 8'), ('--first_k_dense_replace=3', 'first_k_dense_replace'),
+    ('--vocab_size=20', 'beyond vocab_size'), ('--block_size=500', 'too few'), ('--block_size=100000', 'too few'),
+    # where the run is written, or taken up
+    ('--out_dir=model.py', 'cannot be written'), ('--out_dir=model.py/out', 'cannot be written'),
+    ('--out_dir=/proc/self', 'cannot be written'), (RESUME, 'is missing'),
+])
+def test_flags(small, flag, message):
+    expect(small, 'train.py', [flag], message)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('learning_rate = = 1', 'SyntaxError'), ('learning_rate = 1 / 0', 'ZeroDivisionError'), ('n_emb = 32', 'n_embd'),
+    ('n_layer = "two"', 'must be int'), ('learning_rate = float("nan")', 'finite'), ('import nowhere', 'nowhere'),
+    ('raise ValueError("two\\nlines")', 'ValueError'), (b'\xff\xfe', 'not UTF-8'),
+])
+def test_config_files(small, text, message):
+    (small / 'given.py').write_bytes(text if isinstance(text, bytes) else text.encode())
+    expect(small, 'train.py', ['given.py'], message)
+
+
+def tokens(**files):
+    def write(small):
+        for split, data in files.items():
+            path = small / f'data/abc/{split}.bin'
+            path.unlink()
+            if data is not None:
+                path.write_bytes(data if isinstance(data, bytes) else data.tobytes())
+    return write
+
+
+def meta(data):
+    def write(small):
+        (small / 'data/abc/meta.pkl').write_bytes(data if isinstance(data, bytes) else pickle.dumps(data))
+    return write
+
+
+def no_meta(small):
+    (small / 'data/abc/meta.pkl').unlink()
+
+
+def folder_for_tokens(small):
+    (small / 'data/abc/val.bin').unlink()
+    (small / 'data/abc/val.bin').mkdir()
+
+
+TEN = np.arange(1000) % 10
+ONE_TOO_LARGE = np.append(TEN, 40).astype(np.uint16)
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (tokens(train=None), 'is missing'), (tokens(val=None), 'is missing'), (folder_for_tokens, 'is missing'),
+    (tokens(train=b''), 'too few'), (tokens(val=b''), 'too few'), (tokens(val=TEN[:16].astype(np.uint16)), 'too few'),
+    (tokens(train=TEN.astype(np.uint16).tobytes()[:-1]), 'cut short'),
+    (tokens(train=TEN.astype(np.uint32)), 'wider than uint16'), (tokens(val=TEN), 'wider than uint16'),
+    (tokens(train=TEN.astype(np.float64)), 'beyond vocab_size'), (tokens(train=ONE_TOO_LARGE), 'token 40, beyond'),
+    (tokens(val=ONE_TOO_LARGE), 'val.bin holds the token 40'), (tokens(val=b'words, not numbers ' * 99), 'beyond'),
+    (meta(b''), 'meta.pkl cannot be used'), (meta(pickle.dumps({'vocab_size': 40})[:-5]), 'meta.pkl cannot be used'),
+    (meta([40]), 'meta.pkl cannot be used'), (meta({}), 'vocab_size'), (meta({'vocab_size': '40'}), 'must be an int'),
+    (meta({'vocab_size': 40, 'dtype': 'O'}), 'uint16 or uint32'), (meta({'vocab_size': -1}), 'positive'),
+    (meta({'vocab_size': 40, 'stoi': {1: 'a'}}), 'must map characters'),
+    (meta({'vocab_size': 40, 'itos': 3}), 'meta.pkl cannot be used'),
+    (meta({'vocab_size': 40, 'dtype': 'uint32'}), 'beyond vocab_size'), (no_meta, 'meta.pkl is missing'),
+])
+def test_data(small, spoil, message):
+    spoil(small)
+    expect(small, 'train.py', [], message)
+
+
+@pytest.fixture(scope='session')
+def checkpoint_bytes(tmp_path_factory):
+    """The checkpoint of one iteration on the data of `small`; made by whoever asks first."""
+    return {}
+
+
+@pytest.fixture
+def trained(small, checkpoint_bytes):
+    """`small` with a checkpoint in out/."""
+    if not checkpoint_bytes:
+        code, _, said = run_inside('train.py', *SMALL, '--max_iters=1', '--eval_iters=1', cwd=small)
+        assert code == 0, said
+        checkpoint_bytes['ckpt'] = (small / 'out/ckpt.pt').read_bytes()
+        shutil.rmtree(small / 'out')
+    (small / 'out').mkdir()
+    (small / 'out/ckpt.pt').write_bytes(checkpoint_bytes['ckpt'])
+    return small
+
+
+def checkpoint(change):
+    def write(trained):
+        saved = torch.load(trained / 'out/ckpt.pt', weights_only=True)
+        torch.save(change(saved) or saved, trained / 'out/ckpt.pt')
+    return write
+
+
+def cut(n):
+    def write(trained):
+        data = (trained / 'out/ckpt.pt').read_bytes()
+        (trained / 'out/ckpt.pt').write_bytes(data[:int(len(data) * n)])
+    return write
+
+
+def flipped(trained):
+    data = bytearray((trained / 'out/ckpt.pt').read_bytes())
+    data[40:80] = b'\xff' * 40
+    (trained / 'out/ckpt.pt').write_bytes(data)
+
+
+def gpt2(saved):
+    """What nanoGPT saves."""
+    return {'model': {'transformer.wpe.weight': torch.zeros(16, 32)}, 'optimizer': {}, 'iter_num': 1, 'config': {},
+            'best_val_loss': 1.0, 'model_args': {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 16,
+                                                 'bias': False, 'vocab_size': 40, 'dropout': 0.0}}
+
+
+def other_characters(trained):
+    chars = ''.join(chr(80 + i) for i in range(40))
+    meta({'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}})(trained)
+
+
+@pytest.mark.parametrize('spoil, flag, message', [
+    (cut(0), RESUME, 'no checkpoint of this model'), (cut(0.5), RESUME, 'no checkpoint of this model'),
+    (cut(0.99), RESUME, 'no checkpoint of this model'), (flipped, RESUME, 'no checkpoint of this model'),
+    (checkpoint(lambda c: {'a': 1}), RESUME, 'no checkpoint of this model'),
+    (checkpoint(lambda c: [1, 2]), RESUME, 'no checkpoint of this model'),
+    (checkpoint(gpt2), RESUME, 'no checkpoint of this model'),
+    (checkpoint(lambda c: c['model_args'].update(n_layer=3)), RESUME, 'no checkpoint of this model'),
+    (checkpoint(lambda c: c['model_args'].update(n_layer='2')), RESUME, 'must be int'),
+    (checkpoint(lambda c: c['model_args'].update(n_experts=2)), RESUME, 'no checkpoint of this model'),
+    (checkpoint(lambda c: c.update(iter_num=-1)), RESUME, 'iter_num'),
+    (checkpoint(lambda c: c.pop('best_val_loss') and None), RESUME, 'best_val_loss'),
+    (checkpoint(lambda c: c['optimizer']['param_groups'].pop() and None), RESUME, 'does not fit optimizer'),
+    (checkpoint(lambda c: c.update(optimizer='none')), RESUME, 'does not fit optimizer'),
+    (other_characters, RESUME, 'another vocabulary'), (no_meta, RESUME, 'another vocabulary'),
+    (lambda trained: None, '--optimizer=muon', 'does not fit optimizer'),
+    (lambda trained: None, '--block_size=32', 'is longer than the 16 of the checkpoint'),
+])
+def test_checkpoints(trained, spoil, flag, message):
+    spoil(trained)
+    expect(trained, 'train.py', [RESUME, flag], message)
+
+
+@pytest.mark.parametrize('environment, flags, message', [
+    ({'WORLD_SIZE': '3'}, [], 'multiple of the 3 ranks'), ({'WORLD_SIZE': '2'}, [], 'cannot be connected'),
+    ({'WORLD_SIZE': '2', 'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '2'}, ['--device=cuda'], 'need as many GPUs'),
+])
+def test_ranks(small, monkeypatch, environment, flags, message):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    for key, value in {'RANK': '0', **environment}.items():
+        monkeypatch.setenv(key, value)
+    expect(small, 'train.py', flags, message)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--out_dir=nowhere'], 'is missing'), (['--start=~'], 'does not know the characters'),
+    (['--start='], 'empty prompt'), (['--start=FILE:nowhere'], 'No such file'), (['--start=FILE:out/ckpt.pt'], 'codec'),
+    (['--temperature=-1'], 'negative'), (['--num_samples=0'], 'positive'), (['--top_k=-1'], 'negative'),
+    (['--max_new_tokens=-1'], 'negative'), (['--dtype=int8'], 'must be'), (['--device=gpu'], 'cannot be used'),
+    (['--temprature=1'], 'did you mean temperature'), (['--init_from=gpt2'], 'do not fit'),
+    (['--out_dir=model.py'], 'no checkpoint'),
+])
+def test_sample(trained, flags, message):
+    expect(trained, 'sample.py', ['--device=cpu', '--start=0', *flags], message)
+
+
+@pytest.mark.parametrize('change', [lambda c: c.update(meta=[1]), lambda c: c['meta'].update(stoi=3),
+                                    lambda c: c.update(config='x')])
+def test_sample_from_an_odd_checkpoint(trained, change):
+    checkpoint(change)(trained)
+    expect(trained, 'sample.py', ['--device=cpu', '--start=0'], 'no checkpoint of this model')
+
+
+@pytest.mark.parametrize('script, flags, message', [
+    ('convert.py', [], 'required'), ('convert.py', ['sideways', '--out_dir=out', '--hf_dir=hf'], 'invalid choice'),
+    ('convert.py', ['export', '--hf_dir=hf'], '--out_dir'),
+    ('convert.py', ['export', '--out_dir=nowhere', '--hf_dir=hf'], 'is missing'),
+    ('convert.py', ['export', '--out_dir=out', '--hf_dir=data'], 'exists already'),
+    ('convert.py', ['import', '--out_dir=new', '--hf_dir=nowhere'], 'cannot be read'),
+    ('convert.py', ['import', '--out_dir=out', '--hf_dir=data'], 'exists already'),
+    ('plot.py', [], 'required'), ('plot.py', ['nowhere.jsonl'], 'No such file'),
+    ('plot.py', ['train.py'], 'no records'), ('plot.py', ['out/ckpt.pt'], 'not UTF-8'),
+    ('bench.py', [], 'usage'), ('bench.py', ['fast'], 'usage'), ('bench.py', ['train', '--peer=gpt5'], 'there are'),
+    ('bench.py', ['train', '--stps=3'], 'did you mean steps'),
+    ('data/shakespeare_char/prepare.py', ['--input=nowhere'], 'no such text file'),
+    ('data/shakespeare_char/prepare.py', ['--input=data/abc/train.bin'], 'UTF-8'),
+    ('data/shakespeare_char/prepare.py', ['--input=short.txt'], 'too few'),
+    ('data/shakespeare_char/prepare.py', ['--output=x'], 'unrecognized'),
+])
+def test_the_other_scripts(trained, script, flags, message):
+    (trained / 'short.txt').write_text('short')
+    (trained / 'data/abc/train.bin').write_bytes(b'\xff\xfe' * 50)
+    expect(trained, script, flags, message)
+
+
+def run_outside(*args, cwd):
+    done = subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_as_processes(small):
+    """The same from outside: Python's exit code is that of the script."""
+    expect(small, 'train.py', ['--n_emb=32'], 'did you mean n_embd', run_outside)
+    tokens(val=ONE_TOO_LARGE)(small)
+    expect(small, 'train.py', [], 'val.bin holds the token 40', run_outside)
+    expect(small, 'data/shakespeare_char/prepare.py', ['--input=nowhere'], 'no such text file', run_outside)
+
+
+# untrusted files
+
+class Call:
+    """Pickled, a call of any function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+class Table(dict):
+    def __reduce__(self):
+        return exec, ("open('hacked', 'w')",)
+
+
+def by_opcodes(module, name, argument):
+    """Protocol 0, as by hand: module.name(argument)."""
+    return f"(dp0\nS'vocab_size'\nI40\nsS'x'\nc{module}\n{name}\n(S'{argument}'\ntRs.".encode()
+
+
+def built(state):
+    """A call hidden in the BUILD opcode of an object that a REDUCE made."""
+    return b'cbuiltins\ngetattr\n(cos\nsystem\nS\'__call__\'\ntR(S\'' + state.encode() + b"'\ntR."
+
+
+MALICIOUS = {
+    'os.system': lambda: pickle.dumps({'vocab_size': 40, 'stoi': Call(__import__('os').system, 'touch hacked')}),
+    'eval': lambda: pickle.dumps({'vocab_size': 40, 'stoi': Call(eval, "open('hacked', 'w')")}),
+    'a dict that is none': lambda: pickle.dumps({'vocab_size': 40, 'meta': {'deep': [Table()]}}),
+    'getattr': lambda: built('touch hacked'),
+    'opcodes of protocol 0': lambda: by_opcodes('posix', 'system', 'touch hacked'),
+    'a dotted name': lambda: pickle.dumps({'vocab_size': 40, 'itos': Call(Path.touch, Path('hacked'))}, protocol=4),
+    'subprocess': lambda: pickle.dumps(Call(__import__('subprocess').call, ['touch', 'hacked']), protocol=2),
+}
+
+
+@pytest.mark.parametrize('kind', MALICIOUS)
+def test_a_malicious_pickle_runs_nothing(trained, monkeypatch, kind):
+    """Each is first shown to be one: Python's own unpickler creates the file `hacked`."""
+    canary = trained / 'hacked'
+    monkeypatch.chdir(trained)
+    pickle.loads(MALICIOUS[kind]())
+    assert canary.exists()
+    canary.unlink()
+    whole = (trained / 'data/abc/meta.pkl').read_bytes()
+    (trained / 'data/abc/meta.pkl').write_bytes(MALICIOUS[kind]())
+    expect(trained, 'train.py', [], 'not plain data')
+    (trained / 'data/abc/meta.pkl').write_bytes(whole)
+    # alone, and inside a checkpoint that is whole otherwise
+    (trained / 'evil.pt').write_bytes(MALICIOUS[kind]())
+    saved = torch.load(trained / 'out/ckpt.pt', weights_only=True)
+    saved['meta'] = Call(eval, "open('hacked', 'w')")
+    torch.save(saved, trained / 'inside.pt')
+    for evil in ('evil.pt', 'inside.pt'):
+        shutil.copy(trained / evil, trained / 'out/ckpt.pt')
+        expect(trained, 'train.py', [RESUME], 'no checkpoint of this model')
+        expect(trained, 'sample.py', ['--device=cpu', '--start=0'], 'no checkpoint of this model')
+        expect(trained, 'convert.py', ['export', '--out_dir=out', '--hf_dir=hf'], 'no checkpoint of this model')
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize('data', [
+    b'\x80\x04}r\xff\xff\xff\x7f.',  # a place in the memo that C's unpickler would make 34 GB for
+    b'\x80\x04\x8b\xff\xff\xff\x7f.', b'\x80\x04\x8d' + b'\xff' * 7 + b'\x7f.',
+    b'\x80\x05\x96' + b'\xff' * 7 + b'\x7f.', b'Pname\n.',
+    b'\x80\x04}Q.', b'I' + b'9' * 100_000 + b'\n.', b'(' * 1000, b'\x80\x09.', b'\x80\x02\x82\x01.',
+])
+def test_pickles_that_ask_for_memory_or_for_other_objects(small, data):
+    meta(data)(small)
+    expect(small, 'train.py', [], 'meta.pkl cannot be used')

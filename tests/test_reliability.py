@@ -1,0 +1,372 @@
+"""What a run survives: kills, signals, a full disk, numbers that are not finite; tests/soak.py has more of it."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soak
+import torch
+from conftest import SMALL, run_inside, tiny_model
+
+from model import GPT
+
+RESUME = '--init_from=resume'
+EQUAL = dict(rtol=0, atol=0)
+
+
+def train(clone, *flags, code=0):
+    got, printed, said = run_inside('train.py', *SMALL, *flags, cwd=clone)
+    assert got == code and 'Traceback' not in said, said
+    return printed + said
+
+
+def load(clone, name='out/ckpt.pt'):
+    return torch.load(clone / name, weights_only=True)
+
+
+def assert_same(a, b):
+    """Two checkpoints of the same weights, the same optimizer and the same iteration, bit for bit."""
+    for key in ('model', 'optimizer', 'iter_num', 'best_val_loss'):
+        torch.testing.assert_close(a[key], b[key], **EQUAL)
+
+
+def records(clone, out='out'):
+    return [json.loads(line) for line in (clone / out / 'log.jsonl').read_text().splitlines()
+            if line.startswith('{"step"')]
+
+
+def curve(clone, out='out'):
+    return {r['step']: (r['loss'], *r['mtp_losses'], r['grad_norm']) for r in records(clone, out) if 'loss' in r}
+
+
+# resuming
+
+@pytest.mark.parametrize('flags', [[], ['--dropout=0.2'], ['--optimizer=muon']])
+def test_a_resumed_run_is_bit_identical(small, flags):
+    train(small, *flags, '--out_dir=whole')
+    train(small, *flags, '--max_iters=3')
+    assert len(curve(small)) == 3
+    train(small, *flags, RESUME)
+    assert curve(small) == curve(small, 'whole')
+    assert_same(load(small), load(small, 'whole/ckpt.pt'))
+
+
+def test_all_generators_go_on_where_they_were(small, monkeypatch):
+    """A forward that draws from torch, numpy and random alike, as a changed model might."""
+    forward = GPT.forward
+
+    def noisy(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        return logits, loss * (1 + torch.rand(()) + np.random.rand() + random.random()) if self.training else loss
+
+    train(small, '--out_dir=plain')
+    monkeypatch.setattr(GPT, 'forward', noisy)
+    train(small, '--out_dir=whole')
+    train(small, '--max_iters=3')
+    torch.rand(7), np.random.rand(7), random.random()
+    train(small, RESUME)
+    assert curve(small) == curve(small, 'whole') != curve(small, 'plain')
+    assert_same(load(small), load(small, 'whole/ckpt.pt'))
+
+
+def test_evaluating_more_often_changes_nothing(small):
+    train(small, '--dropout=0.2', '--out_dir=seldom', '--eval_interval=6')
+    train(small, '--dropout=0.2', '--out_dir=often', '--eval_interval=1', '--eval_iters=3')
+    assert curve(small, 'seldom') == curve(small, 'often')
+    torch.testing.assert_close(load(small, 'seldom/ckpt.pt')['model'], load(small, 'often/ckpt.pt')['model'], **EQUAL)
+
+
+def torchrun(clone, *flags, **env):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
+    done = subprocess.run([*command, *SMALL, *flags], cwd=clone, env={**os.environ, 'OMP_NUM_THREADS': '1', **env},
+                          timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+def test_another_number_of_ranks_goes_on_alike(small):
+    """The micro-batches and their dropout are numbered over all ranks: only the order of the sums differs."""
+    flags = ['--dropout=0.2', '--gradient_accumulation_steps=4']
+    train(small, *flags, '--out_dir=one')
+    code, printed = torchrun(small, *flags, '--max_iters=3')
+    assert code == 0, printed
+    train(small, *flags, RESUME)
+    one, both = load(small, 'one/ckpt.pt')['model'], load(small)['model']
+    for name in one:
+        torch.testing.assert_close(both[name], one[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f'{n}: {m}')
+
+
+# two checkpoints
+
+def diverging(clone, *flags):
+    """Better at 1, worse at 2 and 3."""
+    printed = train(clone, '--learning_rate=0.3', '--decay_lr=False', '--warmup_iters=0', '--eval_interval=1',
+                    '--max_iters=3', *flags)
+    evals = {r['step']: r['val_loss'] for r in records(clone) if 'val_loss' in r}
+    best = min((1, 2, 3), key=evals.get)
+    assert best < 3
+    return best, evals, printed
+
+
+def test_the_last_is_ckpt_and_the_best_is_beside(small):
+    best, evals, _ = diverging(small)
+    last, kept = load(small), load(small, 'out/ckpt_best.pt')
+    assert last['iter_num'] == 3 and kept['iter_num'] == best
+    assert last['best_val_loss'] == kept['best_val_loss'] == evals[best]
+    assert not list((small / 'out').glob('*.tmp')) and not (small / 'out/ckpt_last.pt').exists()
+    train(small, '--eval_interval=3', '--out_dir=good')
+    assert os.path.samefile(small / 'good/ckpt.pt', small / 'good/ckpt_best.pt')  # one file while they are the same
+
+
+def test_the_best_is_ckpt_and_the_last_is_beside(small):
+    best, evals, _ = diverging(small, '--always_save_checkpoint=False')
+    assert load(small)['iter_num'] == best and load(small, 'out/ckpt_last.pt')['iter_num'] == 3
+    printed = train(small, RESUME, '--always_save_checkpoint=False', '--max_iters=4')
+    assert 'going on from out/ckpt_last.pt, iteration 3' in printed
+    assert load(small)['best_val_loss'] == evals[best]
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_always_save_checkpoint_may_change_at_a_resume(small, first):
+    best, _, _ = diverging(small, f'--always_save_checkpoint={first}')
+    train(small, RESUME, f'--always_save_checkpoint={not first}', '--max_iters=5', '--eval_interval=1',
+          '--learning_rate=3', '--decay_lr=False')
+    names = ('ckpt.pt', 'ckpt_best.pt') if not first else ('ckpt_last.pt', 'ckpt.pt')
+    assert {p.name for p in (small / 'out').glob('ckpt*')} == set(names)
+    assert [load(small, f'out/{name}')['iter_num'] for name in names] == [5, best]
+
+
+def test_a_new_run_keeps_what_an_earlier_one_left(small):
+    train(small)
+    before = (small / 'out/ckpt.pt').read_bytes()
+    printed = train(small, '--max_iters=2', '--eval_interval=5')
+    assert 'out/ckpt.pt is now ckpt.pt.old' in printed
+    assert (small / 'out/ckpt.pt.old').read_bytes() == before and load(small)['iter_num'] == 2
+
+
+def test_no_links_no_matter(small, monkeypatch):
+    def link(*_):
+        raise OSError('no links here')
+    monkeypatch.setattr('os.link', link)
+    train(small)
+    assert (small / 'out/ckpt.pt').read_bytes() == (small / 'out/ckpt_best.pt').read_bytes()
+    assert not os.path.samefile(small / 'out/ckpt.pt', small / 'out/ckpt_best.pt')
+
+
+@pytest.mark.parametrize('call', ['torch.save', 'os.link', 'os.replace', 'os.fsync'])
+def test_a_checkpoint_that_cannot_be_written(small, monkeypatch, call):
+    """Whatever step of saving fails: one line, exit code 2, and the checkpoint of before."""
+    train(small, '--max_iters=3')
+
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(call, fail)
+    if call == 'os.link':  # and then no copy either
+        monkeypatch.setattr('shutil.copyfile', fail)
+    printed = train(small, RESUME, code=2)
+    assert printed.splitlines()[-1].endswith('[Errno 28] No space left on device')
+    assert load(small)['iter_num'] == 3 and not list((small / 'out').glob('*.tmp'))
+    monkeypatch.undo()
+    train(small, RESUME)
+    train(small, '--out_dir=whole')
+    assert_same(load(small), load(small, 'whole/ckpt.pt'))
+
+
+def test_a_full_disk(small):
+    good, text = soak.disk(soak.prepare(small), None)
+    assert good, text
+
+
+# numbers that are not finite
+
+class Poison(torch.autograd.Function):
+    """0, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x, gradient):
+        ctx.gradient = gradient
+        return x.sum() * 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full_like(grad, ctx.gradient), None
+
+
+def poisoned(monkeypatch, bad, loss=0.0, gradient=0.0):
+    """Training forwards whose number is in `bad` have a loss, or a gradient, with something added."""
+    forward, count = GPT.forward, iter(range(10**9))
+
+    def spoilt(self, *args, **kwargs):
+        logits, value = forward(self, *args, **kwargs)
+        if self.training and next(count) in bad:
+            self.stats['losses'] = self.stats['losses'] + loss
+            value = value + loss + Poison.apply(self.transformer.ln_f.weight.sum(), gradient)
+        return logits, value
+
+    monkeypatch.setattr(GPT, 'forward', spoilt)
+
+
+@pytest.mark.parametrize('flags', [[], ['--optimizer=muon'], ['unfused']])
+@pytest.mark.parametrize('spoil', [dict(loss=float('nan')), dict(loss=float('inf')), dict(gradient=float('inf')),
+                                   dict(gradient=float('nan'))])
+def test_an_iteration_that_is_not_finite_changes_nothing(small, monkeypatch, flags, spoil):
+    """Weights, both moments, momentum, step counts and balance bias; AdamW fused and not, and Muon."""
+    if flags == ['unfused']:
+        configure = GPT.configure_optimizers
+
+        def unfused(self, *args):
+            optimizer = configure(self, *args)
+            for group in (optimizer.defaults, *optimizer.param_groups):
+                group['fused'] = False
+            return optimizer
+        monkeypatch.setattr(GPT, 'configure_optimizers', unfused)
+        flags = []
+    flags = [*flags, '--eval_interval=100', '--decay_lr=False', '--grad_clip=0.5']
+    train(small, *flags, '--max_iters=2', '--out_dir=two')
+    poisoned(monkeypatch, {5, 6, 9}, **spoil)  # of two micro-batches per iteration: iterations 2, 3 and 4
+    printed = train(small, *flags, '--max_iters=5')
+    assert re.findall(r'^iter (\d): .*, skipped (\d)$', printed, re.M) == [('2', '1'), ('3', '2'), ('4', '3')]
+    assert [r['skipped'] for r in records(small) if 'loss' in r] == [0, 0, 1, 2, 3]
+    for key in ('model', 'optimizer'):
+        torch.testing.assert_close(load(small)[key], load(small, 'two/ckpt.pt')[key], **EQUAL)
+    assert any(v.abs().sum() > 0 for k, v in load(small)['model'].items() if 'correction_bias' in k)
+
+
+def test_too_many_in_a_row_stop_the_run(small, monkeypatch):
+    train(small, '--max_iters=3')
+    before = (small / 'out/ckpt.pt').read_bytes()
+    poisoned(monkeypatch, {2, *range(8, 100)}, loss=float('nan'))  # one alone, and from iteration 3 + 4 on all
+    printed = train(small, RESUME, '--max_iters=50', '--eval_interval=100', '--max_skipped_iters=3', code=2)
+    assert '3 iterations in a row were skipped' in printed.splitlines()[-1]
+    assert [r['skipped'] for r in records(small) if 'loss' in r][3:] == [0, 1, 1, 1, 2, 3, 4]
+    assert (small / 'out/ckpt.pt').read_bytes() == before
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_saved(small, monkeypatch):
+    train(small, '--max_iters=3')
+    before = load(small)
+    forward = GPT.forward
+
+    def spoilt(self, *args, **kwargs):
+        logits, value = forward(self, *args, **kwargs)
+        return logits, value if self.training else value * float('nan')
+
+    monkeypatch.setattr(GPT, 'forward', spoilt)
+    printed = train(small, RESUME)
+    assert 'val loss nan' in printed and 'not saved' in printed
+    assert_same(load(small), before)
+    assert_same(load(small, 'out/ckpt_best.pt'), before)
+
+
+def test_found_inf_of_zero_changes_no_bit():
+    for kind in ('adamw', 'muon'):
+        made = []
+        for found_inf in (None, torch.zeros(())):
+            torch.manual_seed(0)
+            model = tiny_model().train()
+            optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), 'cpu', kind)
+            optimizer.found_inf = found_inf
+            for _ in range(3):
+                idx = torch.randint(61, (2, 17))
+                model(idx[:, :-1], idx[:, 1:])[1].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            made.append(model.state_dict())
+        torch.testing.assert_close(made[0], made[1], **EQUAL)
+
+
+# kills and signals
+
+def test_three_kills_at_random_instants(small):
+    good, text = soak.kill(soak.prepare(small), 3, iterations=60)
+    assert good and text.startswith('3 kills'), text
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again(small):
+    good, text = soak.ranks(soak.prepare(small), 2, iterations=60)
+    assert good, text
+
+
+def wait_for_iterations(clone, process):
+    soak.wait_for(lambda: (soak.steps_of_this_start(clone / 'out') or 0) >= 2, process)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint(small, number):
+    soak.prepare(small)
+    process = soak.start(small, '--max_iters=100000', '--eval_interval=100000', '--out_dir=out')
+    wait_for_iterations(small, process)
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    last = (small / 'printed').read_text().splitlines()[-1]
+    stopped = int(re.search(r'before iteration (\d+): the same command with --init_from=resume goes on from', last)[1])
+    assert load(small)['iter_num'] == stopped == soak.steps_of_this_start(small / 'out') + 1
+    code, printed, said = run_inside('train.py', *soak.FLAGS, RESUME, f'--max_iters={stopped + 3}',
+                                     '--eval_interval=100000', cwd=small)
+    assert code == 0 and f'going on from out/ckpt.pt, iteration {stopped}' in printed, said
+    assert load(small)['iter_num'] == stopped + 3
+
+
+def test_a_second_interrupt_leaves_at_once(small):
+    """The first one waits for the step, which here takes forever."""
+    (small / 'stuck.py').write_text('''
+import runpy, sys, time
+import model
+forward = model.GPT.forward
+def stuck(self, *args, **kwargs):
+    if self.training:
+        print('stuck', flush=True)
+        end = time.time() + 60
+        while time.time() < end:
+            time.sleep(0.01)
+    return forward(self, *args, **kwargs)
+model.GPT.forward = stuck
+sys.argv[0] = 'train.py'
+runpy.run_path('train.py', run_name='__main__')
+''')
+    process = subprocess.Popen([sys.executable, 'stuck.py', *SMALL], cwd=small, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line == 'stuck\n':
+            break
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    t0 = time.time()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and time.time() - t0 < 5
+    process.stdout.close()
+
+
+def test_a_signal_to_one_rank_ends_both_after_the_same_iteration(small):
+    soak.prepare(small)
+    process = soak.start(small, '--max_iters=100000', '--eval_interval=100000', '--out_dir=out', python=soak.TORCHRUN)
+    wait_for_iterations(small, process)
+    os.kill(max(soak.children(process.pid)), signal.SIGTERM)
+    assert process.wait(60) == 0
+    printed = (small / 'printed').read_text()
+    stopped = int(re.search(r'stopped by a signal before iteration (\d+)', printed)[1])
+    assert load(small)['iter_num'] == stopped == soak.steps_of_this_start(small / 'out') + 1
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(small, monkeypatch):
+    """What a restarted rank sees: torchrun's count of restarts, and the command it was first given."""
+    train(small, '--out_dir=whole')
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert 'going on' not in train(small, '--max_iters=3')  # killed before the first checkpoint: from scratch
+    assert 'going on from out/ckpt.pt, iteration 3' in train(small)
+    assert_same(load(small), load(small, 'whole/ckpt.pt'))
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    assert 'going on' not in train(small)
+
+
+def test_memory_and_files_do_not_grow(small):
+    good, text = soak.memory(soak.prepare(small), 1500)
+    assert good, text
