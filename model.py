@@ -116,11 +116,12 @@ class GPTConfig:
             self._check(getattr(self, name) > 0, f'{name} must be positive, or -1 to derive it')
         for name in ('q_lora_rank', 'n_routed_experts', 'n_shared_experts', 'first_k_dense_replace',
                      'num_nextn_predict_layers', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda',
-                     'rope_mscale', 'rope_mscale_all_dim'):
+                     'rope_mscale', 'rope_mscale_all_dim', 'routed_scaling_factor'):
             self._check(getattr(self, name) >= 0, f'{name} must not be negative')
         for name in ('rms_norm_eps', 'rope_theta', 'rope_beta_fast', 'rope_beta_slow', 'initializer_range'):
             self._check(getattr(self, name) > 0, f'{name} must be positive')
         self._check(self.first_k_dense_replace <= self.n_layer, f'first_k_dense_replace must lie in 0..{self.n_layer}')
+        self._check(-1 <= self.eos_token_id < self.vocab_size, 'eos_token_id must be a token, or -1')
         self._check(self.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
         self._check(0 <= self.dropout < 1, 'dropout must lie in [0, 1)')
         self._check(self.scoring_func in ('sigmoid', 'softmax'), "scoring_func must be 'sigmoid' or 'softmax'")

@@ -392,8 +392,9 @@ def script(monkeypatch, capsys):
             return capsys.readouterr().out
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(root / name), run_name='__main__')
-        assert '\n' not in str(end.value.code)
-        return str(end.value.code)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.count('\n') == 1
+        return said
     return run
 
 

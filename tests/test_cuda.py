@@ -83,22 +83,25 @@ class Audit(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def audited_step(model, idx):
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+def audited_step(model, idx, kind='adamw'):
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', kind)
     with Audit() as audit:
         with torch.autocast('cpu', torch.bfloat16):
             _, loss = model(idx[:, :-1], idx[:, 1:])
         (loss / 2).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        bad = ~(norm + model.stats['losses'].sum()).isfinite()
+        optimizer.found_inf = bad.float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        model.update_balance(model.stats['load'])
+        model.update_balance(model.stats['load'].masked_fill(bad, 0))
     return audit
 
 
-def test_a_bf16_step_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses():
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_a_bf16_step_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(kind):
     model = tiny_model(dropout=0.1, n_group=4, topk_group=2, first_k_dense_replace=1)
-    audit = audited_step(model, torch.randint(61, (2, 33)))
+    audit = audited_step(model, torch.randint(61, (2, 33)), kind)
     assert audit.syncs == []
     assert audit.faults == []
     assert audit.grouped == 2 * 3 * len(model.moe_layers())  # each projection: forward, and two gradients

@@ -1,0 +1,193 @@
+"""Properties that hold for any input, tried on inputs that hypothesis makes up."""
+
+import contextlib
+import io
+import runpy
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model import GPT, GPTConfig
+
+settings.register_profile('steady', deadline=None, derandomize=True, print_blob=False, database=None,
+                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.load_profile('steady')
+SOURCE = (ROOT / 'configurator.py').read_text()
+DEFAULTS = dict(rate=0.1, steps=10, name='x', flag=True)
+TEXT = st.text(st.characters(exclude_categories=['Cs']), max_size=20)
+
+
+def configure(*argv):
+    """The settings after these arguments, or None where they are refused: with exit code 2 and one line."""
+    names, said = dict(DEFAULTS), io.StringIO()
+    with mock.patch.object(sys, 'argv', ['script.py', *argv]), contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(said):
+        try:
+            exec(SOURCE, names)
+        except SystemExit as e:
+            assert e.code == 2 and len(said.getvalue().splitlines()) == 1
+            return None
+    assert said.getvalue() == ''
+    return {k: names[k] for k in DEFAULTS}
+
+
+@given(rate=st.floats(allow_nan=False, allow_infinity=False), steps=st.integers(), name=TEXT, flag=st.booleans())
+def test_values_come_through_as_they_were(rate, steps, name, flag):
+    values = dict(rate=rate, steps=steps, name=name, flag=flag)
+    assert configure(*(f'--{k}={v}' for k, v in values.items())) == values
+    assert configure(f'--rate={steps}') in (None if abs(steps) >= 1e300 else DEFAULTS | {'rate': float(steps)},)
+
+
+@given(key=st.sampled_from([*DEFAULTS, 'rat', '']) | TEXT, text=TEXT | st.floats().map(str) | st.integers().map(repr),
+       dashes=st.sampled_from(['--', '-', '---', '']), equals=st.sampled_from(['=', '==', '', ' = ']))
+@settings(max_examples=300)
+def test_any_argument_is_refused_or_fits_its_type(key, text, dashes, equals):
+    got = configure(dashes + key + equals + text)
+    assert got is None or all(type(got[k]) is type(v) for k, v in DEFAULTS.items())
+    if got is not None:
+        assert {k for k in got if got[k] != DEFAULTS[k]} <= {key}
+
+
+SIZES = st.fixed_dictionaries({}, optional=dict(
+    block_size=st.integers(1, 12), vocab_size=st.integers(1, 50), n_layer=st.integers(1, 2),
+    n_head=st.sampled_from([1, 2, 4, 3]), n_embd=st.sampled_from([8, 16, 24, 12]), bias=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.1, 0.3, 1.0]), tie_word_embeddings=st.booleans(), q_lora_rank=st.integers(-2, 9),
+    kv_lora_rank=st.integers(-1, 9), qk_nope_head_dim=st.integers(-1, 5), v_head_dim=st.integers(-1, 9),
+    qk_rope_head_dim=st.sampled_from([-1, 2, 4, 6, 3]), rope_factor=st.sampled_from([1, 2.0, 4.0, 0.5]),
+    n_routed_experts=st.sampled_from([0, 3, 4, 6, 2]), n_shared_experts=st.integers(0, 2),
+    num_experts_per_tok=st.sampled_from([1, 2, 3, 0]), moe_intermediate_size=st.sampled_from([-1, 8, 16, 12]),
+    intermediate_size=st.integers(-1, 9), first_k_dense_replace=st.integers(0, 2),
+    n_group=st.sampled_from([1, 1, 2, 3]), topk_group=st.sampled_from([1, 1, 2]),
+    scoring_func=st.sampled_from(['sigmoid', 'softmax', 'relu']), norm_topk_prob=st.booleans(),
+    num_nextn_predict_layers=st.integers(0, 3), mtp_n_layer=st.integers(-1, 2), eos_token_id=st.integers(-1, 20),
+    aux_loss_alpha=st.sampled_from([0.0, 0.01, -1.0])))
+SMALLEST = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16)
+
+
+def test_a_config_is_refused_or_trains_a_step_and_generates():
+    tried = {'valid': 0, 'refused': 0}
+
+    @given(sizes=SIZES, kind=st.sampled_from(['adamw', 'muon']))
+    @settings(max_examples=300)
+    def one(sizes, kind):
+        try:
+            config = GPTConfig(**SMALLEST | sizes)
+        except ValueError as e:
+            tried['refused'] += 1
+            assert str(e).startswith('GPTConfig: ') and '\n' not in str(e)
+            return
+        tried['valid'] += 1
+        torch.manual_seed(0)
+        model = GPT(config).train()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', kind)
+        idx = torch.randint(config.vocab_size, (2, config.block_size + 1))
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        if 'load' in model.stats:
+            model.update_balance(model.stats['load'])
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before))
+        model.eval()
+        out = model.generate(idx[:, :1], 3, speculative=config.num_nextn_predict_layers > 0)
+        assert out.shape == (2, 4) and 0 <= out.min() and out.max() < config.vocab_size
+        assert torch.equal(out[:, :1], idx[:, :1])
+
+    one()
+    assert min(tried.values()) >= 50, tried
+
+
+@given(field=st.sampled_from(sorted(GPTConfig.__dataclass_fields__)),
+       value=st.sampled_from([None, 'x', [1], {}, 1.5j, float('nan'), float('inf'), -3, -0.5, b'x']))
+def test_a_value_that_no_field_can_have_is_a_value_error(field, value):
+    with pytest.raises(ValueError):
+        GPTConfig(**SMALLEST | {field: value})
+
+
+@pytest.fixture
+def loader(small, monkeypatch):
+    """train.py's get_batch, and the settings that it reads."""
+    monkeypatch.chdir(small)
+    monkeypatch.setattr(sys, 'argv', ['train.py', *SMALL, '--eval_only=True', '--eval_iters=1'])
+    get_batch = runpy.run_path('train.py')['get_batch']
+    return get_batch, get_batch.__globals__
+
+
+@given(data=st.data())
+@settings(max_examples=200)
+def test_batches_lie_within_the_data(loader, data):
+    get_batch, names = loader
+    block_size = names['block_size'] = data.draw(st.integers(1, 40), 'block_size')
+    n = data.draw(st.integers(block_size + 1, block_size + 60), 'tokens')
+    names['batch_size'] = data.draw(st.integers(1, 9), 'batch_size')
+    names['seed'] = data.draw(st.integers(0, 2**31), 'seed')
+    dtype = data.draw(st.sampled_from([np.uint16, np.uint32]), 'dtype')
+    names['tokens'] = {'train': np.arange(n, dtype=dtype), 'val': np.arange(n, dtype=dtype)}
+    where = data.draw(st.tuples(st.sampled_from(['train', 'val']), st.integers(0, 1), st.integers(0, 2**40)), 'batch')
+    x, y = get_batch(*where)
+    assert x.shape == y.shape == (names['batch_size'], block_size) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(x, x[:, :1] + torch.arange(block_size)) and torch.equal(y, x + 1)
+    assert x.min() >= 0 and y.max() < n
+    assert all(torch.equal(a, b) for a, b in zip((x, y), get_batch(*where)))  # the same when asked again
+
+
+def test_every_start_is_drawn(loader):
+    get_batch, names = loader
+    names['tokens'] = {'train': np.arange(22, dtype=np.uint16)}
+    starts = {int(s) for index in range(40) for s in get_batch('train', 0, index)[0][:, 0]}
+    assert starts == set(range(22 - names['block_size']))
+
+
+MODELS = {D: tiny_model(num_nextn_predict_layers=D).eval() for D in (1, 2, 3)}
+
+
+@given(D=st.sampled_from([1, 2, 3]), B=st.integers(1, 2), T=st.integers(1, 6), new=st.integers(2, 18),
+       accepted=st.lists(st.integers(0, 3), min_size=20, max_size=20), seed=st.integers(0, 2**31))
+@settings(max_examples=60)
+def test_caches_are_right_after_any_acceptance(D, B, T, new, accepted, seed):
+    """As many drafts are kept as chance says, right or wrong: what follows is as if those tokens had been given.
+
+    Every draft is its module's, every other token the main stack's likeliest, each computed anew without a cache.
+    """
+    model, passes, counts = MODELS[D], [], iter(accepted)
+    torch.manual_seed(seed)
+    idx = torch.randint(61, (B, T))
+
+    def chance(drafts, q, p, done):
+        a = min(next(counts), D)
+        passes.append(a)
+        zeros = torch.zeros(D, dtype=torch.long)
+        return torch.cat((drafts[:, :a], p[:, a].argmax(dim=-1, keepdim=True)), dim=1), zeros, zeros
+
+    with mock.patch('model.verify', chance), torch.no_grad():
+        out = model.generate(idx, new, temperature=0, speculative=True)
+        assert torch.equal(out[:, :T], idx) and out.shape == (B, T + new)
+
+        def likeliest(h):
+            return model.lm_head(h[:, -1]).argmax(dim=-1)
+
+        def check(position, token):
+            if position < T + new:
+                assert torch.equal(out[:, position], token), f'position {position}, kept {passes}'
+
+        known = T
+        check(known, likeliest(model.main_stack(out[:, :known])[0]))
+        known += 1
+        for a in passes:
+            h, _ = model.main_stack(out[:, :known - 1])
+            for k in range(1, a + 1):
+                if known + k - 1 < T + new:
+                    h, _ = model.mtp_module(model.mtp[k - 1], out[:, k:known - 1 + k], h)
+                    check(known + k - 1, likeliest(h))
+            known += a + 1
+            if known <= T + new:
+                check(known - 1, likeliest(model.main_stack(out[:, :known - 1])[0]))
+        assert known >= T + new
