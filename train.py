@@ -264,10 +264,10 @@ try:
         if init_from == 'resume':
             model, checkpoint = GPT.from_checkpoint(ckpt_path, device, **overrides)
             iter_num, best_val_loss = checkpoint.get('iter_num'), checkpoint.get('best_val_loss')
-            if type(iter_num) is not int or iter_num < 0 or type(best_val_loss) is not float:
-                stop(f'{ckpt_path} is no checkpoint of a training run: its iter_num or best_val_loss is odd')
-            # the characters must be the same; a converted checkpoint, without an optimizer, has no table of them
             trained_on = checkpoint.get('meta') or {}
+            if (type(iter_num), type(best_val_loss), type(trained_on)) != (int, float, dict) or iter_num < 0:
+                stop(f'{ckpt_path} is no checkpoint of a training run: its iter_num, best_val_loss or meta is odd')
+            # the characters must be the same; a converted checkpoint, without an optimizer, has no table of them
             if checkpoint.get('optimizer') and trained_on.get('stoi') != meta.get('stoi'):
                 stop(f'{data_dir} has another vocabulary than {ckpt_path} was trained on: resume with its dataset, or '
                      'restore its meta.pkl')
@@ -511,8 +511,8 @@ while True:
         scaler.scale(loss / accumulation).backward()
         for k, v in raw_model.stats.items():
             stats[k] = stats[k] + v if k in stats else v
-    # clip, step, balance; an iteration with a loss or a gradient that is not finite, on any rank, changes nothing,
-    # which is decided on the device
+    # clip, step, balance; where a loss or a gradient is not finite, on any rank, they change nothing: decided on the
+    # device
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
     means = all_reduce(torch.cat([stats['losses'], *([stats['balance'].view(1)] if 'load' in stats else [])]))
@@ -521,7 +521,7 @@ while True:
     if optimizer.defaults['fused']:
         optimizer.found_inf = bad.float()  # where it is 1, a fused step leaves weights and moments alone
         optimizer.step()
-    elif not bad:  # a host sync, but for MPS
+    elif not bad:  # on MPS, with a host sync
         optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

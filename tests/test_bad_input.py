@@ -184,6 +184,7 @@ def other_characters(trained):
     (checkpoint(lambda c: c['model_args'].update(n_experts=2)), RESUME, 'no checkpoint of this model'),
     (checkpoint(lambda c: c.update(iter_num=-1)), RESUME, 'iter_num'),
     (checkpoint(lambda c: c.pop('best_val_loss') and None), RESUME, 'best_val_loss'),
+    (checkpoint(lambda c: c.update(meta=[1])), RESUME, 'meta is odd'),
     (checkpoint(lambda c: c['optimizer']['param_groups'].pop() and None), RESUME, 'does not fit optimizer'),
     (checkpoint(lambda c: c.update(optimizer='none')), RESUME, 'does not fit optimizer'),
     (other_characters, RESUME, 'another vocabulary'), (no_meta, RESUME, 'another vocabulary'),
