@@ -121,7 +121,7 @@ class GPTConfig:
         for name in ('rms_norm_eps', 'rope_theta', 'rope_beta_fast', 'rope_beta_slow', 'initializer_range'):
             self._check(getattr(self, name) > 0, f'{name} must be positive')
         self._check(self.first_k_dense_replace <= self.n_layer, f'first_k_dense_replace must lie in 0..{self.n_layer}')
-        self._check(-1 <= self.eos_token_id < self.vocab_size, 'eos_token_id must be a token, or -1')
+        self._check(self.eos_token_id >= -1, 'eos_token_id must be a token, or -1')
         self._check(self.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
         self._check(0 <= self.dropout < 1, 'dropout must lie in [0, 1)')
         self._check(self.scoring_func in ('sigmoid', 'softmax'), "scoring_func must be 'sigmoid' or 'softmax'")

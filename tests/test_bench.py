@@ -39,4 +39,4 @@ def test_every_way_to_the_loss_finds_the_same():
 def test_mistakes_are_one_line():
     for args in ((), ('swim',), ('train', '--peer=nobody')):
         done = bench(*args)
-        assert done.returncode == 1 and 'Traceback' not in done.stderr
+        assert done.returncode == 2 and 'Traceback' not in done.stderr

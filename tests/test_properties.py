@@ -65,7 +65,7 @@ SIZES = st.fixed_dictionaries({}, optional=dict(
     intermediate_size=st.integers(-1, 9), first_k_dense_replace=st.integers(0, 2),
     n_group=st.sampled_from([1, 1, 2, 3]), topk_group=st.sampled_from([1, 1, 2]),
     scoring_func=st.sampled_from(['sigmoid', 'softmax', 'relu']), norm_topk_prob=st.booleans(),
-    num_nextn_predict_layers=st.integers(0, 3), mtp_n_layer=st.integers(-1, 2), eos_token_id=st.integers(-1, 20),
+    num_nextn_predict_layers=st.integers(0, 3), mtp_n_layer=st.integers(-1, 2), eos_token_id=st.integers(-2, 60),
     aux_loss_alpha=st.sampled_from([0.0, 0.01, -1.0])))
 SMALLEST = dict(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16)
 
