@@ -1,6 +1,7 @@
 """Bad input of every kind: exit code 2, one line on standard error that says what is wrong, and nothing written."""
 
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -326,11 +327,13 @@ def test_a_malicious_pickle_runs_nothing(trained, monkeypatch, kind):
 
 
 @pytest.mark.parametrize('data', [
-    b'\x80\x04}r\xff\xff\xff\x7f.',  # a place in the memo that C's unpickler would make 34 GB for
+    b'\x80\x04}r\x00\x00\x00\x08.',  # a place in the memo that C's unpickler would fill 2 GB for
     b'\x80\x04\x8b\xff\xff\xff\x7f.', b'\x80\x04\x8d' + b'\xff' * 7 + b'\x7f.',
     b'\x80\x05\x96' + b'\xff' * 7 + b'\x7f.', b'Pname\n.',
     b'\x80\x04}Q.', b'I' + b'9' * 100_000 + b'\n.', b'(' * 1000, b'\x80\x09.', b'\x80\x02\x82\x01.',
 ])
 def test_pickles_that_ask_for_memory_or_for_other_objects(small, data):
     meta(data)(small)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     expect(small, 'train.py', [], 'meta.pkl cannot be used')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
