@@ -1,4 +1,4 @@
-# make demo: from nothing to a trained model's samples.   make test: ruff and pytest.   make soak: kills, half an hour.
+# make demo: from nothing to a trained model's samples.   make test: ruff and pytest.   make soak: kills, 20 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 
