@@ -194,6 +194,8 @@ def load_meta(path):
     stoi, itos = meta.get('stoi', {}), meta.get('itos', {})
     if {(type(k), type(v)) for k, v in [*stoi.items(), *((ch, i) for i, ch in itos.items())]} - {(str, int)}:
         raise ValueError('its stoi and itos must map characters to ints and back')
+    if type(meta.get('row_length', 1)) is not int or meta.get('row_length', 1) < 1:
+        raise ValueError('its row_length must be a positive int')
     return meta
 
 
@@ -201,7 +203,7 @@ try:
     meta = load_meta(os.path.join(data_dir, 'meta.pkl'))
 except Exception as e:  # an unpickler meets damage in many ways
     stop(f'{data_dir}/meta.pkl cannot be used: {type(e).__name__}: {first_line(e)}')
-tokens = {}
+tokens, masks = {}, {}
 for split in ('train', 'val'):
     path = os.path.join(data_dir, f'{split}.bin')
     if not os.path.isfile(path):
@@ -219,20 +221,29 @@ for split in ('train', 'val'):
     head = tokens[split][:4096]
     if token_dtype == np.uint16 and len(head) >= 64 and head[0::2].any() and not head[1::2].any():
         stop(f'{path} holds numbers wider than uint16, by its zeros: write uint16, or name the dtype in meta.pkl')
+    # a byte for each token, where prepare.py wrote them: 0 for one that counts in no loss (a prompt's)
+    path = os.path.join(data_dir, f'{split}_mask.bin')
+    if os.path.exists(path):
+        if os.path.getsize(path) != len(tokens[split]):
+            stop(f'{path} must hold a byte for each token of {split}.bin: run prepare.py again')
+        masks[split] = np.memmap(path, dtype=np.uint8, mode='r')
 
 
 def get_batch(split, stream, index):
     """The micro-batch number `index` of a stream of random batches: x, y, each (batch_size, block_size)."""
     data = tokens[split]
     rng = np.random.default_rng((seed, {'train': 0, 'val': 1}[split], stream, index))
-    starts = rng.integers(len(data) - block_size, size=batch_size)
-    rows = data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)     # (B, T + 1)
-    rows = torch.from_numpy(rows)
+    step = meta.get('row_length', 1)  # where the data are rows, a sequence begins where one of them does
+    starts = step * rng.integers((len(data) - block_size - 1) // step + 1, size=batch_size)
+    places = starts[:, None] + np.arange(block_size + 1)
+    rows = data[places].astype(np.int64)                                          # (B, T + 1)
+    targets = np.where(masks[split][places], rows, -1) if split in masks else rows
+    xy = torch.from_numpy(np.stack((rows[:, :-1], targets[:, 1:])))               # (2, B, T)
     if device_type == 'cuda':
-        rows = rows.pin_memory().to(device, non_blocking=True)
+        xy = xy.pin_memory().to(device, non_blocking=True)
     else:
-        rows = rows.to(device)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        xy = xy.to(device)
+    return xy[0], xy[1]
 
 
 # the model, new or from a checkpoint

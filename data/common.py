@@ -79,20 +79,29 @@ def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_splits(folder, train, val, vocab_size, meta=None):
-    """train.bin and val.bin from lists of token ids, and meta.pkl where train.py or sample.py needs one."""
+def write_files(folder, files):
+    """{name: bytes}, all written beside, then all renamed: an interrupted run leaves no half-written file."""
+    for name, data in files.items():
+        with open(os.path.join(folder, name + '.tmp'), 'wb') as f:
+            f.write(data)
+    for name in files:
+        os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+
+
+def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
+    """train.bin and val.bin from lists of token ids, and meta.pkl where train.py or sample.py needs one.
+
+    masks: {'train': list of 0 and 1, 'val': ...}, as long as the tokens: 0 where a token is no target.
+    """
     dtype = token_dtype(vocab_size)
     if dtype != np.uint16:
         meta = (meta or {}) | {'vocab_size': vocab_size, 'dtype': np.dtype(dtype).name}
     files = {'train.bin': np.asarray(train, dtype=dtype).tobytes(), 'val.bin': np.asarray(val, dtype=dtype).tobytes()}
     if meta:
         files['meta.pkl'] = pickle.dumps(meta)
-    # all written beside, then all renamed: an interrupted run leaves no half-written file under its name
-    for name, data in files.items():
-        with open(os.path.join(folder, name + '.tmp'), 'wb') as f:
-            f.write(data)
-    for name in files:
-        os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+    for split, mask in (masks or {}).items():
+        files[f'{split}_mask.bin'] = np.asarray(mask, dtype=np.uint8).tobytes()
+    write_files(folder, files)
     print(f'train: {len(train):,} tokens\nval: {len(val):,} tokens')
 
 
