@@ -80,7 +80,7 @@ if compile:
         print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
 
 # the tokenizer: the characters that the checkpoint was trained on, the one that travels with it, or GPT-2's
-stop_token = None
+stop_token = model.config.eos_token_id if model.config.eos_token_id >= 0 else None
 tokenizer_path = os.path.join(out_dir if init_from == 'resume' else init_from, 'tokenizer.json')
 if 'stoi' in meta:
     stoi, itos = meta['stoi'], meta['itos']
@@ -102,8 +102,6 @@ elif os.path.exists(tokenizer_path):
         tokenizer = Tokenizer.from_file(tokenizer_path)
     except Exception as e:  # tokenizers raises plain Exceptions
         stop(f'{tokenizer_path} cannot be read: {first_line(e)}')
-    if model.config.eos_token_id >= 0:
-        stop_token = model.config.eos_token_id
 
     def encode(text):
         try:
