@@ -1,5 +1,6 @@
 """
-Draws the log.jsonl of one or several runs: losses, tokens per second, and the balance of the experts.
+Draws the log.jsonl of one or several runs: losses, tokens per second, and the balance of the experts; of grpo.py's
+runs the accuracy on held-out prompts and what is logged of each batch.
 
     python plot.py out-demo/log.jsonl [out-other/log.jsonl ...] [--out=PNG]
 """
@@ -33,9 +34,9 @@ def read_log(path):
                     continue
                 if 'command' in record:
                     header = record
-                elif 'val_loss' in record:
+                elif 'val_loss' in record or 'val_accuracy' in record or 'test_accuracy' in record:
                     evals[record['step']] = record
-                elif 'loss' in record:
+                elif 'loss' in record or 'reward' in record:
                     train[record['step']] = record
     except OSError as e:
         stop(f'{path}: {e.strerror}')
@@ -46,23 +47,9 @@ def read_log(path):
     return header, [train[k] for k in sorted(train)], [evals[k] for k in sorted(evals)]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('logs', nargs='+', metavar='log.jsonl')
-    parser.add_argument('--out', metavar='PNG', help='default: log.png beside the first log')
-    args = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        stop('plot.py needs matplotlib: pip install matplotlib')
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
+def draw_losses(plt, logs):
     fig, (loss_ax, speed_ax, balance_ax) = plt.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
-    for i, path in enumerate(args.logs):
-        _, train, evals = read_log(path)
-        name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    for i, (name, train, evals) in enumerate(logs):
         color = f'C{i}'
 
         def curve(ax, records, value, color=color, **style):
@@ -79,11 +66,57 @@ def main():
         routed = [r for r in train if 'max_vio' in r]
         curve(balance_ax, routed, lambda r: sum(r['max_vio']) / len(r['max_vio']), label=f'{name}: mean over layers')
         curve(balance_ax, routed, lambda r: max(r['max_vio']), alpha=0.35, linewidth=0.8, label=f'{name}: worst layer')
-
     loss_ax.set(xlabel='step', ylabel='loss (nats per token)', title='loss')
     speed_ax.set(xlabel='step', ylabel='tokens / s', title='speed', ylim=(0, None))
     balance_ax.set(xlabel='step', ylabel='max load / mean load - 1', title='balance (MaxVio)', ylim=(0, None))
-    for ax in (loss_ax, speed_ax, balance_ax):
+    return fig
+
+
+def draw_rewards(plt, logs):
+    fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout='constrained')
+    panels = [('accuracy', 'share', 'right answers (sampled)'), ('format', 'share', 'well-formed responses'),
+              ('length', 'tokens', 'response length'), ('zero_advantage', 'share', 'groups of equal rewards'),
+              ('entropy', 'nats per token', 'entropy'), ('kl', 'nats per token', 'KL from the reference'),
+              ('tokens_per_s', 'response tokens / s', 'speed')]
+    held_out = axes.flat[0]
+    for i, (name, train, evals) in enumerate(logs):
+        accuracy = [r.get('val_accuracy', r.get('test_accuracy')) for r in evals]
+        if train:
+            held_out.plot([r['seconds'] for r in evals], accuracy, color=f'C{i}', marker='o', markersize=4, label=name)
+        elif evals:  # a run of grpo.py --eval_only=True
+            held_out.axhline(accuracy[-1], color=f'C{i}', linestyle='--', label=name)
+        for ax, (key, _, _) in zip(axes.flat[1:], panels):
+            if train:
+                ax.plot([r['step'] for r in train], [r[key] for r in train], color=f'C{i}', linewidth=0.8, label=name)
+    held_out.set(xlabel='seconds of sampling and training', ylabel='share', ylim=(0, 1),
+                 title='right answers to held-out prompts (greedy)')
+    for ax, (_, unit, title) in zip(axes.flat[1:], panels):
+        ax.set(xlabel='iteration', ylabel=unit, title=title)
+    return fig
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('logs', nargs='+', metavar='log.jsonl')
+    parser.add_argument('--out', metavar='PNG', help='default: log.png beside the first log')
+    args = parser.parse_args()
+    try:
+        import matplotlib
+    except ImportError:
+        stop('plot.py needs matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    logs = []
+    for path in args.logs:
+        _, train, evals = read_log(path)
+        logs.append((os.path.basename(os.path.dirname(os.path.abspath(path))), train, evals))
+    rewarded = ['loss' not in (train + evals)[0] and 'val_loss' not in (train + evals)[0] for _, train, evals in logs]
+    if any(rewarded) and not all(rewarded):
+        stop('logs of train.py and of grpo.py are drawn apart')
+    fig = draw_rewards(plt, logs) if rewarded[0] else draw_losses(plt, logs)
+    for ax in fig.axes:
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=7)

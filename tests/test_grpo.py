@@ -1,0 +1,400 @@
+"""GRPO: the equations against scalar evaluations of them, the sampler against the trainer, and whole runs."""
+
+import json
+import math
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, run, run_inside, tiny_model
+
+import grpo
+import model as model_module
+
+STOP = 0
+
+
+def policy(**overrides):
+    settings = dict(block_size=24, vocab_size=11, num_nextn_predict_layers=0, eos_token_id=STOP, bias_update_speed=0.0)
+    return tiny_model(**{**settings, **overrides})
+
+
+def rollouts(model, prompts=((3, 4, 5), (6, 7, 8)), group_size=4, max_new_tokens=8):
+    prompts = [list(prompt) for prompt in prompts]
+    responses = grpo.sample_responses(model, prompts, group_size, max_new_tokens, 1.0)
+    return [p for p in prompts for _ in range(group_size)], responses
+
+
+def test_advantages_of_a_group():
+    """R1 eq. 3, by hand; a group of equal rewards teaches nothing; Dr. GRPO leaves the division out."""
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.1], [0.5, 0.5, 0.5, 0.5]])
+    mean = (1.0 + 1.1) / 4
+    std = math.sqrt(sum((r - mean) ** 2 for r in (1.0, 0.0, 0.0, 1.1)) / 4)
+    expected = torch.tensor([[(r - mean) / std for r in (1.0, 0.0, 0.0, 1.1)], [0.0] * 4])
+    torch.testing.assert_close(grpo.group_advantages(rewards), expected, atol=1e-5, rtol=1e-5)
+    plain = grpo.group_advantages(rewards, normalise_std=False)
+    torch.testing.assert_close(plain, torch.tensor([[1.0 - mean, -mean, -mean, 1.1 - mean], [0.0] * 4]))
+
+
+def test_k3_is_unbiased_and_never_negative():
+    logp, ref = torch.randn(5).log_softmax(0), torch.randn(5).log_softmax(0)
+    for a, b, value in zip(logp.tolist(), ref.tolist(), grpo.k3(logp, ref).tolist()):
+        assert value == pytest.approx(math.exp(b - a) - (b - a) - 1, rel=1e-5, abs=1e-6)
+    assert (grpo.k3(logp, ref) >= 0).all()
+    expectation = (logp.exp() * grpo.k3(logp, ref)).sum()  # over tokens drawn from pi
+    torch.testing.assert_close(expectation, (logp.exp() * (logp - ref)).sum())
+
+
+@pytest.mark.parametrize('length_norm', ['response', 'token', 'constant'])
+def test_update_minimises_the_papers_objective(length_norm):
+    """Two steps of mu against a loop over samples and tokens, with clip and KL."""
+    model, reference = policy(), policy(std=0.25).requires_grad_(False).eval()
+    prompts, responses = rollouts(model)
+    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    advantages = torch.randn(len(rows))
+    twin = policy()
+    twin.load_state_dict(model.state_dict())
+    options = dict(clip_low=0.05, clip_high=0.1, kl_coef=0.3)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    numbers = grpo.update(model, optimizer, rows, mask, advantages, reference=reference, mu=2, length_norm=length_norm,
+                          max_new_tokens=8, batch_size=3, grad_clip=0.0, **options)
+
+    def one_log_prob(m, prompt, response, t):
+        idx = torch.tensor([prompt + response[:t]])
+        return m.lm_head(m.main_stack(idx)[0])[0, -1].log_softmax(0)[response[t]]
+
+    twin.train()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
+    old, clipped, kls = {}, 0, 0.0
+    total = sum(map(len, responses))
+    for _ in range(2):
+        objective = 0.0
+        for i, (prompt, response) in enumerate(zip(prompts, responses)):
+            A = advantages[i].item()
+            for t in range(len(response)):
+                logp = one_log_prob(twin, prompt, response, t)
+                ref = one_log_prob(reference, prompt, response, t)
+                ratio = (logp - old.setdefault((i, t), logp.item())).exp()
+                low, high = 1 - options['clip_low'], 1 + options['clip_high']
+                clipped += (A > 0 and ratio.item() > high) or (A < 0 and ratio.item() < low)
+                gain = min(ratio * A, ratio.clamp(low, high) * A)
+                kl = (ref - logp).exp() - (ref - logp) - 1
+                kls += kl.item()
+                norm = {'response': len(responses) * len(response), 'token': total, 'constant': len(responses) * 8}
+                objective = objective + (gain - options['kl_coef'] * kl) / norm[length_norm]
+        optimizer.zero_grad()
+        (-objective).backward()
+        optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4, msg=name)
+    assert numbers['clip'] == pytest.approx(clipped / (2 * total)) and clipped > 0
+    assert numbers['kl'] == pytest.approx(kls / (2 * total), rel=1e-3)
+
+
+def test_the_first_step_is_reinforce_with_a_baseline(monkeypatch):
+    """The ratio is exactly 1, nothing is clipped, and the gradient is that of sum A log pi, whatever the clip."""
+    model = policy()
+    prompts, responses = rollouts(model)
+    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    advantages = torch.randn(len(rows))
+    gradients, ratios = [], []
+    surrogate = grpo.surrogate
+
+    def spy(logp, old_logp, *args):
+        ratios.append((logp - old_logp).exp())
+        return surrogate(logp, old_logp, *args)
+
+    class Keep(torch.optim.SGD):
+        def step(self):
+            gradients.extend(p.grad.clone() for p in model.parameters())
+
+    monkeypatch.setattr(grpo, 'surrogate', spy)
+    numbers = grpo.update(model, Keep(model.parameters(), lr=0.1), rows, mask, advantages, clip_low=1e-6,
+                          clip_high=1e-6, grad_clip=0.0)
+    assert all((ratio == 1).all() for ratio in ratios) and numbers['clip'] == 0
+    logp, _, _ = grpo.log_probs(model, rows, 1.0)
+    means = (logp * mask).sum(dim=1) / mask.sum(dim=1)
+    (-(advantages * means).mean()).backward()
+    for p, grad in zip(model.parameters(), gradients):
+        torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature):
+    """The cached, absorbed decode and the training forward give each sampled token one log-probability."""
+    model = policy()
+    seen, probabilities = [], model_module.probabilities
+    monkeypatch.setattr(model_module, 'probabilities', lambda *args: seen.append(probabilities(*args)) or seen[-1])
+    prompts = [[3, 4, 5], [6, 7, 8], [1, 2, 3]]
+    responses = grpo.sample_responses(model, prompts, 4, 16, temperature)
+    steps = torch.cat(seen, dim=1)                                                      # (B, tokens, V)
+    rows, mask = grpo.pack([p for p in prompts for _ in range(4)], responses, STOP, 'cpu')
+    logp, _, _ = grpo.log_probs(model.train(), rows, temperature)
+    assert len({len(response) for response in responses}) > 1
+    for i, response in enumerate(responses):
+        drawn = steps[i, torch.arange(len(response)), torch.tensor(response)].log()
+        torch.testing.assert_close(logp[i][mask[i]], drawn, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_after_the_stop_token_counts():
+    model = policy()
+    prompts, responses = [[3, 4, 5]] * 2 + [[6, 7]], [[1, 2, STOP], [5, 6, 7, 8, 9], [4, STOP]]
+    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    assert rows.tolist() == [[3, 4, 5, 1, 2, 0, 0, 0], [3, 4, 5, 5, 6, 7, 8, 9], [6, 7, 4, 0, 0, 0, 0, 0]]
+    assert mask.int().tolist() == [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0, 0]]
+    results = []
+    for filler in (STOP, 9):
+        m = policy()
+        m.load_state_dict(model.state_dict())
+        filled = rows.clone()
+        filled[0, 6:], filled[2, 4:] = filler, filler
+        grpo.update(m, torch.optim.SGD(m.parameters(), lr=0.1), filled, mask, torch.tensor([1.0, -1.0, 0.5]))
+        results.append([p.detach().clone() for p in m.parameters()])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_responses_come_in_the_order_of_prompts_of_any_length():
+    """Greedy responses to prompts of two lengths in one call are those of each prompt alone."""
+    model = policy()
+    prompts = [[3, 4, 5], [6, 7], [8, 9, 1], [2, 2]]
+    together = grpo.sample_responses(model, prompts, 2, 6, 0.0)
+    alone = [grpo.sample_responses(model, [prompt], 2, 6, 0.0) for prompt in prompts]
+    assert together == [response for pair in alone for response in pair]
+    assert all(STOP not in response[:-1] for response in together)
+
+
+def test_balance_and_mtp_modules():
+    """Each step moves the main stack's balance bias; the MTP modules stay as they are."""
+    model = policy(num_nextn_predict_layers=1, bias_update_speed=0.001)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    prompts, responses = rollouts(model)
+    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    grpo.update(model, optimizer, rows, mask, torch.randn(len(rows)))
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {f'transformer.h.{i}.mlp.e_score_correction_bias' for i in range(2)} <= changed
+    assert not any(k.startswith('mtp.') for k in changed)
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step():
+    model = policy()
+    prompts, responses = rollouts(model)
+    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(FloatingPointError, match='the gradient is nan'):
+        grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), rows, mask, torch.full((len(rows),), math.nan))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+TWO_RANKS = '''
+import sys
+import torch
+import torch.distributed as dist
+import grpo
+from model import GPT, GPTConfig
+
+model = GPT(GPTConfig(**torch.load('start.pt')['args']))
+model.load_state_dict(torch.load('start.pt')['model'])
+rows, mask, advantages = torch.load('rollouts.pt')
+world, rank = 1, 0
+if len(sys.argv) > 2:
+    dist.init_process_group('gloo')
+    world, rank = dist.get_world_size(), dist.get_rank()
+# ranks with different numbers of rows: 0, 3, 6, ... and the rest
+share = torch.arange(len(rows)) % 3 == 0
+share = slice(None) if world == 1 else share if rank == 0 else ~share
+optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+for length_norm in ('response', 'token', 'constant'):
+    grpo.update(model, optimizer, rows[share], mask[share], advantages[share], mu=2, length_norm=length_norm)
+if rank == 0:
+    torch.save(model.state_dict(), sys.argv[1])
+'''
+
+
+def test_two_ranks_take_the_step_of_one(tmp_path):
+    model = policy()
+    prompts, responses = rollouts(model)
+    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    torch.save({'args': {**vars(model.config)}, 'model': model.state_dict()}, tmp_path / 'start.pt')
+    torch.save((rows, mask, torch.randn(len(rows))), tmp_path / 'rollouts.pt')
+    (tmp_path / 'step.py').write_text(TWO_RANKS)
+    run('step.py', 'one.pt', cwd=tmp_path, PYTHONPATH=ROOT)
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'step.py', 'two.pt', 'ddp', cwd=tmp_path,
+        PYTHONPATH=ROOT)
+    one, two, start = (torch.load(tmp_path / f'{name}.pt') for name in ('one', 'two', 'start'))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4, msg=name)
+    assert not torch.equal(one['lm_head.weight'], start['model']['lm_head.weight'])
+
+
+# whole runs
+
+SFT = ['config/sft_arithmetic.py', '--n_layer=1', '--n_embd=32', '--n_head=2', '--max_iters=4', '--lr_decay_iters=4',
+       '--eval_iters=1', '--batch_size=8']
+GRPO = ['config/grpo_arithmetic.py', '--init_from=out-sft', '--out_dir=out-rl', '--max_iters=4', '--eval_interval=2',
+        '--eval_prompts=8', '--prompts_per_iter=4', '--group_size=4', '--warmup_iters=0']
+
+
+@pytest.fixture(scope='module')
+def workshop(tmp_path_factory):
+    """A clone with the data of 2-digit addition and a cold start of a few steps."""
+    folder = tmp_path_factory.mktemp('grpo') / 'clone'
+    skip = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', 'tests', 'wandb', 'add*')
+    shutil.copytree(ROOT, folder, ignore=skip)
+    run('data/arithmetic/prepare.py', '--task=add2', '--name=add3', '--examples=200', cwd=folder)
+    run('train.py', *SFT, '--out_dir=out-sft', cwd=folder)
+    return folder
+
+
+def records(folder, out_dir='out-rl'):
+    with open(folder / out_dir / 'log.jsonl') as f:
+        lines = [json.loads(line) for line in f if line.strip()]
+    timing = ('seconds', 'tokens_per_s', 'rollout_share')
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines if 'command' not in line]
+
+
+def test_data_sets_are_disjoint_and_right(workshop):
+    folder = workshop / 'data' / 'arithmetic' / 'add3'
+    operands = {}
+    for split in ('train', 'val', 'test'):
+        pairs = [line.split('\t') for line in (folder / f'{split}_prompts.txt').read_text().splitlines()]
+        for prompt, answer in pairs:
+            a, b = map(int, re.fullmatch(r'(\d+)\+(\d+)=', prompt).groups())
+            assert a + b == int(answer)
+        operands[split] = {frozenset(map(int, prompt[:-1].split('+'))) for prompt, _ in pairs}
+    assert not operands['train'] & operands['val'] and not operands['train'] & operands['test']
+    assert not operands['val'] & operands['test']
+    # no digit decides the split: held-out sums end in every digit, and begin with many
+    assert len({sum(pair) % 10 for pair in operands['test'] if len(pair) == 2}) == 10
+    assert len({min(pair) // 10 for pair in operands['test']}) > 5
+
+
+@pytest.mark.parametrize('task', ['add4', 'sub3', 'sort6'])
+def test_the_rules_accept_every_trace(clone, task):
+    """What prepare.py writes as work and answer is well-formed and right by reward.py; a changed answer is not."""
+    run('data/arithmetic/prepare.py', f'--task={task}', '--examples=300', cwd=clone)
+    folder = clone / 'data' / 'arithmetic' / task
+    with open(folder / 'meta.pkl', 'rb') as f:
+        meta = pickle.load(f)
+    answers = dict(line.split('\t') for line in (folder / 'train_prompts.txt').read_text().splitlines())
+    reward = {}
+    exec((ROOT / 'data/arithmetic/reward.py').read_text(), reward)
+    ids = torch.frombuffer(bytearray((folder / 'train.bin').read_bytes()), dtype=torch.uint16).tolist()
+    targets = (folder / 'train_mask.bin').read_bytes()
+    length = meta['row_length']
+    for i in range(0, 300 * length, length):
+        text = ''.join(meta['itos'][t] for t in ids[i:i + length])
+        line = text[:text.index('\n') + 1]
+        prompt, response = line[:line.index('=') + 1], line[line.index('=') + 1:]
+        assert reward['reward'](prompt, response, answers[prompt]) == (1.0, 1.0)
+        wrong = str(int(answers[prompt]) + 1)
+        assert reward['reward'](prompt, response, wrong) == (0.0, 1.0)
+        assert reward['reward'](prompt, response[:-1], answers[prompt]) == (0.0, 0.0)
+        # the targets are the response and its newline, and no more
+        assert targets[i:i + length] == bytes([0] * len(prompt) + [1] * len(response) + [0] * (length - len(line)))
+    if task == 'sort6':
+        assert '\nsort ' in '\n' + ''.join(answers)
+
+
+def test_a_seeded_run_reproduces_and_resumes(workshop):
+    run('grpo.py', *GRPO, cwd=workshop)
+    first = records(workshop)
+    assert [r['step'] for r in first if 'val_accuracy' in r] == [0, 2, 4]
+    assert {'reward', 'accuracy', 'format', 'length', 'zero_advantage', 'kl', 'clip', 'entropy'} <= set(first[1])
+    run('grpo.py', *GRPO, '--max_iters=4', '--out_dir=out-again', cwd=workshop)
+    assert records(workshop, 'out-again') == first
+    # stopped after two iterations (the rate would decay to another end), gone on with
+    run('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-whole', cwd=workshop)
+    run('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--max_iters=2', cwd=workshop)
+    run('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--init_from=resume', cwd=workshop)
+    assert records(workshop, 'out-half')[-3:] == records(workshop, 'out-whole')[-3:]
+    whole, half = (torch.load(workshop / out / 'ckpt.pt') for out in ('out-whole', 'out-half'))
+    assert all(torch.equal(whole['model'][k], half['model'][k]) for k in whole['model'])
+
+
+def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
+    """DAPO's and Dr. GRPO's options, KL and mu on two ranks; plot.py draws it, sample.py stops at the end of a line."""
+    # a rule that an untrained model meets every other time
+    (workshop / 'odd.py').write_text('def reward(prompt, response, answer): return sum(map(ord, response)) % 2, 1')
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'grpo.py', *GRPO, '--out_dir=out-two',
+        '--mu=2', '--kl_coef=0.1', '--clip_high=0.28', '--normalise_std=False', '--length_norm=token',
+        '--drop_zero_advantage=True', '--reward_file=odd.py', '--max_new_tokens=12', cwd=workshop)
+    assert any(r.get('kl', 0) > 0 for r in records(workshop, 'out-two'))
+    run('plot.py', 'out-two/log.jsonl', cwd=workshop)
+    assert (workshop / 'out-two' / 'log.png').stat().st_size > 10_000
+    said = run('sample.py', '--out_dir=out-two', '--start=12+34=', '--num_samples=2', '--max_new_tokens=20',
+               cwd=workshop)
+    assert len(re.findall(r'^12\+34=[^\n]*\n-{15}$', said, re.M)) == 2
+
+    run('grpo.py', *GRPO, '--reward_file=odd.py', '--traces=accepted.txt', '--trace_prompts=8', '--max_new_tokens=12',
+        cwd=workshop)
+    lines = (workshop / 'accepted.txt').read_text().splitlines(keepends=True)
+    assert len(lines) == 8 and re.match(r'\d\d\+\d\d=', lines[0])
+
+
+def test_rejected_traces_are_refused(workshop):
+    prompts = (workshop / 'data/arithmetic/add3/train_prompts.txt').read_text().splitlines()
+    prompt, answer = prompts[0].split('\t')
+    (workshop / 'good.txt').write_text(f'{prompt}<>{answer}\n')
+    run('data/arithmetic/prepare.py', '--task=add2', '--traces=good.txt', '--name=good', cwd=workshop)
+    run('train.py', *SFT, '--dataset=arithmetic/good', '--out_dir=out-student', '--block_size=8', cwd=workshop)
+    for bad in ('1+1=<>2\n', f'{prompt}<>{answer}', '', f'{prompt}<>é\n'):
+        (workshop / 'bad.txt').write_text(bad)
+        said = run('data/arithmetic/prepare.py', '--task=add2', '--traces=bad.txt', '--name=bad', cwd=workshop,
+                   ok=False)
+        assert 'Traceback' not in said and said.startswith('--traces=bad.txt')
+    assert not (workshop / 'data/arithmetic/bad').exists()
+
+
+BAD_REWARDS = {
+    'raises.py': ('def reward(p, r, a):\n    raise KeyError("oh")\n', 'KeyError'),
+    'nan.py': ('def reward(p, r, a):\n    return float("nan"), 1\n', 'not finite'),
+    'shape.py': ('def reward(p, r, a):\n    return 1\n', 'TypeError'),
+    'none.py': ('x = 1\n', 'must define reward'),
+}
+BAD_FLAGS = {
+    '--group_size=1': 'at least 2',
+    '--prompts_per_iter=0': 'prompts_per_iter must be positive',
+    '--length_norm=words': 'length_norm',
+    '--kl_coef=-1.0': 'kl_coef must not be negative',
+    '--max_new_tokens=1000': 'do not fit',
+    '--dataset=arithmetic/nowhere': 'prepare.py',
+    '--init_from=out-nowhere': 'is missing',
+    '--init_from=out-other': 'does not know the characters',
+    '--init_from=out-words': 'no table of characters',
+    '--device=tpu': 'device',
+    '--eval_split=train': 'eval_split',
+    '--temperature=0.0': 'temperature must be positive',
+}
+
+
+def test_bad_input_gets_one_line_and_leaves_the_checkpoint(workshop):
+    run('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=2', cwd=workshop)
+    kept = (workshop / 'out-kept' / 'ckpt.pt').read_bytes()
+    checkpoint = torch.load(workshop / 'out-sft' / 'ckpt.pt')
+    for name, meta in (('out-other', {'stoi': {'x': 0}, 'itos': {0: 'x'}}), ('out-words', {})):
+        (workshop / name).mkdir()
+        torch.save({**checkpoint, 'meta': meta}, workshop / name / 'ckpt.pt')
+    for name, (source, _) in BAD_REWARDS.items():
+        (workshop / name).write_text(source)
+    cases = {f'--reward_file={name}': words for name, (_, words) in BAD_REWARDS.items()} | BAD_FLAGS
+    for flag, words in cases.items():
+        code, _, said = run_inside('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=3', '--eval_interval=1', flag,
+                                   cwd=workshop)
+        assert code == 2 and words in said and len(said.strip().splitlines()) == 1, (flag, code, said)
+    assert (workshop / 'out-kept' / 'ckpt.pt').read_bytes() == kept
+
+
+def test_masks_that_do_not_fit_the_data(workshop):
+    mask = workshop / 'data/arithmetic/add3/train_mask.bin'
+    whole = mask.read_bytes()
+    for data in (b'', whole[:-1]):
+        mask.write_bytes(data)
+        code, _, said = run_inside('train.py', *SFT, '--out_dir=out-masked', cwd=workshop)
+        assert code == 2 and 'a byte for each token' in said and len(said.strip().splitlines()) == 1
+    mask.write_bytes(whole)
+    assert not (workshop / 'out-masked').exists()
