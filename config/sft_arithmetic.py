@@ -3,8 +3,8 @@
 #   python data/arithmetic/prepare.py
 #   python train.py config/sft_arithmetic.py
 #
-# Hardware: two CPU cores. Expected in 25 seconds: val loss of the work and the answer 0.04 to 0.2, 27% to 76% of the test
-# sums right (0.11 and 46% with seed 1337). More iterations help little: the 300 lines are learnt by heart.
+# Hardware: two CPU cores. Expected in 25 seconds: val loss 0.11, and 46% of the held-out sums right (seed 1337; 36%,
+# 76% and 27% with seeds 1, 2 and 3).
 
 out_dir = 'out-sft-arithmetic'
 eval_interval = 100

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 prepare() { python data/arithmetic/prepare.py "$@"; }
 sft() { python train.py config/sft_arithmetic.py "$@"; }
 grpo() { python grpo.py config/grpo_arithmetic.py "$@"; }
-accuracy() { grpo --init_from="$1" --out_dir="$1" --eval_only=True --eval_split=test --eval_prompts=1000 | tail -n 1; }
+accuracy() { grpo --init_from="$1" --out_dir="$1-test" --eval_only=True --eval_split=test | tail -n 1; }
 
 # R1: cold start, GRPO, rejection-sampled SFT from scratch, GRPO
 prepare
@@ -22,12 +22,14 @@ sft --dataset=arithmetic/add3-accepted --out_dir=out-sft2-arithmetic
 grpo --init_from=out-sft2-arithmetic --out_dir=out-grpo2-arithmetic
 
 # R1-Zero: the cold start shows the form of an answer and no work; what comes between < and > is left to GRPO
-prepare --style=answer --name=add3-answer --length=40
-sft --dataset=arithmetic/add3-answer --out_dir=out-sft-zero
+prepare --style=answer --name=add3-answer --length=40 --examples=5000
+sft --dataset=arithmetic/add3-answer --max_iters=1000 --lr_decay_iters=1000 --out_dir=out-sft-zero
 grpo --init_from=out-sft-zero --out_dir=out-grpo-zero
 
 # SFT alone, on the cold start's data, for the time of the cold start and of GRPO together
-sft --max_iters=2000 --lr_decay_iters=2000 --out_dir=out-sft-longer
+sft --max_iters=4000 --lr_decay_iters=4000 --out_dir=out-sft-longer
+grpo --init_from=out-sft-longer --out_dir=out-sft-alone --eval_only=True
+python plot.py out-grpo-arithmetic/log.jsonl out-sft-alone/log.jsonl
 
 # distillation: a smaller student on the teacher's accepted responses; the same student by RL
 student=(--n_layer=1 --n_embd=64)

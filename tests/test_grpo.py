@@ -239,14 +239,20 @@ GRPO = ['config/grpo_arithmetic.py', '--init_from=out-sft', '--out_dir=out-rl', 
         '--eval_prompts=8', '--prompts_per_iter=4', '--group_size=4', '--warmup_iters=0']
 
 
+def inside(*args, cwd, ok=True):
+    code, out, said = run_inside(*args, cwd=cwd)
+    assert (code == 0) == ok, said
+    return out + said
+
+
 @pytest.fixture(scope='module')
 def workshop(tmp_path_factory):
     """A clone with the data of 2-digit addition and a cold start of a few steps."""
     folder = tmp_path_factory.mktemp('grpo') / 'clone'
     skip = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', 'tests', 'wandb', 'add*')
     shutil.copytree(ROOT, folder, ignore=skip)
-    run('data/arithmetic/prepare.py', '--task=add2', '--name=add3', '--examples=200', cwd=folder)
-    run('train.py', *SFT, '--out_dir=out-sft', cwd=folder)
+    inside('data/arithmetic/prepare.py', '--task=add2', '--name=add3', '--examples=200', cwd=folder)
+    inside('train.py', *SFT, '--out_dir=out-sft', cwd=folder)
     return folder
 
 
@@ -276,7 +282,7 @@ def test_data_sets_are_disjoint_and_right(workshop):
 @pytest.mark.parametrize('task', ['add4', 'sub3', 'sort6'])
 def test_the_rules_accept_every_trace(clone, task):
     """What prepare.py writes as work and answer is well-formed and right by reward.py; a changed answer is not."""
-    run('data/arithmetic/prepare.py', f'--task={task}', '--examples=300', cwd=clone)
+    inside('data/arithmetic/prepare.py', f'--task={task}', '--examples=300', cwd=clone)
     folder = clone / 'data' / 'arithmetic' / task
     with open(folder / 'meta.pkl', 'rb') as f:
         meta = pickle.load(f)
@@ -301,16 +307,16 @@ def test_the_rules_accept_every_trace(clone, task):
 
 
 def test_a_seeded_run_reproduces_and_resumes(workshop):
-    run('grpo.py', *GRPO, cwd=workshop)
+    inside('grpo.py', *GRPO, cwd=workshop)
     first = records(workshop)
     assert [r['step'] for r in first if 'val_accuracy' in r] == [0, 2, 4]
     assert {'reward', 'accuracy', 'format', 'length', 'zero_advantage', 'kl', 'clip', 'entropy'} <= set(first[1])
-    run('grpo.py', *GRPO, '--max_iters=4', '--out_dir=out-again', cwd=workshop)
+    inside('grpo.py', *GRPO, '--max_iters=4', '--out_dir=out-again', cwd=workshop)
     assert records(workshop, 'out-again') == first
     # stopped after two iterations (the rate would decay to another end), gone on with
-    run('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-whole', cwd=workshop)
-    run('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--max_iters=2', cwd=workshop)
-    run('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--init_from=resume', cwd=workshop)
+    inside('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-whole', cwd=workshop)
+    inside('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--max_iters=2', cwd=workshop)
+    inside('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--init_from=resume', cwd=workshop)
     assert records(workshop, 'out-half')[-3:] == records(workshop, 'out-whole')[-3:]
     whole, half = (torch.load(workshop / out / 'ckpt.pt') for out in ('out-whole', 'out-half'))
     assert all(torch.equal(whole['model'][k], half['model'][k]) for k in whole['model'])
@@ -324,14 +330,14 @@ def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
         '--mu=2', '--kl_coef=0.1', '--clip_high=0.28', '--normalise_std=False', '--length_norm=token',
         '--drop_zero_advantage=True', '--reward_file=odd.py', '--max_new_tokens=12', cwd=workshop)
     assert any(r.get('kl', 0) > 0 for r in records(workshop, 'out-two'))
-    run('plot.py', 'out-two/log.jsonl', cwd=workshop)
+    inside('plot.py', 'out-two/log.jsonl', cwd=workshop)
     assert (workshop / 'out-two' / 'log.png').stat().st_size > 10_000
-    said = run('sample.py', '--out_dir=out-two', '--start=12+34=', '--num_samples=2', '--max_new_tokens=20',
-               cwd=workshop)
+    said = inside('sample.py', '--out_dir=out-two', '--start=12+34=', '--num_samples=2', '--max_new_tokens=20',
+                  cwd=workshop)
     assert len(re.findall(r'^12\+34=[^\n]*\n-{15}$', said, re.M)) == 2
 
-    run('grpo.py', *GRPO, '--reward_file=odd.py', '--traces=accepted.txt', '--trace_prompts=8', '--max_new_tokens=12',
-        cwd=workshop)
+    inside('grpo.py', *GRPO, '--reward_file=odd.py', '--traces=accepted.txt', '--trace_prompts=8',
+           '--max_new_tokens=12', cwd=workshop)
     lines = (workshop / 'accepted.txt').read_text().splitlines(keepends=True)
     assert len(lines) == 8 and re.match(r'\d\d\+\d\d=', lines[0])
 
@@ -340,12 +346,12 @@ def test_rejected_traces_are_refused(workshop):
     prompts = (workshop / 'data/arithmetic/add3/train_prompts.txt').read_text().splitlines()
     prompt, answer = prompts[0].split('\t')
     (workshop / 'good.txt').write_text(f'{prompt}<>{answer}\n')
-    run('data/arithmetic/prepare.py', '--task=add2', '--traces=good.txt', '--name=good', cwd=workshop)
-    run('train.py', *SFT, '--dataset=arithmetic/good', '--out_dir=out-student', '--block_size=8', cwd=workshop)
+    inside('data/arithmetic/prepare.py', '--task=add2', '--traces=good.txt', '--name=good', cwd=workshop)
+    inside('train.py', *SFT, '--dataset=arithmetic/good', '--out_dir=out-student', '--block_size=8', cwd=workshop)
     for bad in ('1+1=<>2\n', f'{prompt}<>{answer}', '', f'{prompt}<>é\n'):
         (workshop / 'bad.txt').write_text(bad)
-        said = run('data/arithmetic/prepare.py', '--task=add2', '--traces=bad.txt', '--name=bad', cwd=workshop,
-                   ok=False)
+        said = inside('data/arithmetic/prepare.py', '--task=add2', '--traces=bad.txt', '--name=bad', cwd=workshop,
+                      ok=False)
         assert 'Traceback' not in said and said.startswith('--traces=bad.txt')
     assert not (workshop / 'data/arithmetic/bad').exists()
 
@@ -373,7 +379,7 @@ BAD_FLAGS = {
 
 
 def test_bad_input_gets_one_line_and_leaves_the_checkpoint(workshop):
-    run('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=2', cwd=workshop)
+    inside('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=2', cwd=workshop)
     kept = (workshop / 'out-kept' / 'ckpt.pt').read_bytes()
     checkpoint = torch.load(workshop / 'out-sft' / 'ckpt.pt')
     for name, meta in (('out-other', {'stoi': {'x': 0}, 'itos': {0: 'x'}}), ('out-words', {})):
