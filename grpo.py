@@ -352,7 +352,7 @@ def main():
         return {f'{eval_split}_accuracy': accuracy, f'{eval_split}_format': form, f'{eval_split}_length': length}
 
     if traces:
-        write_traces(pairs['train'][:trace_prompts], answer, rank, world)
+        write_traces(pairs['train'][:trace_prompts], answer, end, world)
         return
 
     def log(record):
@@ -460,18 +460,18 @@ def main():
         dist.destroy_process_group()
 
 
-def write_traces(questions, answer, rank, world):
-    """Rejection sampling (R1 section 2.3.3): the first right and well-formed response to each prompt, into `traces`."""
+def write_traces(questions, answer, end, world):
+    """Rejection sampling (R1 section 2.3.3): to each prompt its first response that is right, well-formed and ended."""
     torch.manual_seed(seed)
     if world > 1:
         stop('traces are written by one process: run it without torchrun')
     lines = []
     for i in range(0, len(questions), prompts_per_iter):
         part = questions[i:i + prompts_per_iter]
-        _, _, texts, scores = answer(part, group_size, temperature)
+        _, responses, texts, scores = answer(part, group_size, temperature)
         for n, (prompt, _) in enumerate(part):
             group = range(n * group_size, (n + 1) * group_size)
-            accepted = [texts[k] for k in group if scores[k].min() >= 1]
+            accepted = [texts[k] for k in group if scores[k].min() >= 1 and responses[k][-1] == end]
             lines += [prompt + accepted[0]] if accepted else []
     try:
         with open(traces + '.tmp', 'w', encoding='utf-8') as f:

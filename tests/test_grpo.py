@@ -339,7 +339,8 @@ def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
     inside('grpo.py', *GRPO, '--reward_file=odd.py', '--traces=accepted.txt', '--trace_prompts=8',
            '--max_new_tokens=12', cwd=workshop)
     lines = (workshop / 'accepted.txt').read_text().splitlines(keepends=True)
-    assert len(lines) == 8 and re.match(r'\d\d\+\d\d=', lines[0])
+    # a response that was cut off is no trace, whatever the rule says
+    assert 0 < len(lines) <= 8 and all(re.fullmatch(r'\d\d\+\d\d=[^\n]*\n', line) for line in lines)
 
 
 def test_rejected_traces_are_refused(workshop):
