@@ -397,7 +397,6 @@ def main():
                           'world_size': world}), file=log_file, flush=True)
 
     while True:
-        torch.manual_seed((seed + iter_num) * world + rank)  # whatever is random in this iteration
         if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
             result = evaluate()
             if master:
@@ -410,6 +409,7 @@ def main():
         if iter_num >= max_iters or eval_only:
             break
 
+        torch.manual_seed((seed + iter_num) * world + rank)  # whatever is random in this iteration
         t0 = time.time()
         lr = learning_rate * min((iter_num + 1) / (warmup_iters + 1), 1 - iter_num / max_iters if decay_lr else 1)
         for group in optimizer.param_groups:

@@ -313,6 +313,9 @@ def test_a_seeded_run_reproduces_and_resumes(workshop):
     assert {'reward', 'accuracy', 'format', 'length', 'zero_advantage', 'kl', 'clip', 'entropy'} <= set(first[1])
     inside('grpo.py', *GRPO, '--max_iters=4', '--out_dir=out-again', cwd=workshop)
     assert records(workshop, 'out-again') == first
+    # evaluating more often changes nothing
+    inside('grpo.py', *GRPO, '--eval_interval=1', '--out_dir=out-often', cwd=workshop)
+    assert [r for r in records(workshop, 'out-often') if 'reward' in r] == [r for r in first if 'reward' in r]
     # stopped after two iterations (the rate would decay to another end), gone on with
     inside('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-whole', cwd=workshop)
     inside('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--max_iters=2', cwd=workshop)
