@@ -430,11 +430,14 @@ class MoE(nn.Module):
         place, offsets = place.view(-1, self.top_k), offsets.int()          # (N, K), (E,)
 
         rows = Dispatch.apply(x.to(dtype), token, place)                    # (M, C)
-        gate, up = grouped_linear(rows, self.experts_gate_up.to(dtype), offsets).chunk(2, dim=-1)
+        gate, up = self.grouped_linear(rows, self.experts_gate_up, offsets).chunk(2, dim=-1)
         # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
         hidden = F.silu(gate) * up * gates.to(dtype).unsqueeze(-1)          # (M, h)
-        out = grouped_linear(hidden, self.experts_down.to(dtype), offsets)  # (M, C)
+        out = self.grouped_linear(hidden, self.experts_down, offsets)       # (M, C)
         return Combine.apply(out, token, place), load
+
+    def grouped_linear(self, x, weight, offsets):
+        return grouped_linear(x, weight.to(x.dtype), offsets)
 
     def row_alignment(self, n):
         """The largest power of two, up to 64, that adds no more than a 16th to an expert's mean share of n rows."""

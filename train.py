@@ -76,6 +76,10 @@ backend = 'nccl'  # between GPUs; CPUs use gloo
 device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': bfloat16 where the device computes in it
 compile = True  # torch.compile, block by block
+fp8 = False  # the products of the linear layers and the experts in FP8, as in V3 section 3.3; needs fp8.py
+fp8_scaling = 'tile'  # or 'row' or 'tensor': what shares a scale
+fp8_grad = 'e4m3'  # or 'e5m2': the format of the gradients
+fp8_power_of_two = False  # scales that are powers of two
 activation_memory = 1.0  # with compile: share of a block's activations that is kept; the backward recomputes the rest
 # -----------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -146,6 +150,12 @@ if optimizer not in ('adamw', 'muon'):
 if init_from not in ('scratch', 'resume') and not os.path.isdir(init_from):
     stop(f"init_from={init_from!r} must be 'scratch', 'resume' or a folder with a DeepSeek-V2 or V3 family checkpoint: "
          "GPT-2's weights do not fit this architecture")
+if fp8_scaling not in ('tile', 'row', 'tensor'):
+    stop(f"fp8_scaling={fp8_scaling!r} must be 'tile', 'row' or 'tensor'")
+if fp8_grad not in ('e4m3', 'e5m2'):
+    stop(f"fp8_grad={fp8_grad!r} must be 'e4m3' or 'e5m2'")
+if fp8 and not os.path.exists(os.path.join(here, 'fp8.py')):
+    stop('fp8=True needs fp8.py beside train.py')
 accumulation = gradient_accumulation_steps // world
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -308,6 +318,12 @@ for split, data in tokens.items():  # all of it, each rank its share
         stop(f'{data_dir}/meta.pkl is missing, and {split}.bin holds no more than {top + 1} different tokens: run '
              f'prepare.py again, or say --vocab_size={top + 1}')
 model.to(device)
+if fp8:
+    from fp8 import Recipe, enable
+    enable(model, Recipe(fp8_scaling, {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad],
+                         fp8_power_of_two))
+    if master:
+        print(f'FP8 products are emulated: the numbers of {fp8_scaling} scaling, not its speed')
 raw_model = model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, config['optimizer'])
