@@ -49,12 +49,12 @@ def quantise(x, rows, cols, dtype=torch.float8_e4m3fn, power_of_two=False):
     return tiles.flatten(-2).flatten(-3, -2)[..., :M, :K].contiguous(), scale
 
 
-def dequantise(q, scale, rows, cols, dtype=torch.float32):
-    """What quantise() made of x, multiplied out: (..., M, K)."""
+def dequantise(q, scale, rows, cols):
+    """What quantise() made of x, multiplied out: (..., M, K), fp32."""
     M, K = q.shape[-2:]
     rows, cols = rows or M, cols or K
     wide = scale.repeat_interleave(rows, dim=-2).repeat_interleave(cols, dim=-1)[..., :M, :K]
-    return (q.float() * wide).to(dtype)
+    return q.float() * wide
 
 
 class Recipe(NamedTuple):
@@ -106,14 +106,14 @@ class GroupedFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, offsets, recipe, out_dtype):
+    def forward(ctx, x, weight, offsets, recipe):
         tile = ACTIVATION[recipe.scaling]
         x = without_idle_rows(x, offsets)
         q, scale = quantise(x, *tile, power_of_two=recipe.power_of_two)
         ctx.save_for_backward(q, scale, weight, offsets)
         ctx.recipe, ctx.x_dtype = recipe, x.dtype
         weight = rounded(weight, WEIGHT[recipe.scaling], recipe)
-        return grouped(dequantise(q, scale, *tile), weight, offsets).to(out_dtype)
+        return grouped(dequantise(q, scale, *tile), weight, offsets).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -125,7 +125,7 @@ class GroupedFunction(torch.autograd.Function):
         x = dequantise(q, scale, *tile)
         grad_w = grouped_rows(rounded(grad.t(), tile, recipe, recipe.grad_dtype),
                               rounded(x.t(), tile, recipe), offsets)
-        return grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), None, None, None
+        return grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), None, None
 
 
 def without_idle_rows(x, offsets):
@@ -155,7 +155,7 @@ class Linear(torch.nn.Linear):
 
 class MoE(model_file.MoE):
     def grouped_linear(self, x, weight, offsets):
-        return GroupedFunction.apply(x, weight, offsets, self.recipe, x.dtype)
+        return GroupedFunction.apply(x, weight, offsets, self.recipe)
 
 
 def enable(model, recipe):
