@@ -48,13 +48,15 @@ def tiktoken_cache(tmp_path_factory):
     return folder
 
 
+def copy_project(target):
+    """A copy of the project to run scripts in, so that no test writes into the checkout."""
+    skip = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', '*_prompts.txt', 'tests', 'wandb')
+    return shutil.copytree(ROOT, target, ignore=skip)
+
+
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of the project to run scripts in, so that no test writes into the checkout."""
-    target = tmp_path / 'clone'
-    skip = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', 'tests', 'wandb')
-    shutil.copytree(ROOT, target, ignore=skip)
-    return target
+    return copy_project(tmp_path / 'clone')
 
 
 SMALL = ['--dataset=abc', '--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2',

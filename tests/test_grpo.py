@@ -4,11 +4,10 @@ import json
 import math
 import pickle
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run, run_inside, tiny_model
+from conftest import ROOT, copy_project, run, run_inside, tiny_model
 
 import grpo
 import model as model_module
@@ -248,9 +247,7 @@ def inside(*args, cwd, ok=True):
 @pytest.fixture(scope='module')
 def workshop(tmp_path_factory):
     """A clone with the data of 2-digit addition and a cold start of a few steps."""
-    folder = tmp_path_factory.mktemp('grpo') / 'clone'
-    skip = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', 'tests', 'wandb', 'add*')
-    shutil.copytree(ROOT, folder, ignore=skip)
+    folder = copy_project(tmp_path_factory.mktemp('grpo') / 'clone')
     inside('data/arithmetic/prepare.py', '--task=add2', '--name=add3', '--examples=200', cwd=folder)
     inside('train.py', *SFT, '--out_dir=out-sft', cwd=folder)
     return folder
