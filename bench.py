@@ -35,6 +35,8 @@ def stop(message):
     """A mistake of the user's: one line, and exit code 2."""
     print(message, file=sys.stderr)
     raise SystemExit(2)
+
+
 PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
          'decode': ['ours', 'dense', 'transformers', 'gpt2', 'nanogpt'],
          'loss': ['ours', 'plain', 'torch']}
