@@ -2,6 +2,7 @@
 Checkpoints out to Hugging Face transformers and in from it: the DeepSeek-V2 and V3 family, logit for logit.
 
     python convert.py export --out_dir=out-x --hf_dir=DIR    # ckpt.pt -> weights, tokenizer, model card
+                                                             # --fp8: weights as V3's are released
     python convert.py import --hf_dir=DIR --out_dir=out-y    # a local Hugging Face folder -> ckpt.pt
 
 Both write beside and rename, so that a mistake or a kill leaves nothing half-written.
@@ -426,7 +427,27 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def export_folder(out_dir, hf_dir):
+def quantise_weights(tensors):
+    """V3's released form: the weights of the linear layers in E4M3, each with a factor for each block of 128 x 128.
+
+    Embedding, head, norms, routers and MTP's eh_proj stay as they are, and so does a weight that ends within a block:
+    transformers divides a side by its number of blocks. Returns config.json's quantization_config.
+    """
+    from fp8 import quantise
+    left = set()
+    for name, tensor in list(tensors.items()):
+        layer = name.split('.')[-2]
+        if tensor.dim() < 2 or tensor.numel() == 0 or layer in ('embed_tokens', 'lm_head', 'head', 'gate', 'eh_proj'):
+            continue
+        if any(side > 128 and side % 128 for side in tensor.shape):
+            left.add(layer)
+        else:
+            tensors[name], tensors[f'{name}_scale_inv'], _ = quantise(tensor, (128, 128))
+    settings = {'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'quant_method': 'fp8', 'weight_block_size': [128, 128]}
+    return settings | ({'modules_to_not_convert': sorted(left)} if left else {})
+
+
+def export_folder(out_dir, hf_dir, fp8=False):
     hf_dir = os.path.normpath(hf_dir)
     if os.path.exists(hf_dir) and (not os.path.isdir(hf_dir) or os.listdir(hf_dir)):
         raise ValueError(f'{hf_dir} exists already: remove it, or name another')
@@ -456,6 +477,8 @@ def export_folder(out_dir, hf_dir):
                 tensors |= {f'{layer}shared_experts.{name}.weight': torch.empty(size) for name, size in sizes.items()}
         if with_mtp:
             tensors |= {copy: tensors[source].clone() for copy, source in shared_copies(config).items()}
+        if fp8:
+            settings['quantization_config'] = quantise_weights(tensors)
         save_file(tensors, os.path.join(temporary, 'model.safetensors'), metadata={'format': 'pt'})
         end_of_text, words = write_tokenizer(out_dir, temporary, checkpoint.get('meta') or {}, config.vocab_size)
         if eos is None:
@@ -472,7 +495,8 @@ def export_folder(out_dir, hf_dir):
         shutil.rmtree(temporary, ignore_errors=True)
     for line in left_out:
         print(line)
-    print(f'wrote {hf_dir}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e6:,.1f} MB in {dtype}')
+    print(f'wrote {hf_dir}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e6:,.1f} MB in '
+          f'{"FP8 and " if fp8 else ""}{dtype}')
 
 
 # -----------------------------------------------------------------------------
@@ -518,10 +542,11 @@ def main():
     parser.add_argument('direction', choices=('export', 'import'))
     parser.add_argument('--out_dir', required=True, help='the folder of ckpt.pt')
     parser.add_argument('--hf_dir', required=True, help='the folder in Hugging Face format')
+    parser.add_argument('--fp8', action='store_true', help="export: weights in FP8, as V3's are released")
     args = parser.parse_args()
     try:
         if args.direction == 'export':
-            export_folder(args.out_dir, args.hf_dir)
+            export_folder(args.out_dir, args.hf_dir, args.fp8)
         else:
             import_folder(args.hf_dir, args.out_dir)
     except (ValueError, OSError, ImportError, RuntimeError) as e:  # RuntimeError: torch found no memory

@@ -9,10 +9,13 @@ operand is quantised online, by the largest magnitude of the tile it lies in:
     tensor    one scale for each tensor
 
 Embedding, head, routers, norms and the attention core stay as they are, and so do the fp32 master weights: a
-checkpoint is that of a run without FP8. What the backward pass needs of x is kept in FP8.
+checkpoint is that of a run without FP8. What the backward pass needs is kept in FP8: the inputs of the products, but
+for attention's output projection (V3 keeps more bits of that one), and those of SwiGLU.
 
-The products are emulated: operands are quantised to float8, dequantised, and multiplied in fp32. The numbers are those
-of the recipe, the speed is not.
+There are two executions of this arithmetic. On GPUs that have it, torch's scaled_mm multiplies the FP8 numbers
+themselves. Elsewhere the products are emulated: operands are quantised to float8, dequantised, and multiplied in the
+dtype of the run. In fp32 that is exact, and in bf16 with power_of_two; else bf16 rounds each operand once more, by a
+16th of what FP8 did. The numbers are those of the recipe, the speed is not.
 """
 
 from typing import NamedTuple
@@ -26,19 +29,50 @@ TILE = 128
 MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
-def quantise(x, rows, cols, dtype=torch.float8_e4m3fn, power_of_two=False):
-    """x (..., M, K) -> float8 of its shape, and an fp32 scale for each rows x cols tile: (..., M / rows, K / cols).
+class Recipe(NamedTuple):
+    scaling: str = 'tile'
+    grad_dtype: torch.dtype = torch.float8_e4m3fn  # of the gradients dy; torch.float8_e5m2 is the older recipes' choice
+    power_of_two: bool = False
+    hardware: bool = False  # multiply by scaled_mm
 
-    x is about float8 * scale. The largest magnitude of a tile becomes the format's largest number, 448 for E4M3; a tile
-    of zeros has scale 1. What is not finite makes its tile's scale, and so all of the tile, nan: a training loop sees
-    it in the loss without a host sync. power_of_two: scales are rounded up to powers of two, so that scaling is exact.
-    rows or cols 0: all of them.
+
+# the tile (rows, columns) of an operand whose last dimension is the contraction; 0: all of that dimension
+ACTIVATION = {'tile': (1, TILE), 'row': (1, 0), 'tensor': (0, 0)}
+WEIGHT = {'tile': (TILE, TILE), 'row': (1, 0), 'tensor': (0, 0)}
+# ... of one whose first dimension is
+ALONG_ROWS = {'tile': (TILE, 1), 'row': (0, 1), 'tensor': (0, 0)}
+
+
+class Quantised(NamedTuple):
+    q: torch.Tensor      # float8, (..., M, K)
+    scale: torch.Tensor  # fp32, (..., M / rows, K / columns)
+    tile: tuple          # (rows, columns)
+
+    def wide(self, dtype=torch.float32):
+        """What was quantised, multiplied out: (..., M, K)."""
+        M, K = self.q.shape[-2:]
+        rows, cols = self.tile
+        scale = self.scale
+        if rows != 1 and scale.size(-2) > 1:
+            scale = scale.repeat_interleave(rows, dim=-2)[..., :M, :]
+        if cols != 1 and scale.size(-1) > 1:
+            scale = scale.repeat_interleave(cols, dim=-1)[..., :K]
+        return (self.q.float() * scale).to(dtype)
+
+
+def quantise(x, tile, dtype=torch.float8_e4m3fn, power_of_two=False):
+    """x (..., M, K) -> Quantised, with a scale for each tile = (rows, columns); 0: all of them.
+
+    x is about q * scale. The largest magnitude of a tile becomes the format's largest number, 448 for E4M3; a tile of
+    zeros has scale 1. What is not finite makes its tile's scale, and so all of the tile, nan: a training loop sees it
+    in the loss without a host sync. power_of_two: scales are rounded up to powers of two, so that scaling is exact.
     """
     M, K = x.shape[-2:]
-    rows, cols = rows or M, cols or K
+    rows, cols = tile[0] or M, tile[1] or K
     x = x.float()
-    padded = F.pad(x, (0, -K % cols, 0, -M % rows))
-    tiles = padded.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))      # (..., M/rows, rows, K/cols, cols)
+    if M % rows or K % cols:
+        x = F.pad(x, (0, -K % cols, 0, -M % rows))
+    tiles = x.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))           # (..., M/rows, rows, K/cols, cols)
     scale = tiles.abs().amax(dim=(-3, -1)) / MAX[dtype]                     # (..., M/rows, K/cols)
     scale = torch.where(scale.isfinite(), scale, float('nan'))
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=2.0 ** -126))      # no subnormal scales
@@ -46,57 +80,144 @@ def quantise(x, rows, cols, dtype=torch.float8_e4m3fn, power_of_two=False):
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     tiles = tiles / scale[..., :, None, :, None]
     tiles = tiles.clamp(-MAX[dtype], MAX[dtype]).to(dtype)  # some builds of torch cast what lies beyond to nan
-    return tiles.flatten(-2).flatten(-3, -2)[..., :M, :K].contiguous(), scale
+    q = tiles.flatten(-2).flatten(-3, -2)[..., :M, :K].contiguous()         # (..., M, K)
+    return Quantised(q, scale, tile)
 
 
-def dequantise(q, scale, rows, cols):
-    """What quantise() made of x, multiplied out: (..., M, K), fp32."""
-    M, K = q.shape[-2:]
-    rows, cols = rows or M, cols or K
-    wide = scale.repeat_interleave(rows, dim=-2).repeat_interleave(cols, dim=-1)[..., :M, :K]
-    return q.float() * wide
+def activation(x, recipe, dtype=torch.float8_e4m3fn):
+    return quantise(x, ACTIVATION[recipe.scaling], dtype, recipe.power_of_two)
 
 
-class Recipe(NamedTuple):
-    scaling: str = 'tile'
-    grad_dtype: torch.dtype = torch.float8_e4m3fn  # of the gradients dy; torch.float8_e5m2 is the older recipes' choice
-    power_of_two: bool = False
+def weight_of(w, recipe):
+    return quantise(w, WEIGHT[recipe.scaling], power_of_two=recipe.power_of_two)
 
 
-# the tile (rows, cols) of an operand whose last dimension is the contraction; 0: all of that dimension
-ACTIVATION = {'tile': (1, TILE), 'row': (1, 0), 'tensor': (0, 0)}
-WEIGHT = {'tile': (TILE, TILE), 'row': (1, 0), 'tensor': (0, 0)}
+# -----------------------------------------------------------------------------
+# products
+
+def product(a, b, recipe, dtype):
+    """Quantised a (M, K), b (N, K) -> a b^T (M, N) in dtype."""
+    if recipe.hardware:
+        return scaled_mm(a, b, dtype)
+    with torch.autocast(a.q.device.type, enabled=False):
+        return a.wide(dtype) @ b.wide(dtype).t()
 
 
-def rounded(x, tile, recipe, dtype=torch.float8_e4m3fn):
-    """x, as FP8 has it: quantised and multiplied out again, fp32."""
-    return dequantise(*quantise(x, *tile, dtype, recipe.power_of_two), *tile)
+def scaled_mm(a, b, dtype):
+    """product() on tensor cores that multiply FP8. K is padded with zeros to whole tiles, M and N to rows of 16."""
+    M, N = len(a.q), len(b.q)
+    kinds = {(1, TILE): F.ScalingType.BlockWise1x128, (TILE, TILE): F.ScalingType.BlockWise128x128,
+             (1, 0): F.ScalingType.RowWise, (0, 0): F.ScalingType.TensorWise}
+    kind_a, kind_b = kinds[a.tile], kinds[b.tile]
+    out_dtype = torch.bfloat16 if a.tile == (1, 0) else dtype  # the kernels for rows have no other
+    y = F.scaled_mm(padded(a.q), padded(b.q).t(), scale_layout(a), kind_a,
+                    scale_layout(b).t() if b.tile == (1, 0) else scale_layout(b), kind_b, output_dtype=out_dtype)
+    return y[:M, :N].to(dtype)
+
+
+def padded(q):
+    """float8 (M, K) with zeros up to multiples of 16 and of 128."""
+    rows, cols = -q.size(0) % 16, -q.size(1) % TILE
+    return F.pad(q.view(torch.uint8), (0, cols, 0, rows)).view(q.dtype) if rows or cols else q
+
+
+def scale_layout(x):
+    """The scales as cuBLAS reads them: (rows, tiles of K) for 1 x 128, (tiles of K, up to a multiple of 4; blocks of
+    rows) for 128 x 128, both with stride 1 along the first dimension; (rows, 1); and a single number.
+    """
+    if x.tile == (TILE, TILE):
+        return F.pad(x.scale, (0, -x.scale.size(1) % 4), value=1.0).t()
+    if x.tile == (0, 0):
+        return x.scale.view(())
+    return F.pad(x.scale, (0, 0, 0, -x.q.size(0) % 16), value=1.0).t().contiguous().t()
+
+
+def grouped_product(a, b, offsets, recipe, dtype):
+    """Rows offsets[e-1]..offsets[e] of a (M, K) times b[e], of b (E, N, K), transposed. -> (M, N)
+
+    scaled_grouped_mm knows scales of rows alone: tiles are multiplied out on all hardware.
+    """
+    e4m3 = a.q.dtype == b.q.dtype == torch.float8_e4m3fn
+    if recipe.hardware and a.tile == (1, 0) and e4m3 and a.q.size(1) % 16 == 0:
+        kind = F.ScalingType.RowWise
+        y = F.scaled_grouped_mm(a.q, b.q.transpose(1, 2), a.scale.flatten(), kind, b.scale.squeeze(-1), kind,
+                                offs=offsets, output_dtype=torch.bfloat16).to(dtype)
+    else:
+        with torch.autocast(a.q.device.type, enabled=False):
+            y = model_file.grouped_linear(a.wide(dtype), b.wide(dtype), offsets)
+    return without_idle_rows(y, offsets)
+
+
+def grouped_weight_grad(grad, x, offsets, dtype):
+    """dW of each expert over its own rows: Quantised grad (M, N) and x (M, K) -> (E, N, K)."""
+    grad, x = grad.wide(dtype), x.wide(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
+            return F.grouped_mm(grad.t(), x, offs=offsets)
+        return grouped_weight_grad_loop(grad, x, offsets)
+
+
+@torch.compiler.disable
+def grouped_weight_grad_loop(grad, x, offsets):
+    """For any dtype and device, at the price of a host sync."""
+    ends = offsets.tolist()
+    return torch.stack([grad[start:end].t() @ x[start:end] for start, end in zip([0, *ends], ends)])
+
+
+def without_idle_rows(x, offsets):
+    """Rows beyond the last offset are nobody's and may hold anything: zeros, that they spoil no tile."""
+    used = torch.arange(len(x), device=x.device) < offsets[-1]
+    return torch.where(used.unsqueeze(1), x, 0.0)
+
+
+# -----------------------------------------------------------------------------
+# layers
+
+def output(x, weight, recipe, dtype):
+    """y = x W^T"""
+    return product(activation(x, recipe), weight_of(weight, recipe), recipe, dtype)
+
+
+def grad_input(grad, weight, recipe, dtype):
+    """dx = dy W, contracting over out: gradients in tiles along it; 128 x 128 blocks of W^T are those of W."""
+    return product(activation(grad, recipe, recipe.grad_dtype), weight_of(weight.t(), recipe), recipe, dtype)
+
+
+def grad_weight(grad, x, recipe, dtype):
+    """dW = dy^T x, contracting over the rows: both are quantised in tiles along them (V3 section 3.5.2)."""
+    return product(activation(grad.t(), recipe, recipe.grad_dtype), activation(x.t(), recipe), recipe, dtype)
+
+
+def grouped_gradients(grad, weight, x, offsets, recipe, dtype):
+    """grad_input and grad_weight of each expert over its own rows: grad (M, out), weight (E, out, in), Quantised x."""
+    grad = without_idle_rows(grad, offsets)
+    transposed = weight_of(weight.transpose(1, 2), recipe)                                # (E, in, out)
+    grad_x = grouped_product(activation(grad, recipe, recipe.grad_dtype), transposed, offsets, recipe, dtype)
+    tile, two = ALONG_ROWS[recipe.scaling], recipe.power_of_two
+    grad_w = grouped_weight_grad(quantise(grad, tile, recipe.grad_dtype, two),
+                                 quantise(x.wide(), tile, power_of_two=two), offsets, dtype)
+    return grad_x, grad_w.to(weight.dtype)
 
 
 class LinearFunction(torch.autograd.Function):
-    """x (N, in), weight (out, in) -> x weight^T (N, out) in `out_dtype`; the products are emulated."""
+    """x (N, in), weight (out, in) -> x weight^T (N, out) in dtype. keep_wide: x is kept in dtype, not in FP8."""
 
     @staticmethod
-    def forward(ctx, x, weight, recipe, out_dtype):
-        tile = ACTIVATION[recipe.scaling]
-        q, scale = quantise(x, *tile, power_of_two=recipe.power_of_two)
-        ctx.save_for_backward(q, scale, weight)
-        ctx.recipe, ctx.x_dtype = recipe, x.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            y = dequantise(q, scale, *tile) @ rounded(weight, WEIGHT[recipe.scaling], recipe).t()
-        return y.to(out_dtype)
+    def forward(ctx, x, weight, recipe, dtype, keep_wide):
+        quantised = activation(x, recipe)
+        kept = (x.to(dtype),) if keep_wide else quantised[:2]
+        ctx.save_for_backward(weight, *kept)
+        ctx.recipe, ctx.dtype, ctx.x_dtype = recipe, dtype, x.dtype
+        return product(quantised, weight_of(weight, recipe), recipe, dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        q, scale, weight = ctx.saved_tensors
-        recipe, tile = ctx.recipe, ACTIVATION[ctx.recipe.scaling]
-        # dx contracts over out: gradients in tiles along it; 128 x 128 blocks of W^T are those of W
-        w_t = rounded(weight.t(), WEIGHT[recipe.scaling], recipe)                       # (in, out)
-        grad_x = rounded(grad, tile, recipe, recipe.grad_dtype) @ w_t.t()
-        # dW contracts over the rows: x, kept in tiles along `in`, is quantised again in tiles along them (V3 3.5.2)
-        x = dequantise(q, scale, *tile)
-        grad_w = rounded(grad.t(), tile, recipe, recipe.grad_dtype) @ rounded(x.t(), tile, recipe).t()
-        return grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), None, None
+        weight, *kept = ctx.saved_tensors
+        recipe = ctx.recipe
+        x = kept[0] if len(kept) == 1 else Quantised(*kept, ACTIVATION[recipe.scaling]).wide()
+        grad_x = grad_input(grad, weight, recipe, ctx.dtype)
+        grad_w = grad_weight(grad, x, recipe, ctx.dtype)
+        return grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), None, None, None
 
 
 class GroupedFunction(torch.autograd.Function):
@@ -107,63 +228,137 @@ class GroupedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, offsets, recipe):
-        tile = ACTIVATION[recipe.scaling]
-        x = without_idle_rows(x, offsets)
-        q, scale = quantise(x, *tile, power_of_two=recipe.power_of_two)
-        ctx.save_for_backward(q, scale, weight, offsets)
-        ctx.recipe, ctx.x_dtype = recipe, x.dtype
-        weight = rounded(weight, WEIGHT[recipe.scaling], recipe)
-        return grouped(dequantise(q, scale, *tile), weight, offsets).to(x.dtype)
+        quantised = activation(without_idle_rows(x, offsets), recipe)
+        ctx.save_for_backward(weight, offsets, *quantised[:2])
+        ctx.recipe, ctx.dtype = recipe, x.dtype
+        return grouped_product(quantised, weight_of(weight, recipe), offsets, recipe, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        q, scale, weight, offsets = ctx.saved_tensors
-        recipe, tile = ctx.recipe, ACTIVATION[ctx.recipe.scaling]
-        grad = without_idle_rows(grad, offsets)
-        transposed = rounded(weight.transpose(1, 2), WEIGHT[recipe.scaling], recipe)      # (E, in, out)
-        grad_x = grouped(rounded(grad, tile, recipe, recipe.grad_dtype), transposed, offsets)
-        x = dequantise(q, scale, *tile)
-        grad_w = grouped_rows(rounded(grad.t(), tile, recipe, recipe.grad_dtype),
-                              rounded(x.t(), tile, recipe), offsets)
-        return grad_x.to(ctx.x_dtype), grad_w.to(weight.dtype), None, None
+        weight, offsets, *kept = ctx.saved_tensors
+        x = Quantised(*kept, ACTIVATION[ctx.recipe.scaling])
+        return *grouped_gradients(grad, weight, x, offsets, ctx.recipe, ctx.dtype), None, None
 
 
-def without_idle_rows(x, offsets):
-    """Rows beyond the last offset are nobody's and may hold anything: zeros, that they spoil no tile."""
-    used = torch.arange(len(x), device=x.device) < offsets[-1]
-    return torch.where(used.unsqueeze(1), x, 0.0)
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) up g of x = [gate, up] (..., 2h) and g (..., 1) -> (..., h). Keeps x in FP8, and nothing h wide."""
 
+    @staticmethod
+    def forward(ctx, x, g):
+        kept = quantise(x.flatten(0, -2), (1, TILE))
+        ctx.save_for_backward(*kept[:2], g)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up * g
 
-def grouped(x, weight, offsets):
-    with torch.autocast(x.device.type, enabled=False):
-        return without_idle_rows(model_file.grouped_linear(x, weight, offsets), offsets)
-
-
-@torch.compiler.disable
-def grouped_rows(grad_t, x_t, offsets):
-    """dW of each expert: grad_t (out, M), x_t (in, M) -> (E, out, in), each over its own rows."""
-    ends = offsets.tolist()
-    return torch.stack([grad_t[:, start:end] @ x_t[:, start:end].t() for start, end in zip([0, *ends], ends)])
+    @staticmethod
+    def backward(ctx, grad):
+        *kept, g = ctx.saved_tensors
+        gate, up = Quantised(*kept, (1, TILE)).wide(grad.dtype).view(*grad.shape[:-1], -1).chunk(2, dim=-1)
+        s = gate.sigmoid()
+        grad_gate = grad * g * up * s * (1 + gate * (1 - s))                              # (..., h)
+        grad_up = grad * g * gate * s
+        grad_g = (grad * gate * s * up).sum(dim=-1, keepdim=True)
+        return torch.cat((grad_gate, grad_up), dim=-1), grad_g
 
 
 class Linear(torch.nn.Linear):
     def forward(self, x):
         dtype = model_file.compute_dtype(x)
-        y = LinearFunction.apply(x.flatten(0, -2), self.weight, self.recipe, dtype).unflatten(0, x.shape[:-1])
+        y = LinearFunction.apply(x.flatten(0, -2), self.weight, self.recipe, dtype, self.keep_wide)
+        y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
+class MLP(model_file.MLP):
+    def swiglu(self, x):
+        return SwiGLU.apply(x, x.new_ones(*x.shape[:-1], 1))
+
+
 class MoE(model_file.MoE):
+    def swiglu(self, x, gates):
+        return SwiGLU.apply(x, gates)
+
     def grouped_linear(self, x, weight, offsets):
         return GroupedFunction.apply(x, weight, offsets, self.recipe)
 
 
 def enable(model, recipe):
-    """The linear layers and the experts of a GPT compute in FP8 from now on; its parameters stay what they are."""
+    """The linear layers and the experts of a GPT compute in FP8 from now on; its parameters stay what they are.
+
+    Returns which execution was chosen, in words: scaled_mm, where it exists and gives on this device what the emulation
+    does, else the emulation.
+    """
+    device = model.lm_head.weight.device
+    fault = fault_of_hardware(recipe, device)
+    recipe = recipe._replace(hardware=not fault)
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and not name.endswith(('lm_head', 'mlp.gate')):
             module.__class__ = Linear
-            module.recipe = recipe
+            module.recipe, module.keep_wide = recipe, name.endswith('o_proj')
+        elif type(module) is model_file.MLP:
+            module.__class__ = MLP
         elif type(module) is model_file.MoE:
             module.__class__ = MoE
             module.recipe = recipe
+    if fault:
+        return f'FP8 products are emulated ({fault}): the numbers of {recipe.scaling} scaling, not its speed'
+    return f'FP8 products of {recipe.scaling} scaling by scaled_mm, which agrees with the emulation'
+
+
+@torch.no_grad()
+def fault_of_hardware(recipe, device):
+    """Why scaled_mm cannot stand for the emulation on this device, '' if it can: it is tried on all three products.
+
+    Wrong scale layouts gave silent wrong answers in some builds of torch: the magnitudes vary from tile to tile, and
+    the contractions have 5, 3 and 2 tiles.
+    """
+    if device.type != 'cuda':
+        return f'no FP8 on {device.type}'
+    generator = torch.Generator(device).manual_seed(0)
+
+    def operand(rows, cols):
+        x = torch.randn(rows, cols, generator=generator, device=device)
+        sizes = torch.randint(-8, 8, (-(-rows // TILE), -(-cols // TILE)), generator=generator, device=device)
+        return x * torch.exp2(Quantised(torch.ones_like(x), sizes.float(), (TILE, TILE)).wide())
+
+    x, w, dy = operand(200, 640), operand(328, 640), operand(200, 328)
+    try:
+        for name, function, args in (('y', output, (x, w)), ('dx', grad_input, (dy, w)), ('dW', grad_weight, (dy, x))):
+            ours, emulated = (function(*args, recipe._replace(hardware=hardware), torch.bfloat16).float()
+                              for hardware in (True, False))
+            if not (ours - emulated).norm() < 0.02 * emulated.norm():
+                return f'scaled_mm gives another {name}'
+    except Exception as e:  # an older GPU, a build without the kernel, a shape it refuses
+        return f'no scaled_mm for it here: {model_file.first_line(e)}'
+    return ''
+
+
+# -----------------------------------------------------------------------------
+
+class AdamW16(torch.optim.AdamW):
+    """AdamW whose moments are kept in bfloat16, as V3's are (section 3.3.2); the arithmetic is in fp32.
+
+    With beta2 above 0.99 the second moment's steps would be lost in its 8 bits. found_inf is heeded as in torch's fused
+    AdamW: where this tensor is 1, a step changes nothing, without a host sync.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        keep = 1 - getattr(self, 'found_inf', torch.zeros(()))
+        for group in self.param_groups:
+            beta1, beta2 = group['betas']
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                 exp_avg_sq=torch.zeros_like(p))
+                step = state['step'].add_(keep.to(p.device)).clamp(min=1)
+                grad = torch.where(keep.to(p.device) > 0, p.grad, 0.0)
+                m = state['exp_avg'].float().lerp(grad, (1 - beta1) * keep.to(p.device))
+                v = state['exp_avg_sq'].float().lerp(grad.square(), (1 - beta2) * keep.to(p.device))
+                p.mul_(1 - group['lr'] * group['weight_decay'] * keep.to(p.device))
+                denominator = (v / (1 - beta2 ** step)).sqrt_().add_(group['eps'])
+                p.sub_(m / denominator * (group['lr'] * keep.to(p.device) / (1 - beta1 ** step)))
+                state['exp_avg'], state['exp_avg_sq'] = m.bfloat16(), v.bfloat16()

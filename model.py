@@ -298,8 +298,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.swiglu(self.gate_up_proj(x)))
+
+    def swiglu(self, x):
+        """(..., 2 width) -> (..., width)"""
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 class Dispatch(torch.autograd.Function):
@@ -430,14 +434,18 @@ class MoE(nn.Module):
         place, offsets = place.view(-1, self.top_k), offsets.int()          # (N, K), (E,)
 
         rows = Dispatch.apply(x.to(dtype), token, place)                    # (M, C)
-        gate, up = self.grouped_linear(rows, self.experts_gate_up, offsets).chunk(2, dim=-1)
-        # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
-        hidden = F.silu(gate) * up * gates.to(dtype).unsqueeze(-1)          # (M, h)
+        hidden = self.grouped_linear(rows, self.experts_gate_up, offsets)   # (M, 2h)
+        hidden = self.swiglu(hidden, gates.to(dtype).unsqueeze(-1))         # (M, h)
         out = self.grouped_linear(hidden, self.experts_down, offsets)       # (M, C)
         return Combine.apply(out, token, place), load
 
     def grouped_linear(self, x, weight, offsets):
         return grouped_linear(x, weight.to(x.dtype), offsets)
+
+    def swiglu(self, x, gates):
+        """(M, 2h), (M, 1) -> (M, h). The gate g of eq. 12 is applied here, where rows are h wide; W_down is linear."""
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up * gates
 
     def row_alignment(self, n):
         """The largest power of two, up to 64, that adds no more than a 16th to an expert's mean share of n rows."""

@@ -3,6 +3,9 @@ Draws the log.jsonl of one or several runs: losses, tokens per second, and the b
 runs the accuracy on held-out prompts and what is logged of each batch.
 
     python plot.py out-demo/log.jsonl [out-other/log.jsonl ...] [--out=PNG]
+    python plot.py out-fp8-*/log.jsonl --relative_to out-bf16-*/log.jsonl
+
+The second draws by how much the smoothed training loss of each run differs from that of the run with its seed.
 """
 
 import argparse
@@ -95,10 +98,43 @@ def draw_rewards(plt, logs):
     return fig
 
 
+def smoothed(train, decay=0.98):
+    """The training loss as an exponential moving average over steps, begun at its first value."""
+    losses = [r['loss'] for r in train]
+    out = losses[:1]
+    for loss in losses[1:]:
+        out.append(decay * out[-1] + (1 - decay) * loss)
+    return out
+
+
+def draw_relative(plt, logs, bases, skip=100):
+    """The first `skip` steps, where losses fall fast, are not counted."""
+    fig, ax = plt.subplots(figsize=(9, 4.5), layout='constrained')
+    print(f'smoothed loss from step {skip} on, against the run with the same seed: largest and mean difference')
+    seeds = {}
+    for name, train, _, header in logs:
+        seed, steps = header['config']['seed'], [r['step'] for r in train]
+        base = [records for _, records, _, other in bases if other['config']['seed'] == seed]
+        if len(base) != 1 or [r['step'] for r in base[0]] != steps or len(steps) <= skip:
+            stop(f'{name}: exactly one log of --relative_to must have its seed, {seed}, and its steps')
+        difference = [100 * (a / b - 1) for a, b in zip(smoothed(train), smoothed(base[0]))][skip:]
+        mean = sum(difference) / len(difference)
+        print(f'{name}: {max(map(abs, difference)):.2f}%, {mean:+.2f}%')
+        kind = name.removesuffix(f'-{seed}')  # runs that differ by their seed alone have one colour
+        color = f'C{seeds.setdefault(kind, len(seeds))}'
+        ax.plot(steps[skip:], difference, color=color, linewidth=0.9, label=name)
+    for bound in (-0.25, 0.25):
+        ax.axhline(bound, color='black', linestyle=':', linewidth=0.8)
+    ax.set(xlabel='step', ylabel='difference of the smoothed loss (%)', title='training loss, relative')
+    return fig
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('logs', nargs='+', metavar='log.jsonl')
+    parser.add_argument('--relative_to', nargs='+', default=[], metavar='log.jsonl',
+                        help='runs to compare those above with')
     parser.add_argument('--out', metavar='PNG', help='default: log.png beside the first log')
     args = parser.parse_args()
     try:
@@ -108,14 +144,22 @@ def main():
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    logs = []
-    for path in args.logs:
-        _, train, evals = read_log(path)
-        logs.append((os.path.basename(os.path.dirname(os.path.abspath(path))), train, evals))
-    rewarded = ['loss' not in (train + evals)[0] and 'val_loss' not in (train + evals)[0] for _, train, evals in logs]
+    def read(path):
+        header, train, evals = read_log(path)
+        return os.path.basename(os.path.dirname(os.path.abspath(path))), train, evals, header
+
+    logs = [read(path) for path in args.logs]
+    bases = [read(path) for path in args.relative_to]
+    rewarded = ['loss' not in (train + evals)[0] and 'val_loss' not in (train + evals)[0]
+                for _, train, evals, _ in logs + bases]
     if any(rewarded) and not all(rewarded):
         stop('logs of train.py and of grpo.py are drawn apart')
-    fig = draw_rewards(plt, logs) if rewarded[0] else draw_losses(plt, logs)
+    if bases and rewarded[0]:
+        stop('--relative_to compares losses, and these are logs of grpo.py')
+    if bases:
+        fig = draw_relative(plt, logs, bases)
+    else:
+        fig = (draw_rewards if rewarded[0] else draw_losses)(plt, [log[:3] for log in logs])
     for ax in fig.axes:
         ax.grid(alpha=0.3)
         if ax.lines:

@@ -80,6 +80,7 @@ fp8 = False  # the products of the linear layers and the experts in FP8, as in V
 fp8_scaling = 'tile'  # or 'row' or 'tensor': what shares a scale
 fp8_grad = 'e4m3'  # or 'e5m2': the format of the gradients
 fp8_power_of_two = False  # scales that are powers of two
+bf16_moments = False  # AdamW's moments in bfloat16, as V3 keeps them; needs fp8.py
 activation_memory = 1.0  # with compile: share of a block's activations that is kept; the backward recomputes the rest
 # -----------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -154,8 +155,11 @@ if fp8_scaling not in ('tile', 'row', 'tensor'):
     stop(f"fp8_scaling={fp8_scaling!r} must be 'tile', 'row' or 'tensor'")
 if fp8_grad not in ('e4m3', 'e5m2'):
     stop(f"fp8_grad={fp8_grad!r} must be 'e4m3' or 'e5m2'")
-if fp8 and not os.path.exists(os.path.join(here, 'fp8.py')):
-    stop('fp8=True needs fp8.py beside train.py')
+for key in ('fp8', 'bf16_moments'):
+    if config[key] and not os.path.exists(os.path.join(here, 'fp8.py')):
+        stop(f'{key}=True needs fp8.py beside train.py')
+if bf16_moments and (optimizer != 'adamw' or dtype == 'float16'):
+    stop("bf16_moments=True is AdamW's, and not for dtype='float16'")
 accumulation = gradient_accumulation_steps // world
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -320,13 +324,16 @@ for split, data in tokens.items():  # all of it, each rank its share
 model.to(device)
 if fp8:
     from fp8 import Recipe, enable
-    enable(model, Recipe(fp8_scaling, {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad],
-                         fp8_power_of_two))
+    execution = enable(model, Recipe(fp8_scaling, {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad],
+                                     fp8_power_of_two))
     if master:
-        print(f'FP8 products are emulated: the numbers of {fp8_scaling} scaling, not its speed')
+        print(execution)
 raw_model = model
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, config['optimizer'])
+if bf16_moments:
+    from fp8 import AdamW16
+    optimizer = AdamW16(optimizer.param_groups, fused=True)
 if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
     try:
         optimizer.load_state_dict(checkpoint['optimizer'])

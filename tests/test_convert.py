@@ -10,7 +10,14 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    FineGrainedFP8Config,
+)
 
 import convert
 from model import GPT, GPTConfig
@@ -144,13 +151,13 @@ def test_a_model_from_here_opens_in_transformers_and_comes_back_bit_for_bit(tmp_
     assert torch.equal(again.eval()(idx, idx)[0], model(idx, idx)[0])
 
 
-def load(their_class, folder, config):
+def load(their_class, folder, config, **kwargs):
     """As the model card says: the pattern names the layers that are MTP modules."""
     before = their_class._keys_to_ignore_on_load_unexpected
     their_class._keys_to_ignore_on_load_unexpected = [
         rf'model\.layers\.{config.n_layer + k}\.' for k in range(config.num_nextn_predict_layers)]
     try:
-        model, info = their_class.from_pretrained(folder, output_loading_info=True)
+        model, info = their_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     finally:
         their_class._keys_to_ignore_on_load_unexpected = before
     model._keys_to_ignore_on_load_unexpected = [
@@ -280,6 +287,36 @@ def test_block_fp8_is_dequantised_by_its_scales(tmp_path):
     save_file(tensors | {name: weight}, tmp_path / 'model.safetensors')
     with pytest.raises(ValueError, match='scale_inv is missing'):
         GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_export_in_fp8(tmp_path, whole):
+    """V3's released form: what comes back, here and in transformers, is each weight rounded block by block."""
+    model = ours(n_embd=256, n_head=4, first_k_dense_replace=1, num_nextn_predict_layers=1, tie_word_embeddings=False,
+                 kv_lora_rank=96 if whole else 192)
+    write_checkpoint(tmp_path / 'out', model)
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'), fp8=True)
+    tensors = load_file(tmp_path / 'hf/model.safetensors')
+    in_fp8 = {name for name, t in tensors.items() if t.dtype == torch.float8_e4m3fn}
+    assert {name for name in tensors if name.endswith('_scale_inv')} == {f'{name}_scale_inv' for name in in_fp8}
+    plain = {'embed_tokens', 'lm_head', 'head', 'gate', 'eh_proj'}
+    ragged = set() if whole else {'kv_a_proj_with_mqa', 'kv_b_proj'}  # 224 rows, 192 columns
+    for name, t in tensors.items():
+        if t.dim() == 2 and not name.endswith('_scale_inv'):
+            assert (name in in_fp8) == (name.split('.')[-2] not in plain | ragged), name
+    settings = json.loads((tmp_path / 'hf/config.json').read_text())['quantization_config']
+    assert settings.pop('modules_to_not_convert', []) == sorted(ragged)
+    assert settings == V3_671B['quantization_config']
+
+    back = GPT.from_pretrained(str(tmp_path / 'hf')).eval()
+    for (name, p), q in zip(model.named_parameters(), back.parameters()):
+        kept = p.dim() < 2 or any(layer in name.split('.') for layer in ('wte', 'lm_head', 'gate', 'eh_proj', *ragged))
+        assert torch.equal(p, q) == kept and (p - q).norm() < 0.04 * p.norm(), name
+    hf, _ = load(DeepseekV3ForCausalLM, tmp_path / 'hf', model.config, dtype=torch.float32,
+                 quantization_config=FineGrainedFP8Config(dequantize=True))
+    for p in [*back.parameters(), *hf.parameters()]:
+        p.data = p.data.bfloat16().float()  # here, what leaves FP8 is bf16
+    same_model(back, hf)
 
 
 def test_groups_of_softmax_scores_are_ranked_by_their_best():

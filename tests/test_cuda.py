@@ -26,7 +26,28 @@ def grouped_mm_faults(args):
     return faults
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason='this torch has no CUDA build, so it cannot trace CUDA kernels')
+needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None,
+                                      reason='this torch has no CUDA build, so it cannot trace CUDA kernels')
+
+
+def on_fake_cuda(model):
+    """In a FakeTensorMode: the model as if it lay on a GPU, under bf16 autocast, and a batch for it.
+
+    torch.autocast turns itself off where there is no GPU: who calls this turns it off again by set_autocast_enabled.
+    """
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty_like(p, device='cuda'))
+        for name, b in list(module._buffers.items()):
+            module._buffers[name] = torch.empty_like(b, device='cuda')
+    model.transformer.wte.weight = model.lm_head.weight
+    torch.set_autocast_enabled('cuda', True)
+    torch.set_autocast_dtype('cuda', torch.bfloat16)
+    return model, torch.empty(4, model.config.block_size, dtype=torch.long, device='cuda')
+
+
+@needs_cuda_build
 @pytest.mark.parametrize('training', [True, False])
 def test_full_size_forward_traces_on_fake_cuda_tensors(training):
     """Fails on a data-dependent shape, on a dtype that grouped_mm refuses, and on a tensor left on the CPU."""
@@ -34,18 +55,7 @@ def test_full_size_forward_traces_on_fake_cuda_tensors(training):
 
     _, config = main_config()
     with FakeTensorMode():
-        model = GPT(config)
-        for module in model.modules():
-            for name, p in list(module._parameters.items()):
-                if p is not None:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty_like(p, device='cuda'))
-            for name, b in list(module._buffers.items()):
-                module._buffers[name] = torch.empty_like(b, device='cuda')
-        model.transformer.wte.weight = model.lm_head.weight
-        idx = torch.empty(4, config.block_size, dtype=torch.long, device='cuda')
-        model.train(training)
-        torch.set_autocast_enabled('cuda', True)  # torch.autocast turns itself off where there is no GPU
-        torch.set_autocast_dtype('cuda', torch.bfloat16)
+        model, idx = on_fake_cuda(GPT(config).train(training))
         try:
             if training:
                 _, loss = model(idx, idx)

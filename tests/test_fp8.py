@@ -1,13 +1,19 @@
 """FP8: the quantiser against a scalar reference, the products against fp32, and training."""
 
+import copy
+import dataclasses
 import math
 import re
 
 import pytest
 import torch
-from conftest import SMALL, run_inside, tiny_model
+from conftest import SMALL, run, run_inside, tiny_model
+from test_cuda import audited_step, needs_cuda_build, on_fake_cuda
+from test_model import main_config
+from torch.nn.functional import ScalingType as S
 
 import fp8
+from model import GPT
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -28,7 +34,7 @@ def test_quantiser_against_a_scalar_reference(dtype, power_of_two):
     """Magnitudes over all exponents of the format and beyond, zeros, subnormals of it, outliers; ragged tiles."""
     x = torch.randn(5, 300) * torch.exp2(torch.randint(-40, 12, (5, 300)).float())
     x[0, :7], x[1, 3], x[2, 128:256] = 0.0, 1e6, 0.0
-    q, scale = fp8.quantise(x, 1, 128, dtype, power_of_two)
+    q, scale, _ = fp8.quantise(x, (1, 128), dtype, power_of_two)
     assert q.shape == x.shape and q.dtype == dtype and scale.shape == (5, 3)
     for i in range(5):
         for k in range(3):
@@ -49,7 +55,7 @@ def test_what_is_not_finite_shows(bad):
     """Its whole tile is nan, the others are as they were: no large number stands silently in its place."""
     x = torch.randn(4, 256)
     x[1, 5] = bad
-    y = fp8.dequantise(*fp8.quantise(x, 1, 128), 1, 128)
+    y = fp8.quantise(x, (1, 128)).wide()
     assert y[1, :128].isnan().all() and y[1, 128:].isfinite().all() and y[[0, 2, 3]].isfinite().all()
 
 
@@ -57,7 +63,7 @@ def test_what_is_not_finite_shows(bad):
 def test_the_error_is_the_formats(tile):
     """Three bits of mantissa: no number that is not subnormal is off by more than 1/16."""
     x = torch.randn(3, 130, 200) + 3 * torch.randn(3, 130, 200).sign()
-    y = fp8.dequantise(*fp8.quantise(x, *tile), *tile)
+    y = fp8.quantise(x, tile).wide()
     assert ((y - x).abs() <= x.abs() / 16 * 1.0001).all() and (y != x).any()
 
 
@@ -69,7 +75,7 @@ def test_tiles_keep_outliers_to_themselves():
     exact = x @ w.t()
     error = {}
     for scaling in ('tile', 'row', 'tensor'):
-        y = fp8.LinearFunction.apply(x, w, fp8.Recipe(scaling), torch.float32)
+        y = fp8.LinearFunction.apply(x, w, fp8.Recipe(scaling), torch.float32, False)
         error[scaling] = ((y - exact)[clean].norm() / exact[clean].norm()).item()
     assert max(error['tile'], error['row']) < 0.05 and error['tensor'] > 2 * max(error['tile'], error['row'])
 
@@ -82,7 +88,7 @@ def test_gradients_against_fp32(recipe):
     dy = torch.randn(70, 200)
     bound = 0.05 if recipe.grad_dtype == E4M3 else 0.09
     exact = torch.autograd.grad((x @ w.t() * dy).sum(), (x, w))
-    ours = torch.autograd.grad((fp8.LinearFunction.apply(x, w, recipe, torch.float32) * dy).sum(), (x, w))
+    ours = torch.autograd.grad((fp8.LinearFunction.apply(x, w, recipe, torch.float32, False) * dy).sum(), (x, w))
     for a, b in zip(ours, exact):
         assert 0.01 < ((a - b).norm() / b.norm()).item() < bound
 
@@ -100,7 +106,7 @@ def test_grouped_is_linear_expert_by_expert():
     grad_x, grad_w = x.grad[:32].clone(), weight.grad.clone()
     for e, rows in ((0, slice(0, 16)), (2, slice(16, 32))):
         part, w = x[rows].detach().requires_grad_(), weight[e].detach().requires_grad_()
-        expected = fp8.LinearFunction.apply(part, w, recipe, torch.float32)
+        expected = fp8.LinearFunction.apply(part, w, recipe, torch.float32, False)
         torch.testing.assert_close(y[rows], expected)
         expected.backward(dy[rows])
         torch.testing.assert_close(grad_x[rows], part.grad)
@@ -108,13 +114,78 @@ def test_grouped_is_linear_expert_by_expert():
     assert (grad_w[1] == 0).all() and grad_w.isfinite().all()
 
 
+def test_swiglu_from_fp8_inputs():
+    """Its value is exact; its gradients are those of the plain form at the inputs as FP8 has them."""
+    x, g, dy = torch.randn(6, 300, requires_grad=True), torch.rand(6, 1, requires_grad=True), torch.randn(6, 150)
+    y = fp8.SwiGLU.apply(x, g)
+    near = fp8.quantise(x.detach(), (1, 128)).wide().requires_grad_()
+    gate, up = near.chunk(2, dim=-1)
+    torch.testing.assert_close(y, torch.nn.functional.silu(x[:, :150]) * x[:, 150:] * g)
+    expected = torch.autograd.grad((torch.nn.functional.silu(gate) * up * g * dy).sum(), (near, g))
+    torch.testing.assert_close(torch.autograd.grad((y * dy).sum(), (x, g)), expected)
+
+
+def kept_bytes(model, idx):
+    """Of all that a training forward keeps for its backward pass, parameters and repeated storages aside."""
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t  # held, so that no address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast('cpu', torch.bfloat16):
+        model(idx[:, :-1], idx[:, 1:])
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
 def test_what_is_kept_for_the_backward_pass():
-    """x in one byte a number and a scale for 128; the weight is the parameter itself."""
+    """Of a linear layer: x in one byte a number and a scale for 128. Of a model: a quarter less than in bf16."""
     kept = []
     x, w = torch.randn(256, 512, requires_grad=True), torch.randn(128, 512, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fp8.LinearFunction.apply(x, w, fp8.Recipe(), torch.float32)
+        fp8.LinearFunction.apply(x, w, fp8.Recipe(), torch.float32, False)
     assert sum(t.nbytes for t in kept if t.data_ptr() != w.data_ptr()) == 256 * 512 + 256 * 4 * 4
+    model = tiny_model(n_embd=128, n_head=4, num_nextn_predict_layers=0, block_size=128)
+    idx = torch.randint(61, (4, 129))
+    plain = kept_bytes(model, idx)
+    fp8.enable(model, fp8.Recipe())
+    assert kept_bytes(model, idx) < 0.75 * plain
+
+
+@pytest.mark.parametrize('scaling', ['row', 'tensor'])
+@pytest.mark.parametrize('grad_dtype', [E4M3, E5M2])
+def test_scaled_mm_is_the_emulation(scaling, grad_dtype):
+    """The CPU's own FP8 kernels, which know these two: all three products, of shapes that must be padded."""
+    x, w, dy = torch.randn(50, 70), torch.randn(33, 70) * torch.exp2(torch.randn(33, 1)), torch.randn(50, 33)
+    recipe = fp8.Recipe(scaling, grad_dtype)
+    for name, args in ((fp8.output, (x, w)), (fp8.grad_input, (dy, w)), (fp8.grad_weight, (dy, x))):
+        ours, emulated = (name(*args, recipe._replace(hardware=hardware), torch.bfloat16) for hardware in (True, False))
+        assert ours.shape == emulated.shape and ((ours - emulated).norm() / emulated.norm()).item() < 0.01
+
+
+def test_moments_in_bf16():
+    """Near torch's AdamW with fp32 moments; a step with found_inf changes nothing; a resumed run goes on alike."""
+    params = [torch.nn.Parameter(torch.randn(5, 40, generator=torch.Generator().manual_seed(0))) for _ in range(3)]
+    start = params[0].detach().clone()
+    kwargs = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    ours, torchs, resumed = fp8.AdamW16(params[:1], **kwargs), torch.optim.AdamW(params[1:2], **kwargs), None
+    for step in range(40):
+        grad = torch.randn(5, 40) + (math.nan if step == 7 else 0.0)
+        if step == 20:
+            resumed = fp8.AdamW16(params[2:], **kwargs)
+            params[2].data.copy_(params[0].data)
+            resumed.load_state_dict(copy.deepcopy(ours.state_dict()))
+        for optimizer in (ours, torchs, resumed):
+            if optimizer is not None:
+                optimizer.found_inf = torch.tensor(float(step == 7))
+                optimizer.param_groups[0]['params'][0].grad = grad.clone()
+                optimizer.step()
+    moved = (params[1] - start).norm()
+    assert 0 < (params[0] - params[1]).norm() < 0.01 * moved
+    assert torch.equal(params[0], params[2])
+    assert ours.state[params[0]]['exp_avg'].dtype == torch.bfloat16 and ours.state[params[0]]['step'] == 39
 
 
 def test_a_model_learns_and_its_checkpoint_is_plain():
@@ -168,3 +239,137 @@ def test_train_without_the_file(small):
     (small / 'fp8.py').unlink()
     code, _, said = run_inside('train.py', *SMALL, '--fp8=True', cwd=small)
     assert code == 2 and said == 'fp8=True needs fp8.py beside train.py\n'
+
+
+@pytest.mark.parametrize('scaling', ['tile', 'row', 'tensor'])
+def test_a_bf16_step_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(scaling):
+    model = tiny_model(n_group=4, topk_group=2, first_k_dense_replace=1)
+    fp8.enable(model, fp8.Recipe(scaling))
+    audit = audited_step(model, torch.randint(61, (2, 33)))
+    assert audit.syncs == [] and audit.faults == []
+    assert audit.grouped == 2 * 3 * len(model.moe_layers())
+
+
+def cublas(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype=None, **_):
+    """scaled_mm as cuBLAS documents it, slowly: an assertion where it would refuse or misread its arguments.
+
+    docs.nvidia.com/cuda/cublas/#scaling-factors-layouts says where in memory the scale of an element lies.
+    """
+    (M, K), N = a.shape, b.size(1)
+    assert a.dtype in (E4M3, E5M2) and b.dtype in (E4M3, E5M2) and scale_a.dtype == scale_b.dtype == torch.float32
+    assert a.stride() == (K, 1) and b.stride() == (1, K) and M % 16 == N % 16 == K % 128 == 0
+    y = wide(a, scale_a, kind_a) @ wide(b.t(), scale_b, kind_b).t()
+    return y.to(output_dtype)
+
+
+def wide(q, scale, kind):
+    """q (rows, K) times its scales, which are checked for the shapes and strides that torch asks for."""
+    rows, K = q.shape
+    tiles = K // 128
+    padded = -(-tiles // 4) * 4
+    row, tile = torch.arange(rows, device=q.device).unsqueeze(1), torch.arange(K, device=q.device) // 128
+    shapes, strides, place = {
+        S.TensorWise: ([()], (), 0 * row + 0 * tile),
+        S.RowWise: ([(rows, 1), (1, rows)], None, row + 0 * tile),
+        S.BlockWise1x128: ([(rows, tiles)], (1, rows), row + rows * tile),
+        S.BlockWise128x128: ([(padded, -(-rows // 128))], (1, padded), tile + padded * (row // 128)),
+    }[kind]
+    assert scale.shape in shapes, (kind, scale.shape)
+    if strides is not None:
+        assert all(a == b for a, b, n in zip(scale.stride(), strides, scale.shape) if n > 1), (kind, scale.stride())
+    else:
+        assert scale.is_contiguous()
+    memory = scale.as_strided((scale.numel(),), (1,))
+    return q.float() * memory[place]
+
+
+@pytest.mark.parametrize('grad_dtype', [E4M3, E5M2])
+@pytest.mark.parametrize('rows', [1, 50, 700])
+def test_scale_layouts_are_those_cublas_documents(monkeypatch, rows, grad_dtype):
+    """All three products, of 1, 3, 5 and 6 tiles along the contraction, of magnitudes that vary from tile to tile.
+
+    All numbers are positive: nothing cancels, so the order of the sums does not matter.
+    """
+    monkeypatch.setattr(fp8.F, 'scaled_mm', cublas)
+    recipe = fp8.Recipe(grad_dtype=grad_dtype)
+    x, w, dy = (torch.rand(m, n) * torch.exp2(4 * torch.randn(m, 1)) * torch.exp2(4 * torch.randn(n))
+                for m, n in ((rows, 640), (300, 640), (rows, 300)))
+    for function, args in ((fp8.output, (x, w)), (fp8.grad_input, (dy, w)), (fp8.grad_weight, (dy, x))):
+        ours, emulated = (function(*args, recipe._replace(hardware=hardware), torch.float32)
+                          for hardware in (True, False))
+        torch.testing.assert_close(ours, emulated, rtol=1e-5, atol=0)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize('scaling', ['tile', 'row', 'tensor'])
+def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeypatch, scaling):
+    """Each FP8 linear layer comes to one scaled_mm; and the two products of its backward pass, as direct calls."""
+    from torch._subclasses import FakeTensorMode
+
+    calls, shapes, scaled_mm = [], set(), torch.nn.functional.scaled_mm
+
+    def checked(*args, **kwargs):
+        calls.append(None)
+        cublas(*args, **kwargs)
+        return scaled_mm(*args, **kwargs)
+
+    _, config = main_config()
+    model = GPT(dataclasses.replace(config, n_layer=2, num_nextn_predict_layers=1))
+    fp8.enable(model, fp8.Recipe(scaling))
+    recipe = fp8.Recipe(scaling, hardware=True)
+    linear = [m for m in model.modules() if isinstance(m, fp8.Linear)]
+    for module in model.modules():
+        if isinstance(module, (fp8.Linear, fp8.MoE)):
+            module.recipe = recipe
+    monkeypatch.setattr(fp8.F, 'scaled_mm', checked)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, idx = on_fake_cuda(model.train())
+        try:
+            _, loss = model(idx, idx)
+        finally:
+            torch.set_autocast_enabled('cuda', False)
+        assert loss.device.type == 'cuda' and len(calls) == len(linear)
+        for rows in (idx.numel(), 1000):
+            for weight in [m.weight for m in linear]:
+                x, dy = (torch.empty(rows, n, device='cuda', dtype=torch.bfloat16) for n in reversed(weight.shape))
+                shapes.add(weight.shape)
+                assert fp8.grad_input(dy, weight, recipe, torch.bfloat16).shape == x.shape
+                assert fp8.grad_weight(dy, x, recipe, torch.bfloat16).shape == weight.shape
+        for weight in (model.transformer.h[0].mlp.experts_gate_up, model.transformer.h[0].mlp.experts_down):
+            (E, out, width), M = weight.shape, 1003
+            x, dy = (torch.empty(M, n, device='cuda', dtype=torch.bfloat16) for n in (width, out))
+            offsets = torch.empty(E, dtype=torch.int32, device='cuda')
+            grad_x, grad_w = fp8.grouped_gradients(dy, weight, fp8.activation(x, recipe), offsets, recipe, x.dtype)
+            assert grad_x.shape == x.shape and grad_w.shape == weight.shape
+    assert len(calls) == 5 * len(linear) and len(shapes) == 7
+
+
+def test_two_ranks_learn_what_one_does(small):
+    """But for the tiles along the rows, which end with a rank's rows."""
+    flags = [*SMALL, '--fp8=True', '--batch_size=8', '--log_interval=1']
+    run('train.py', *flags, '--out_dir=one', cwd=small)
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *flags, '--out_dir=two',
+        cwd=small)
+    one, two = (torch.load(small / out / 'ckpt.pt', weights_only=True)['model'] for out in ('one', 'two'))
+    for k in one:
+        torch.testing.assert_close(two[k], one[k], atol=1e-3, rtol=1e-2, msg=lambda m, k=k: f'{k}: {m}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scaling', ['tile', 'tensor'])
+def test_blocks_compile(scaling):
+    """Compiled block by block, a training step gives the loss and the gradients of one that is not."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model(num_nextn_predict_layers=1)
+        fp8.enable(model, fp8.Recipe(scaling))
+        if compiled:
+            model.compile()
+        idx = torch.randint(61, (2, 33))
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        assert (a - b).norm() < 0.05 * b.norm()

@@ -205,6 +205,20 @@ def test_sample_and_plot(small):
     assert 'No such file' in run('plot.py', 'nowhere.jsonl', cwd=small, ok=False)
 
 
+def test_plot_of_relative_losses(tmp_path):
+    """Runs are compared with the one that has their seed; the moving average begins at the first loss."""
+    for name, seed, loss in (('a-1', 1, 2.0), ('a-2', 2, 4.0), ('b-1', 1, 2.1), ('b-2', 2, 3.96)):
+        (tmp_path / name).mkdir()
+        records = [{'command': '', 'config': {'seed': seed}}] + [
+            {'step': i, 'loss': loss * (1 + i % 2), 'mtp_losses': []} for i in range(120)]
+        (tmp_path / name / 'log.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    logs = {name: tmp_path / name / 'log.jsonl' for name in ('a-1', 'a-2', 'b-1', 'b-2')}
+    printed = run(ROOT / 'plot.py', logs['b-1'], logs['b-2'], '--relative_to', logs['a-2'], logs['a-1'], cwd=tmp_path)
+    assert 'b-1: 5.00%, +5.00%' in printed and 'b-2: 1.00%, -1.00%' in printed
+    assert (tmp_path / 'b-1/log.png').stat().st_size > 10000
+    assert 'its seed, 2' in run(ROOT / 'plot.py', logs['b-2'], '--relative_to', logs['a-1'], cwd=tmp_path, ok=False)
+
+
 def test_sampling_gpt2_tokens_stops_at_the_end_of_text(small, tiktoken_cache):
     for split in ('train', 'val'):                                  # 5 = '&', then the end of the text
         np.tile([5, 50256], 300).astype(np.uint16).tofile(small / f'data/abc/{split}.bin')
