@@ -344,21 +344,22 @@ class AdamW16(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        keep = 1 - getattr(self, 'found_inf', torch.zeros(()))
         for group in self.param_groups:
             beta1, beta2 = group['betas']
             for p in group['params']:
                 if p.grad is None:
                     continue
+                keep = 1 - getattr(self, 'found_inf', torch.zeros((), device=p.device))
                 state = self.state[p]
                 if not state:
                     state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
                                  exp_avg_sq=torch.zeros_like(p))
-                step = state['step'].add_(keep.to(p.device)).clamp(min=1)
-                grad = torch.where(keep.to(p.device) > 0, p.grad, 0.0)
-                m = state['exp_avg'].float().lerp(grad, (1 - beta1) * keep.to(p.device))
-                v = state['exp_avg_sq'].float().lerp(grad.square(), (1 - beta2) * keep.to(p.device))
-                p.mul_(1 - group['lr'] * group['weight_decay'] * keep.to(p.device))
-                denominator = (v / (1 - beta2 ** step)).sqrt_().add_(group['eps'])
-                p.sub_(m / denominator * (group['lr'] * keep.to(p.device) / (1 - beta1 ** step)))
+                state['step'] += keep
+                steps = state['step'].clamp(min=1)
+                grad = torch.where(keep > 0, p.grad, 0.0)
+                m = state['exp_avg'].float().lerp(grad, (1 - beta1) * keep)
+                v = state['exp_avg_sq'].float().lerp(grad.square(), (1 - beta2) * keep)
+                denominator = (v / (1 - beta2 ** steps)).sqrt() + group['eps']
+                p *= 1 - group['lr'] * group['weight_decay'] * keep
+                p -= m / (1 - beta1 ** steps) / denominator * (group['lr'] * keep)
                 state['exp_avg'], state['exp_avg_sq'] = m.bfloat16(), v.bfloat16()

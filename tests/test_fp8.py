@@ -225,20 +225,25 @@ def test_train_with_the_flag(small):
     for ours, plain in zip(losses['tile'], losses['plain']):
         assert float(ours) == pytest.approx(float(plain), rel=0.02)
     code, _, said = run_inside('train.py', *SMALL, *flags, '--init_from=resume', '--out_dir=out-tile', '--max_iters=6',
-                               cwd=small)
+                               '--bf16_moments=True', cwd=small)
     assert code == 0, said
+    optimizer = torch.load(small / 'out-tile/ckpt.pt', weights_only=True)['optimizer']
+    assert {state['exp_avg'].dtype for state in optimizer['state'].values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize('flag', ['--fp8_scaling=column', '--fp8_grad=e3m4'])
-def test_mistakes(small, flag):
-    code, _, said = run_inside('train.py', *SMALL, '--fp8=True', flag, cwd=small)
-    assert code == 2 and len(said.strip().splitlines()) == 1 and flag[2:].split('=')[0] in said
+@pytest.mark.parametrize('flags', [['--fp8=True', '--fp8_scaling=column'], ['--fp8=True', '--fp8_grad=e3m4'],
+                                   ['--bf16_moments=True', '--optimizer=muon']])
+def test_mistakes(small, flags):
+    code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
+    assert code == 2 and len(said.strip().splitlines()) == 1
+    assert flags[0][2:].split('=')[0] in said or flags[1][2:].split('=')[0] in said
 
 
-def test_train_without_the_file(small):
+@pytest.mark.parametrize('flag', ['fp8', 'bf16_moments'])
+def test_train_without_the_file(small, flag):
     (small / 'fp8.py').unlink()
-    code, _, said = run_inside('train.py', *SMALL, '--fp8=True', cwd=small)
-    assert code == 2 and said == 'fp8=True needs fp8.py beside train.py\n'
+    code, _, said = run_inside('train.py', *SMALL, f'--{flag}=True', cwd=small)
+    assert code == 2 and said == f'{flag}=True needs fp8.py beside train.py\n'
 
 
 @pytest.mark.parametrize('scaling', ['tile', 'row', 'tensor'])
