@@ -34,6 +34,7 @@ class Recipe(NamedTuple):
     grad_dtype: torch.dtype = torch.float8_e4m3fn  # of the gradients dy; torch.float8_e5m2 is the older recipes' choice
     power_of_two: bool = False
     hardware: bool = False  # multiply by scaled_mm
+    grouped: bool = False   # ... and the experts by scaled_grouped_mm
 
 
 # the tile (rows, columns) of an operand whose last dimension is the contraction; 0: all of that dimension
@@ -104,14 +105,13 @@ def product(a, b, recipe, dtype):
 
 
 def scaled_mm(a, b, dtype):
-    """product() on tensor cores that multiply FP8. K is padded with zeros to whole tiles, M and N to rows of 16."""
+    """product() on tensor cores that multiply FP8, rounded to bf16. K is padded to whole tiles, M and N to 16."""
     M, N = len(a.q), len(b.q)
     kinds = {(1, TILE): F.ScalingType.BlockWise1x128, (TILE, TILE): F.ScalingType.BlockWise128x128,
              (1, 0): F.ScalingType.RowWise, (0, 0): F.ScalingType.TensorWise}
-    kind_a, kind_b = kinds[a.tile], kinds[b.tile]
-    out_dtype = torch.bfloat16 if a.tile == (1, 0) else dtype  # the kernels for rows have no other
-    y = F.scaled_mm(padded(a.q), padded(b.q).t(), scale_layout(a), kind_a,
-                    scale_layout(b).t() if b.tile == (1, 0) else scale_layout(b), kind_b, output_dtype=out_dtype)
+    scale_b = scale_layout(b).t() if b.tile == (1, 0) else scale_layout(b)
+    y = F.scaled_mm(padded(a.q), padded(b.q).t(), scale_layout(a), kinds[a.tile], scale_b, kinds[b.tile],
+                    output_dtype=torch.bfloat16)
     return y[:M, :N].to(dtype)
 
 
@@ -138,7 +138,7 @@ def grouped_product(a, b, offsets, recipe, dtype):
     scaled_grouped_mm knows scales of rows alone: tiles are multiplied out on all hardware.
     """
     e4m3 = a.q.dtype == b.q.dtype == torch.float8_e4m3fn
-    if recipe.hardware and a.tile == (1, 0) and e4m3 and a.q.size(1) % 16 == 0:
+    if recipe.grouped and e4m3 and a.q.size(1) % 16 == 0:
         kind = F.ScalingType.RowWise
         y = F.scaled_grouped_mm(a.q, b.q.transpose(1, 2), a.scale.flatten(), kind, b.scale.squeeze(-1), kind,
                                 offs=offsets, output_dtype=torch.bfloat16).to(dtype)
@@ -176,6 +176,11 @@ def without_idle_rows(x, offsets):
 def output(x, weight, recipe, dtype):
     """y = x W^T"""
     return product(activation(x, recipe), weight_of(weight, recipe), recipe, dtype)
+
+
+def grouped_output(x, weight, offsets, recipe, dtype):
+    """output() of each expert for its own rows: x (M, in), weight (E, out, in) -> (M, out)"""
+    return grouped_product(activation(x, recipe), weight_of(weight, recipe), offsets, recipe, dtype)
 
 
 def grad_input(grad, weight, recipe, dtype):
@@ -289,8 +294,13 @@ def enable(model, recipe):
     does, else the emulation.
     """
     device = model.lm_head.weight.device
-    fault = fault_of_hardware(recipe, device)
-    recipe = recipe._replace(hardware=not fault)
+    fault = f'no FP8 on {device.type}'
+    if device.type == 'cuda':
+        fault = fault_of_hardware(recipe._replace(hardware=True), device)
+    if not fault:
+        recipe = recipe._replace(hardware=True)
+        if recipe.scaling == 'row' and not fault_of_hardware(recipe._replace(grouped=True), device):
+            recipe = recipe._replace(grouped=True)
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and not name.endswith(('lm_head', 'mlp.gate')):
             module.__class__ = Linear
@@ -302,18 +312,17 @@ def enable(model, recipe):
             module.recipe = recipe
     if fault:
         return f'FP8 products are emulated ({fault}): the numbers of {recipe.scaling} scaling, not its speed'
-    return f'FP8 products of {recipe.scaling} scaling by scaled_mm, which agrees with the emulation'
+    experts = 'scaled_grouped_mm' if recipe.grouped else 'multiplied out and by grouped_mm'
+    return f'FP8 products of {recipe.scaling} scaling by scaled_mm, which agrees with the emulation; experts {experts}'
 
 
 @torch.no_grad()
 def fault_of_hardware(recipe, device):
-    """Why scaled_mm cannot stand for the emulation on this device, '' if it can: it is tried on all three products.
+    """Why the kernels that a recipe asks for cannot stand for the emulation on this device; '' if they can.
 
-    Wrong scale layouts gave silent wrong answers in some builds of torch: the magnitudes vary from tile to tile, and
-    the contractions have 5, 3 and 2 tiles.
+    Wrong scale layouts gave silent wrong answers in some builds of torch. The three products, or that of the experts,
+    are tried on magnitudes that vary from tile to tile and on contractions of 5, 3 and 2 tiles.
     """
-    if device.type != 'cuda':
-        return f'no FP8 on {device.type}'
     generator = torch.Generator(device).manual_seed(0)
 
     def operand(rows, cols):
@@ -322,14 +331,18 @@ def fault_of_hardware(recipe, device):
         return x * torch.exp2(Quantised(torch.ones_like(x), sizes.float(), (TILE, TILE)).wide())
 
     x, w, dy = operand(200, 640), operand(328, 640), operand(200, 328)
+    products = [('y', output, (x, w)), ('dx', grad_input, (dy, w)), ('dW', grad_weight, (dy, x))]
+    if recipe.grouped:
+        offsets = torch.tensor([64, 64, 160], dtype=torch.int32, device=device)
+        products = [('y of the experts', grouped_output, (x, torch.stack((w, -w, w / 2)), offsets))]
     try:
-        for name, function, args in (('y', output, (x, w)), ('dx', grad_input, (dy, w)), ('dW', grad_weight, (dy, x))):
-            ours, emulated = (function(*args, recipe._replace(hardware=hardware), torch.bfloat16).float()
-                              for hardware in (True, False))
+        for name, function, args in products:
+            ours, emulated = (function(*args, r, torch.bfloat16).float()
+                              for r in (recipe, recipe._replace(hardware=False, grouped=False)))
             if not (ours - emulated).norm() < 0.02 * emulated.norm():
-                return f'scaled_mm gives another {name}'
+                return f'the hardware gives another {name}'
     except Exception as e:  # an older GPU, a build without the kernel, a shape it refuses
-        return f'no scaled_mm for it here: {model_file.first_line(e)}'
+        return f'no kernel for it here: {model_file.first_line(e)}'
     return ''
 
 

@@ -255,6 +255,17 @@ def test_a_bf16_step_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(scalin
     assert audit.grouped == 2 * 3 * len(model.moe_layers())
 
 
+def test_the_start_up_check(monkeypatch):
+    """On the CPU, whose kernels for rows are real: no fault; one where a scale is misread, or a kernel missing."""
+    recipe, device = fp8.Recipe('row', hardware=True), torch.device('cpu')
+    assert fp8.fault_of_hardware(recipe, device) == ''
+    assert 'no kernel for it here' in fp8.fault_of_hardware(recipe._replace(scaling='tile'), device)
+    assert 'no kernel for it here' in fp8.fault_of_hardware(recipe._replace(grouped=True), device)
+    layout = fp8.scale_layout
+    monkeypatch.setattr(fp8, 'scale_layout', lambda x: layout(x).flip(0))
+    assert fp8.fault_of_hardware(recipe, device) == 'the hardware gives another y'
+
+
 def cublas(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype=None, **_):
     """scaled_mm as cuBLAS documents it, slowly: an assertion where it would refuse or misread its arguments.
 
@@ -302,7 +313,7 @@ def test_scale_layouts_are_those_cublas_documents(monkeypatch, rows, grad_dtype)
     for function, args in ((fp8.output, (x, w)), (fp8.grad_input, (dy, w)), (fp8.grad_weight, (dy, x))):
         ours, emulated = (function(*args, recipe._replace(hardware=hardware), torch.float32)
                           for hardware in (True, False))
-        torch.testing.assert_close(ours, emulated, rtol=1e-5, atol=0)
+        torch.testing.assert_close(ours, emulated, rtol=0.005, atol=0)  # bf16
 
 
 @needs_cuda_build
@@ -321,7 +332,7 @@ def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeyp
     _, config = main_config()
     model = GPT(dataclasses.replace(config, n_layer=2, num_nextn_predict_layers=1))
     fp8.enable(model, fp8.Recipe(scaling))
-    recipe = fp8.Recipe(scaling, hardware=True)
+    recipe = fp8.Recipe(scaling, hardware=True, grouped=scaling == 'row')
     linear = [m for m in model.modules() if isinstance(m, fp8.Linear)]
     for module in model.modules():
         if isinstance(module, (fp8.Linear, fp8.MoE)):
