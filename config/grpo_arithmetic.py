@@ -3,7 +3,8 @@
 #   python grpo.py config/grpo_arithmetic.py
 #   torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_arithmetic.py
 #
-# Hardware: two CPU cores. Expected: from 46% of the held-out sums to 98% in four minutes, 99% in five.
+# Hardware: two CPU cores. Expected: from 46% of the held-out sums to 98% or 99% in five minutes and a half (seed 1337;
+# from 36% to 93%, and from 27% to 89%, with seeds 1 and 3).
 
 init_from = 'out-sft-arithmetic'
 out_dir = 'out-grpo-arithmetic'
