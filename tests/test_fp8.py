@@ -374,18 +374,20 @@ def test_two_ranks_learn_what_one_does(small):
 @pytest.mark.slow
 @pytest.mark.parametrize('scaling', ['tile', 'tensor'])
 def test_blocks_compile(scaling):
-    """Compiled block by block, a training step gives the loss and the gradients of one that is not."""
+    """Compiled block by block, a training step gives the loss and the gradients of one that is not.
+
+    In fp32: in bf16 a compiled block rounds elsewhere, and FP8 makes steps of what then falls on the other side.
+    """
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = tiny_model(num_nextn_predict_layers=1)
+        model = tiny_model(std=0.02, num_nextn_predict_layers=1)
         fp8.enable(model, fp8.Recipe(scaling))
         if compiled:
             model.compile()
         idx = torch.randint(61, (2, 33))
-        with torch.autocast('cpu', torch.bfloat16):
-            loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*results):
-        assert (a - b).norm() < 0.05 * b.norm()
+        assert (a - b).norm() <= 1e-4 * b.norm()
