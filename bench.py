@@ -6,8 +6,8 @@ Times this model beside its peers, in one run and on one machine: training steps
     python bench.py decode --peer=ours,transformers --dtype=float32 --batch_size=1
     python bench.py loss --json
 
-Each row is a process of its own, so that its peak memory is its own too. Every row measures a dense bf16 GEMM (and for
-decoding a matrix-vector product) before and after its own work: on a machine whose speed drifts, compare the ratios.
+Each row is a process of its own, so that its peak memory is its own too. Every row measures a dense GEMM in its dtype
+(decoding: a matrix-vector product) before and after its own work: on a machine whose speed drifts, compare the ratios.
 Any field of GPTConfig may be given as --key=value.
 """
 
@@ -59,7 +59,7 @@ prompt_tokens = 960  # decode: tokens in the context before the first that is ti
 new_tokens = 60  # decode: tokens that are timed
 rows = 6144  # loss: tokens
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
-dtype = 'bfloat16'  # or 'float32'
+dtype = 'bfloat16'  # or 'float32', which a CPU without native bf16 needs
 compile = what == 'train'  # torch.compile: blocks and loss here, the peers whole
 activation_memory = 1.0  # train: as in train.py, for this model and its dense twin
 with contextlib.redirect_stdout(sys.stderr):  # the table, or the JSON, has standard output to itself
@@ -87,9 +87,9 @@ def median_time(f, n=steps, warm=2):
 
 
 def gemm_flops():
-    """FLOP/s of a dense bf16 matrix product."""
+    """FLOP/s of a dense matrix product in the dtype of the run."""
     n = 8192 if device_type == 'cuda' else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     return 2 * n ** 3 / median_time(lambda: a @ b, n=7)[0]
 
 
