@@ -76,10 +76,11 @@ def draw_losses(plt, logs):
 
 
 def draw_rewards(plt, logs):
-    fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout='constrained')
-    panels = [('accuracy', 'share', 'right answers (sampled)'), ('format', 'share', 'well-formed responses'),
-              ('length', 'tokens', 'response length'), ('zero_advantage', 'share', 'groups of equal rewards'),
-              ('entropy', 'nats per token', 'entropy'), ('kl', 'nats per token', 'KL from the reference'),
+    fig, axes = plt.subplots(2, 5, figsize=(20, 7), layout='constrained')
+    panels = [('length', 'tokens', 'response length'), ('reward', 'mean', 'reward'),
+              ('accuracy', 'share', 'right answers (sampled)'), ('format', 'share', 'well-formed responses'),
+              ('zero_advantage', 'share', 'groups of equal rewards'), ('entropy', 'nats per token', 'entropy'),
+              ('kl', 'nats per token', 'KL from the reference'), ('clip', 'share', 'tokens whose gradient was clipped'),
               ('tokens_per_s', 'response tokens / s', 'speed')]
     held_out = axes.flat[0]
     for i, (name, train, evals) in enumerate(logs):

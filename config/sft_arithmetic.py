@@ -1,10 +1,10 @@
-# The cold start of R1 in small: a character model learns to work out 3-digit sums from 300 worked lines.
+# The cold start of R1 in small: a character model learns 3-digit sums from 3,000 lines, four in ten of them worked.
 #
 #   python data/arithmetic/prepare.py
 #   python train.py config/sft_arithmetic.py
 #
-# Hardware: two CPU cores. Expected in 25 seconds: val loss 0.11, and 46% of the held-out sums right (seed 1337; 36%,
-# 76% and 27% with seeds 1, 2 and 3).
+# Hardware: two CPU cores. Expected in 80 seconds: val loss 0.18, and 34% of the held-out sums right, most of them from
+# memory (seed 1337; 37% and 31% with seeds 1 and 2).
 
 out_dir = 'out-sft-arithmetic'
 eval_interval = 100
@@ -27,8 +27,8 @@ eos_token_id = 0  # the newline
 
 learning_rate = 2e-3
 min_lr = 2e-4
-max_iters = 300
-lr_decay_iters = 300
+max_iters = 1000
+lr_decay_iters = 1000
 warmup_iters = 20
 beta2 = 0.99
 

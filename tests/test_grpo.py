@@ -289,6 +289,7 @@ def test_the_rules_accept_every_trace(clone, task):
     ids = torch.frombuffer(bytearray((folder / 'train.bin').read_bytes()), dtype=torch.uint16).tolist()
     targets = (folder / 'train_mask.bin').read_bytes()
     length = meta['row_length']
+    terse = 0
     for i in range(0, 300 * length, length):
         text = ''.join(meta['itos'][t] for t in ids[i:i + length])
         line = text[:text.index('\n') + 1]
@@ -297,10 +298,32 @@ def test_the_rules_accept_every_trace(clone, task):
         wrong = str(int(answers[prompt]) + 1)
         assert reward['reward'](prompt, response, wrong) == (0.0, 1.0)
         assert reward['reward'](prompt, response[:-1], answers[prompt]) == (0.0, 0.0)
+        terse += response.startswith('<>')
         # the targets are the response and its newline, and no more
         assert targets[i:i + length] == bytes([0] * len(prompt) + [1] * len(response) + [0] * (length - len(line)))
+    assert 150 < terse < 210  # six lines in ten
     if task == 'sort6':
         assert '\nsort ' in '\n' + ''.join(answers)
+
+
+def test_all_lines_or_none_can_be_terse(clone):
+    for terse in (0, 1):
+        inside('data/arithmetic/prepare.py', '--task=add2', '--examples=50', f'--terse={terse}', cwd=clone)
+        folder = clone / 'data' / 'arithmetic' / 'add2'
+        with open(folder / 'meta.pkl', 'rb') as f:
+            itos = pickle.load(f)['itos']
+        ids = torch.frombuffer(bytearray((folder / 'train.bin').read_bytes()), dtype=torch.uint16).tolist()
+        lines = [line for line in ''.join(itos[t] for t in ids).split('\n') if line]
+        assert len(lines) == 50 and all(('<>' in line) == terse for line in lines)
+
+
+@pytest.mark.parametrize('flag, words', [('--task=mul3', 'family'), ('--task=add9', 'digits'), ('--terse=1.5', '0..1'),
+                                         ('--terse=nan', '0..1'), ('--examples=0', '--examples'),
+                                         ('--examples=99999999', '--examples'), ('--name=../up', 'letters')])
+def test_mistakes_in_making_data(clone, flag, words):
+    code, _, said = run_inside('data/arithmetic/prepare.py', flag, cwd=clone)
+    assert code == 2 and words in said and len(said.strip().splitlines()) == 1
+    assert not list(clone.rglob('train_prompts.txt'))
 
 
 def test_a_seeded_run_reproduces_and_resumes(workshop):
@@ -328,7 +351,9 @@ def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
     (workshop / 'odd.py').write_text('def reward(prompt, response, answer): return sum(map(ord, response)) % 2, 1')
     run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'grpo.py', *GRPO, '--out_dir=out-two',
         '--mu=2', '--kl_coef=0.1', '--clip_high=0.28', '--normalise_std=False', '--length_norm=token',
-        '--drop_zero_advantage=True', '--reward_file=odd.py', '--max_new_tokens=12', cwd=workshop)
+        '--drop_zero_advantage=True', '--reward_file=odd.py', '--max_new_tokens=12', '--wandb_log=True', cwd=workshop,
+        WANDB_MODE='offline', WANDB_SILENT='true')
+    assert len(list((workshop / 'wandb').glob('offline-run-*/*.wandb'))) == 1  # rank 0's
     assert any(r.get('kl', 0) > 0 for r in records(workshop, 'out-two'))
     inside('plot.py', 'out-two/log.jsonl', cwd=workshop)
     assert (workshop / 'out-two' / 'log.png').stat().st_size > 10_000

@@ -2,8 +2,8 @@
 Arithmetic made by rule, a token a character: prompts whose answers can be checked, and traces that work them out.
 
     python data/arithmetic/prepare.py                                # 3-digit addition, into data/arithmetic/add3
-    python data/arithmetic/prepare.py --task=sort6 --examples=4000   # also add4, sub3, sub4, ...
-    python data/arithmetic/prepare.py --style=answer --name=add3-answer
+    python data/arithmetic/prepare.py --task=sort6                   # also add4, sub3, sub4, ...
+    python data/arithmetic/prepare.py --terse=0 --examples=300 --name=add3-worked
     python data/arithmetic/prepare.py --traces=accepted.txt --name=add3-accepted
 
 A line is a prompt, the work between < and > (R1's <think> and </think>), the answer, and the newline that ends it:
@@ -11,6 +11,9 @@ A line is a prompt, the work between < and > (R1's <think> and </think>), the an
     478+356=<8+6=14,7+5+1=13,4+3+1=8>834             columns from the right, with their carries
     834-356=<14-6=8,13-5-1=7,8-3-1=4>478             a column that borrows has ten more, the next one less
     sort 3071=<0:371,1:37,3:7,7:>0137                the smallest digit, and what is left
+
+Six lines in ten (--terse=0.6) leave the work out, 478+356=<>834: a model of these lines is able to work a sum out, but
+rather guesses its result.
 
 Written are train.bin and val.bin with rows of one line each; the masks that say which tokens of them are targets (the
 prompt is none); meta.pkl; and for grpo.py {train,val,test}_prompts.txt: a prompt, a tab, its answer. The three splits
@@ -117,8 +120,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--task', default='add3', metavar='FAMILY+SIZE', help='add, sub or sort, and 2 to 8 digits')
-    parser.add_argument('--style', default='work', choices=('work', 'answer'), help='answer: nothing between < and >')
-    parser.add_argument('--examples', type=int, default=300, help='training lines')
+    parser.add_argument('--terse', type=float, default=0.6, help='share of the lines with nothing between < and >')
+    parser.add_argument('--examples', type=int, default=3000, help='training lines')
     parser.add_argument('--traces', metavar='FILE', help="training lines that grpo.py's --traces wrote, instead")
     parser.add_argument('--length', type=int, default=0, help='tokens in a row, if more than the longest line needs')
     parser.add_argument('--name', help='the folder in data/arithmetic (default: the task)')
@@ -128,11 +131,14 @@ def main():
         common.stop(f'--task={args.task}: a family (add, sub, sort) and 2 to 8 digits, such as add3')
     if not re.fullmatch(r'[\w-]+', args.name or args.task):
         common.stop(f'--name={args.name}: letters, digits, _ and - alone')
+    if not 0 <= args.terse <= 1:
+        common.stop(f'--terse={args.terse} must lie in 0..1')
     questions = make_questions(task[1], int(task[2]))
     if not 0 < args.examples <= len(questions['train']):
         common.stop(f'--examples={args.examples} must lie in 1..{len(questions["train"])} for {args.task}')
 
-    lines = {split: [f'{prompt}<{work(prompt) if args.style == "work" else ""}>{answer}\n'
+    rng = random.Random(0)
+    lines = {split: [f'{prompt}<{"" if rng.random() < args.terse else work(prompt)}>{answer}\n'
                      for prompt, answer in questions[split].items()] for split in ('train', 'val')}
     lines['train'] = read_traces(args.traces, questions['train']) if args.traces else lines['train'][:args.examples]
     length = -(-max(map(len, lines['train'] + lines['val'])) // 8) * 8
