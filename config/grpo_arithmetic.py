@@ -9,7 +9,7 @@
 init_from = 'out-sft-arithmetic'
 out_dir = 'out-grpo-arithmetic'
 dataset = 'arithmetic/add3'
-eval_interval = 10
+eval_interval = 5
 eval_prompts = 1000
 wandb_project = 'arithmetic'
 
