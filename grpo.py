@@ -84,9 +84,9 @@ if __name__ == '__main__':
 # -----------------------------------------------------------------------------
 
 
-def all_reduce(x):
+def all_reduce(x, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, op)
     return x
 
 
@@ -110,9 +110,11 @@ def sample_responses(model, prompts, group_size, max_new_tokens, temperature):
 def pack(prompts, responses, stop_token, device):
     """Rows (B, T + 1) of a prompt and its response, filled up with the stop token, and which targets count: (B, T).
 
-    Those of the response, its stop token included: neither the prompt nor what fills the row.
+    Those of the response, its stop token included: neither the prompt nor what fills the row. All ranks' rows have one
+    length, since the experts, and so the balance bias, see the filling too.
     """
-    T = max((len(p) + len(r) for p, r in zip(prompts, responses)), default=2) - 1
+    T = torch.tensor(max((len(p) + len(r) for p, r in zip(prompts, responses)), default=2) - 1, device=device)
+    T = int(all_reduce(T, dist.ReduceOp.MAX))
     rows = torch.full((len(prompts), T + 1), stop_token)
     mask = torch.zeros(len(prompts), T, dtype=torch.bool)
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
@@ -133,6 +135,8 @@ def log_probs(model, rows, temperature):
 def group_advantages(rewards, normalise_std=True):
     """(P, G) -> (P, G): (r - mean) / std over each group (R1 eq. 3); without the division in Dr. GRPO."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    centred = centred.masked_fill(equal, 0.0)  # what rounding left would be divided by next to nothing
     if not normalise_std:
         return centred
     return centred / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-6)
@@ -166,13 +170,16 @@ def surrogate(logp, old_logp, advantages, clip_low, clip_high):
 
 
 def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, clip_low=0.2, clip_high=0.2, kl_coef=0.0,
-           length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256, grad_clip=1.0):
+           length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256, grad_clip=1.0,
+           autocast=None):
     """mu optimizer steps on this rank's rows (B, T + 1), mask (B, T), advantages (B); the ranks' gradients are summed.
 
-    The MTP modules stay as they are. Returns, over the tokens of all ranks and all steps, the means of 'kl', 'clip'
-    (the share of tokens whose gradient the clip took) and 'entropy', and the last 'grad_norm'. Raises a
-    FloatingPointError instead of taking a step with a gradient that is not finite.
+    autocast, a context, is entered for each forward alone: it holds casts of the weights, which a step makes stale. The
+    MTP modules stay as they are. Returns, over the tokens of all ranks and all steps, the means of 'kl', 'clip' (the
+    share of tokens whose gradient the clip took) and 'entropy', and the last 'grad_norm'. Raises a FloatingPointError
+    instead of taking a step with a gradient that is not finite.
     """
+    autocast = autocast or contextlib.nullcontext()
     model.train()
     trained = [p for name, p in model.named_parameters() if not name.startswith('mtp.')]
     moe_layers = sum(isinstance(block.mlp, MoE) for block in model.transformer.h)
@@ -183,20 +190,23 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
     for step in range(mu):
         loads = torch.zeros(moe_layers, model.config.n_routed_experts, device=rows.device)
         for k, part in enumerate(parts):
-            logp, entropy, load = log_probs(model, rows[part], temperature)
+            uncounted = ~mask[part]  # nor shall it overflow in an exp
+            with autocast:
+                logp, entropy, load = log_probs(model, rows[part], temperature)
+            logp = logp.masked_fill(uncounted, 0.0)
             if step == 0:
                 # the sampler's policy is the one before the first step, and this forward is its exact value
                 old_logp[k] = logp.detach()
                 if reference is not None:
-                    with torch.no_grad():
-                        ref_logp[k] = log_probs(reference, rows[part], temperature)[0]
+                    with torch.no_grad(), autocast:
+                        ref_logp[k] = log_probs(reference, rows[part], temperature)[0].masked_fill(uncounted, 0.0)
             kl = k3(logp, ref_logp[k]) if reference is not None else torch.zeros_like(logp)
             gain = surrogate(logp, old_logp[k], advantages[part], clip_low, clip_high) - kl_coef * kl
             loss = -(weights[part] * gain).sum()
             loss.backward()
             with torch.no_grad():
-                ratio, up = (logp - old_logp[k]).exp(), advantages[part].unsqueeze(1) > 0
-                clipped = torch.where(up, ratio > 1 + clip_high, ratio < 1 - clip_low)
+                ratio, A = (logp - old_logp[k]).exp(), advantages[part].unsqueeze(1)
+                clipped = (A > 0) & (ratio > 1 + clip_high) | (A < 0) & (ratio < 1 - clip_low)
                 counted = torch.stack([torch.ones_like(kl), kl, clipped, entropy])       # (4, B, T)
                 sums += (counted * mask[part]).sum(dim=(1, 2))
             if load is not None:
@@ -229,7 +239,7 @@ def load_model(folder, device):
         model, checkpoint = GPT.from_checkpoint(path, device, dropout=0.0)
     except ValueError as e:
         stop(str(e))
-    if 'stoi' not in (checkpoint.get('meta') or {}) or model.config.eos_token_id < 0:
+    if not {'stoi', 'itos'} <= set(checkpoint.get('meta') or {}) or model.config.eos_token_id < 0:
         stop(f'{path} has no table of characters or no eos_token_id: train it with config/sft_arithmetic.py')
     return model.to(device), checkpoint
 
@@ -307,6 +317,9 @@ def main():
 
     # the model, its optimizer, and the frozen reference
     resume = init_from == 'resume'
+    sources = [os.path.realpath(folder) for folder in (init_from, reference) if folder]
+    if os.path.realpath(out_dir) in sources and not eval_only and not traces:
+        stop(f'out_dir={out_dir!r} must differ from init_from and reference, whose checkpoint the run would write over')
     model, checkpoint = load_model(out_dir if resume else init_from, place)
     settings = {k: globals()[k] for k in config_keys}
     settings['reference'] = reference or (checkpoint['config'].get('reference', '') if resume else init_from)
@@ -376,10 +389,17 @@ def main():
                 os.remove(path + '.tmp')
             stop(f'{path} could not be written, what was saved before is whole: {first_line(e)}')
 
+    result = evaluate()  # before anything is written: a reward that raises costs no earlier run its log
     if master:
+        if wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                stop('wandb_log=True needs wandb: pip install wandb')
+            wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
         try:
             os.makedirs(out_dir, exist_ok=True)
-            log_path = os.path.join(out_dir, 'log.jsonl')
+            log_path = os.path.join(out_dir, 'eval.jsonl' if eval_only else 'log.jsonl')
             if not resume and not eval_only and os.path.exists(log_path):
                 os.replace(log_path, log_path + '.old')
             log_file = open(log_path, 'a')
@@ -387,25 +407,20 @@ def main():
                 print(file=log_file)  # a run that was killed may have left half a line
         except OSError as e:
             stop(f'out_dir={out_dir!r} cannot be used: {e.strerror}')
-        if wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                stop('wandb_log=True needs wandb: pip install wandb')
-            wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
         print(json.dumps({'command': shlex.join(sys.argv), 'config': settings, 'model_args': model_args,
                           'world_size': world}), file=log_file, flush=True)
 
     while True:
-        if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
+        if result is None and (iter_num % eval_interval == 0 or iter_num >= max_iters):
             result = evaluate()
-            if master:
-                print(f'step {iter_num}: {eval_split} accuracy {result[f"{eval_split}_accuracy"]:.1%}, '
-                      f'format {result[f"{eval_split}_format"]:.1%}, length {result[f"{eval_split}_length"]:.1f}, '
-                      f'after {seconds:.0f} s')
-                log({'step': iter_num, 'seconds': seconds, **result})
-                if iter_num > 0 and not eval_only:
-                    save_checkpoint()
+        if result is not None and master:
+            print(f'step {iter_num}: {eval_split} accuracy {result[f"{eval_split}_accuracy"]:.1%}, '
+                  f'format {result[f"{eval_split}_format"]:.1%}, length {result[f"{eval_split}_length"]:.1f}, '
+                  f'after {seconds:.0f} s')
+            log({'step': iter_num, 'seconds': seconds, **result})
+            if iter_num > 0 and not eval_only:
+                save_checkpoint()
+        result = None
         if iter_num >= max_iters or eval_only:
             break
 
@@ -433,11 +448,10 @@ def main():
         numbers = {'kl': 0.0, 'clip': 0.0, 'entropy': None, 'grad_norm': 0.0}
         if all_reduce(torch.tensor(len(rows), device=place)) > 0:
             try:
-                with ctx:
-                    numbers = update(model, optimizer, rows, mask, advantages, reference=frozen, mu=mu,
-                                     clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, length_norm=length_norm,
-                                     max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
-                                     grad_clip=grad_clip)
+                numbers = update(model, optimizer, rows, mask, advantages, reference=frozen, mu=mu, clip_low=clip_low,
+                                 clip_high=clip_high, kl_coef=kl_coef, length_norm=length_norm,
+                                 max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
+                                 grad_clip=grad_clip, autocast=ctx)
             except FloatingPointError as e:
                 stop(f'iteration {iter_num}: {e}; the last checkpoint in {out_dir} is as it was')
 
@@ -465,6 +479,8 @@ def write_traces(questions, answer, end, world):
     torch.manual_seed(seed)
     if world > 1:
         stop('traces are written by one process: run it without torchrun')
+    if not os.access(os.path.dirname(traces) or '.', os.W_OK):
+        stop(f'traces={traces!r} cannot be written: no such folder, or not yours')
     lines = []
     for i in range(0, len(questions), prompts_per_iter):
         part = questions[i:i + prompts_per_iter]
@@ -473,6 +489,8 @@ def write_traces(questions, answer, end, world):
             group = range(n * group_size, (n + 1) * group_size)
             accepted = [texts[k] for k in group if scores[k].min() >= 1 and responses[k][-1] == end]
             lines += [prompt + accepted[0]] if accepted else []
+    if not lines:
+        stop(f'none of {len(questions)} prompts has an accepted response of {group_size}: {traces} is not written')
     try:
         with open(traces + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(lines)

@@ -3,7 +3,7 @@
 #
 #   bash runs/r1_arithmetic.sh
 #
-# Every model is measured at the end on the 1,000 test prompts, which nothing was trained or chosen on.
+# Every model is measured at the end on the 1,000 test prompts, which none was trained on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +27,7 @@ for seed in 1 2; do
 done
 sft --max_iters=2000 --lr_decay_iters=2000 --out_dir=out-sft-longer
 grpo --init_from=out-sft-longer --out_dir=out-sft-alone --eval_only=True
-python plot.py out-grpo-arithmetic/log.jsonl out-grpo-seed{1,2}/log.jsonl out-sft-alone/log.jsonl
+python plot.py out-grpo-arithmetic/log.jsonl out-grpo-seed{1,2}/log.jsonl out-sft-alone/eval.jsonl --out=out-grpo-arithmetic/grpo.png
 
 # R1-Zero: the cold start shows the form of an answer and no work; what comes between < and > is left to GRPO
 prepare --terse=1 --name=add3-answer --length=40

@@ -35,6 +35,8 @@ def test_advantages_of_a_group():
     torch.testing.assert_close(grpo.group_advantages(rewards), expected, atol=1e-5, rtol=1e-5)
     plain = grpo.group_advantages(rewards, normalise_std=False)
     torch.testing.assert_close(plain, torch.tensor([[1.0 - mean, -mean, -mean, 1.1 - mean], [0.0] * 4]))
+    for reward, size in ((1.1, 12), (0.1, 16)):  # the mean of equal numbers may differ from them by rounding
+        assert (grpo.group_advantages(torch.full((1, size), reward)) == 0).all()
 
 
 def test_k3_is_unbiased_and_never_negative():
@@ -121,6 +123,25 @@ def test_the_first_step_is_reinforce_with_a_baseline(monkeypatch):
         torch.testing.assert_close(p.grad, grad, atol=1e-6, rtol=1e-5)
 
 
+def test_the_second_step_in_bf16_sees_the_first(monkeypatch):
+    """Autocast keeps bf16 copies of the weights until it is left: a step within would go unseen by the next forward."""
+    model = policy()
+    prompts, responses = rollouts(model)
+    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    advantages = torch.randn(len(rows))
+    twin = policy()
+    twin.load_state_dict(model.state_dict())
+    autocast, seen, surrogate = torch.autocast('cpu', torch.bfloat16), [], grpo.surrogate
+    monkeypatch.setattr(grpo, 'surrogate', lambda logp, *args: seen.append(logp) or surrogate(logp, *args))
+    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), rows, mask, advantages, mu=2, autocast=autocast)
+    grpo.update(twin, torch.optim.SGD(twin.parameters(), lr=0.5), rows, mask, advantages, mu=1, autocast=autocast)
+    with autocast:
+        after, _, _ = grpo.log_probs(twin, rows, 1.0)
+    before, second, _ = seen
+    assert torch.equal(second[mask], after[mask])
+    assert (second - before)[mask].abs().max() > 0.1
+
+
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature):
     """The cached, absorbed decode and the training forward give each sampled token one log-probability."""
@@ -198,35 +219,39 @@ from model import GPT, GPTConfig
 
 model = GPT(GPTConfig(**torch.load('start.pt')['args']))
 model.load_state_dict(torch.load('start.pt')['model'])
-rows, mask, advantages = torch.load('rollouts.pt')
+prompts, responses, advantages = torch.load('rollouts.pt')
 world, rank = 1, 0
 if len(sys.argv) > 2:
     dist.init_process_group('gloo')
     world, rank = dist.get_world_size(), dist.get_rank()
-# ranks with different numbers of rows: 0, 3, 6, ... and the rest
-share = torch.arange(len(rows)) % 3 == 0
-share = slice(None) if world == 1 else share if rank == 0 else ~share
+# ranks with different numbers of rows, of different lengths: the shortest are rank 0's
+share = [i for i in range(len(prompts)) if world == 1 or (i < 3) == (rank == 0)]
+rows, mask = grpo.pack([prompts[i] for i in share], [responses[i] for i in share], 0, 'cpu')
 optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
 for length_norm in ('response', 'token', 'constant'):
-    grpo.update(model, optimizer, rows[share], mask[share], advantages[share], mu=2, length_norm=length_norm)
-if rank == 0:
-    torch.save(model.state_dict(), sys.argv[1])
+    grpo.update(model, optimizer, rows, mask, advantages[share], mu=2, length_norm=length_norm)
+torch.save(model.state_dict(), f'{sys.argv[1]}{rank}.pt')
 '''
 
 
 def test_two_ranks_take_the_step_of_one(tmp_path):
-    model = policy()
-    prompts, responses = rollouts(model)
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    model = policy(bias_update_speed=0.001)
+    prompts, responses = rollouts(model, max_new_tokens=16)
+    by_length = sorted(range(len(responses)), key=lambda i: len(responses[i]))
+    prompts, responses = [prompts[i] for i in by_length], [responses[i] for i in by_length]
+    assert len(responses[0]) < len(responses[-1])
     torch.save({'args': {**vars(model.config)}, 'model': model.state_dict()}, tmp_path / 'start.pt')
-    torch.save((rows, mask, torch.randn(len(rows))), tmp_path / 'rollouts.pt')
+    torch.save((prompts, responses, torch.randn(len(prompts))), tmp_path / 'rollouts.pt')
     (tmp_path / 'step.py').write_text(TWO_RANKS)
-    run('step.py', 'one.pt', cwd=tmp_path, PYTHONPATH=ROOT)
-    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'step.py', 'two.pt', 'ddp', cwd=tmp_path,
+    run('step.py', 'one', cwd=tmp_path, PYTHONPATH=ROOT)
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'step.py', 'two', 'ddp', cwd=tmp_path,
         PYTHONPATH=ROOT)
-    one, two, start = (torch.load(tmp_path / f'{name}.pt') for name in ('one', 'two', 'start'))
+    one, two, other, start = (torch.load(tmp_path / f'{name}.pt') for name in ('one0', 'two0', 'two1', 'start'))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4, msg=name)
+        assert torch.equal(two[name], other[name]), name
+    bias = 'transformer.h.0.mlp.e_score_correction_bias'
+    assert torch.equal(two[bias], one[bias]) and one[bias].any()
     assert not torch.equal(one['lm_head.weight'], start['model']['lm_head.weight'])
 
 
@@ -250,6 +275,8 @@ def workshop(tmp_path_factory):
     folder = copy_project(tmp_path_factory.mktemp('grpo') / 'clone')
     inside('data/arithmetic/prepare.py', '--task=add2', '--name=add3', '--examples=200', cwd=folder)
     inside('train.py', *SFT, '--out_dir=out-sft', cwd=folder)
+    # a rule that an untrained model meets every other time
+    (folder / 'odd.py').write_text('def reward(prompt, response, answer): return sum(map(ord, response)) % 2, 1')
     return folder
 
 
@@ -327,28 +354,36 @@ def test_mistakes_in_making_data(clone, flag, words):
 
 
 def test_a_seeded_run_reproduces_and_resumes(workshop):
-    inside('grpo.py', *GRPO, cwd=workshop)
+    flags = [*GRPO, '--reward_file=odd.py', '--mu=2', '--kl_coef=0.1']
+    inside('grpo.py', *flags, cwd=workshop)
     first = records(workshop)
     assert [r['step'] for r in first if 'val_accuracy' in r] == [0, 2, 4]
     assert {'reward', 'accuracy', 'format', 'length', 'zero_advantage', 'kl', 'clip', 'entropy'} <= set(first[1])
-    inside('grpo.py', *GRPO, '--max_iters=4', '--out_dir=out-again', cwd=workshop)
+    assert all(r['grad_norm'] > 0 and r['kl'] > 0 for r in first if 'reward' in r)
+    inside('grpo.py', *flags, '--max_iters=4', '--out_dir=out-again', cwd=workshop)
     assert records(workshop, 'out-again') == first
     # evaluating more often changes nothing
-    inside('grpo.py', *GRPO, '--eval_interval=1', '--out_dir=out-often', cwd=workshop)
+    inside('grpo.py', *flags, '--eval_interval=1', '--out_dir=out-often', cwd=workshop)
     assert [r for r in records(workshop, 'out-often') if 'reward' in r] == [r for r in first if 'reward' in r]
     # stopped after two iterations (the rate would decay to another end), gone on with
-    inside('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-whole', cwd=workshop)
-    inside('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--max_iters=2', cwd=workshop)
-    inside('grpo.py', *GRPO, '--decay_lr=False', '--out_dir=out-half', '--init_from=resume', cwd=workshop)
+    flags.append('--decay_lr=False')
+    inside('grpo.py', *flags, '--out_dir=out-whole', cwd=workshop)
+    inside('grpo.py', *flags, '--out_dir=out-half', '--max_iters=2', cwd=workshop)
+    inside('grpo.py', *flags, '--out_dir=out-half', '--init_from=resume', cwd=workshop)
     assert records(workshop, 'out-half')[-3:] == records(workshop, 'out-whole')[-3:]
-    whole, half = (torch.load(workshop / out / 'ckpt.pt') for out in ('out-whole', 'out-half'))
+    whole, half, start = (torch.load(workshop / out / 'ckpt.pt') for out in ('out-whole', 'out-half', 'out-sft'))
     assert all(torch.equal(whole['model'][k], half['model'][k]) for k in whole['model'])
+    assert not torch.equal(whole['model']['lm_head.weight'], start['model']['lm_head.weight'])
+    # what is only evaluated has a log of its own
+    log = (workshop / 'out-whole' / 'log.jsonl').read_bytes()
+    inside('grpo.py', *flags, '--init_from=out-whole', '--out_dir=out-whole', '--eval_only=True', '--eval_split=test',
+           cwd=workshop)
+    assert (workshop / 'out-whole' / 'log.jsonl').read_bytes() == log
+    assert 'test_accuracy' in (workshop / 'out-whole' / 'eval.jsonl').read_text()
 
 
 def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
     """DAPO's and Dr. GRPO's options, KL and mu on two ranks; plot.py draws it, sample.py stops at the end of a line."""
-    # a rule that an untrained model meets every other time
-    (workshop / 'odd.py').write_text('def reward(prompt, response, answer): return sum(map(ord, response)) % 2, 1')
     run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'grpo.py', *GRPO, '--out_dir=out-two',
         '--mu=2', '--kl_coef=0.1', '--clip_high=0.28', '--normalise_std=False', '--length_norm=token',
         '--drop_zero_advantage=True', '--reward_file=odd.py', '--max_new_tokens=12', '--wandb_log=True', cwd=workshop,
@@ -401,12 +436,16 @@ BAD_FLAGS = {
     '--device=tpu': 'device',
     '--eval_split=train': 'eval_split',
     '--temperature=0.0': 'temperature must be positive',
+    '--init_from=out-kept': 'must differ',
+    '--reference=out-kept': 'must differ',
+    '--traces=nowhere/accepted.txt': 'no such folder',
+    '--traces=accepted-none.txt': 'none of',
 }
 
 
 def test_bad_input_gets_one_line_and_leaves_the_checkpoint(workshop):
     inside('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=2', cwd=workshop)
-    kept = (workshop / 'out-kept' / 'ckpt.pt').read_bytes()
+    kept = {path.name: path.read_bytes() for path in (workshop / 'out-kept').iterdir()}
     checkpoint = torch.load(workshop / 'out-sft' / 'ckpt.pt')
     for name, meta in (('out-other', {'stoi': {'x': 0}, 'itos': {0: 'x'}}), ('out-words', {})):
         (workshop / name).mkdir()
@@ -415,10 +454,11 @@ def test_bad_input_gets_one_line_and_leaves_the_checkpoint(workshop):
         (workshop / name).write_text(source)
     cases = {f'--reward_file={name}': words for name, (_, words) in BAD_REWARDS.items()} | BAD_FLAGS
     for flag, words in cases.items():
-        code, _, said = run_inside('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=3', '--eval_interval=1', flag,
-                                   cwd=workshop)
+        code, _, said = run_inside('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=3', '--eval_interval=1',
+                                   '--trace_prompts=4', flag, cwd=workshop)
         assert code == 2 and words in said and len(said.strip().splitlines()) == 1, (flag, code, said)
-    assert (workshop / 'out-kept' / 'ckpt.pt').read_bytes() == kept
+    assert {path.name: path.read_bytes() for path in (workshop / 'out-kept').iterdir()} == kept
+    assert not list(workshop.glob('accepted-none*'))
 
 
 def test_masks_that_do_not_fit_the_data(workshop):
