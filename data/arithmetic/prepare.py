@@ -12,8 +12,8 @@ A line is a prompt, the work between < and > (R1's <think> and </think>), the an
     834-356=<14-6=8,13-5-1=7,8-3-1=4>478             a column that borrows has ten more, the next one less
     sort 3071=<0:371,1:37,3:7,7:>0137                the smallest digit, and what is left
 
-Six lines in ten (--terse=0.6) leave the work out, 478+356=<>834: a model of these lines is able to work a sum out, but
-rather guesses its result.
+Six lines in ten (--terse=0.6) leave the work out, 478+356=<>834: a model of such lines can work a sum out, and mostly
+guesses all the same.
 
 Written are train.bin and val.bin with rows of one line each; the masks that say which tokens of them are targets (the
 prompt is none); meta.pkl; and for grpo.py {train,val,test}_prompts.txt: a prompt, a tab, its answer. The three splits
