@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import run_inside
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=64', '--q_lora_rank=8',
@@ -38,5 +39,5 @@ def test_every_way_to_the_loss_finds_the_same():
 
 def test_mistakes_are_one_line():
     for args in ((), ('swim',), ('train', '--peer=nobody')):
-        done = bench(*args)
-        assert done.returncode == 2 and 'Traceback' not in done.stderr
+        code, _, said = run_inside('bench.py', *args, cwd=ROOT)
+        assert code == 2 and 'Traceback' not in said
