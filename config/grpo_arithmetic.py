@@ -3,7 +3,7 @@
 #   python grpo.py config/grpo_arithmetic.py
 #   torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_arithmetic.py
 #
-# Hardware: two CPU cores. Expected: from 34% of the held-out sums to 99% in 66 to 87 seconds, 98% in the first 30, as
+# Hardware: two CPU cores. Expected: from 34% of the held-out sums to 99% in 66 to 124 seconds, 98% in the first 30, as
 # the model takes to working them out (seeds 1337, 1 and 2).
 
 init_from = 'out-sft-arithmetic'
