@@ -170,8 +170,7 @@ def surrogate(logp, old_logp, advantages, clip_low, clip_high):
 
 
 def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, clip_low=0.2, clip_high=0.2, kl_coef=0.0,
-           length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256, grad_clip=1.0,
-           autocast=None):
+           length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256, grad_clip=1.0, autocast=None):
     """mu optimizer steps on this rank's rows (B, T + 1), mask (B, T), advantages (B); the ranks' gradients are summed.
 
     autocast, a context, is entered for each forward alone: it holds casts of the weights, which a step makes stale. The
@@ -190,7 +189,7 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
     for step in range(mu):
         loads = torch.zeros(moe_layers, model.config.n_routed_experts, device=rows.device)
         for k, part in enumerate(parts):
-            uncounted = ~mask[part]  # nor shall it overflow in an exp
+            uncounted = ~mask[part]  # a weight of 0 would not undo an overflow in an exp
             with autocast:
                 logp, entropy, load = log_probs(model, rows[part], temperature)
             logp = logp.masked_fill(uncounted, 0.0)
@@ -436,12 +435,13 @@ def main():
         prompts, responses, _, scores = answer(questions, group_size, temperature)
         rewards = scores[:, 0] + format_weight * scores[:, 1]                           # (B,)
         groups = rewards.view(-1, group_size)                                           # (P, G)
-        idle = (groups == groups[:, :1]).all(dim=1)                                     # (P,): no advantage to be had
+        advantages = group_advantages(groups, normalise_std)                            # (P, G)
+        idle = (advantages == 0).all(dim=1)                                             # (P,): groups of equal rewards
         t1 = time.time()
 
         # update
         rows, mask = pack(prompts, responses, end, place)
-        advantages = group_advantages(groups, normalise_std).flatten().to(place)        # (B,)
+        advantages = advantages.flatten().to(place)                                     # (B,)
         if drop_zero_advantage:
             kept = ~idle.repeat_interleave(group_size).to(place)
             rows, mask, advantages = rows[kept], mask[kept], advantages[kept]

@@ -26,8 +26,8 @@ for seed in 1 2; do
     grpo --seed=$seed --init_from=out-sft-seed$seed --out_dir=out-grpo-seed$seed
 done
 sft --max_iters=2000 --lr_decay_iters=2000 --out_dir=out-sft-longer
-grpo --init_from=out-sft-longer --out_dir=out-sft-alone --eval_only=True
-python plot.py out-grpo-arithmetic/log.jsonl out-grpo-seed{1,2}/log.jsonl out-sft-alone/eval.jsonl --out=out-grpo-arithmetic/grpo.png
+grpo --init_from=out-sft-longer --out_dir=out-sft-longer --eval_only=True
+python plot.py out-grpo-arithmetic/log.jsonl out-grpo-seed{1,2}/log.jsonl out-sft-longer/eval.jsonl --out=out-grpo-arithmetic/grpo.png
 
 # R1-Zero: the cold start shows the form of an answer and no work; what comes between < and > is left to GRPO
 prepare --terse=1 --name=add3-answer --length=40
@@ -48,7 +48,7 @@ for task in add4 sub3 sort6; do
 done
 
 measure() {  # the folder of a model, and of its task's data
-    grpo --init_from=$1 --out_dir=$1-test --eval_only=True --eval_split=test --dataset=arithmetic/$2 "${@:3}" | tail -n 1
+    grpo --init_from=$1 --out_dir=$1 --eval_only=True --eval_split=test --dataset=arithmetic/$2 "${@:3}" | tail -n 1
 }
 for run in sft-arithmetic grpo-arithmetic sft2-arithmetic grpo2-arithmetic sft-seed1 grpo-seed1 sft-seed2 grpo-seed2 \
            sft-longer sft-zero grpo-zero student-distilled student-cold student-grpo; do

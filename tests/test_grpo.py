@@ -287,6 +287,14 @@ def records(folder, out_dir='out-rl'):
     return [{k: v for k, v in line.items() if k not in timing} for line in lines if 'command' not in line]
 
 
+def training_text(folder):
+    """What train.bin of a data set spells, and the length of its rows."""
+    with open(folder / 'meta.pkl', 'rb') as f:
+        meta = pickle.load(f)
+    ids = torch.frombuffer(bytearray((folder / 'train.bin').read_bytes()), dtype=torch.uint16).tolist()
+    return ''.join(meta['itos'][t] for t in ids), meta['row_length']
+
+
 def test_data_sets_are_disjoint_and_right(workshop):
     folder = workshop / 'data' / 'arithmetic' / 'add3'
     operands = {}
@@ -308,18 +316,14 @@ def test_the_rules_accept_every_trace(clone, task):
     """What prepare.py writes as work and answer is well-formed and right by reward.py; a changed answer is not."""
     inside('data/arithmetic/prepare.py', f'--task={task}', '--examples=300', cwd=clone)
     folder = clone / 'data' / 'arithmetic' / task
-    with open(folder / 'meta.pkl', 'rb') as f:
-        meta = pickle.load(f)
     answers = dict(line.split('\t') for line in (folder / 'train_prompts.txt').read_text().splitlines())
     reward = {}
     exec((ROOT / 'data/arithmetic/reward.py').read_text(), reward)
-    ids = torch.frombuffer(bytearray((folder / 'train.bin').read_bytes()), dtype=torch.uint16).tolist()
+    text, length = training_text(folder)
     targets = (folder / 'train_mask.bin').read_bytes()
-    length = meta['row_length']
     terse = 0
     for i in range(0, 300 * length, length):
-        text = ''.join(meta['itos'][t] for t in ids[i:i + length])
-        line = text[:text.index('\n') + 1]
+        line = text[i:text.index('\n', i) + 1]
         prompt, response = line[:line.index('=') + 1], line[line.index('=') + 1:]
         assert reward['reward'](prompt, response, answers[prompt]) == (1.0, 1.0)
         wrong = str(int(answers[prompt]) + 1)
@@ -336,11 +340,8 @@ def test_the_rules_accept_every_trace(clone, task):
 def test_all_lines_or_none_can_be_terse(clone):
     for terse in (0, 1):
         inside('data/arithmetic/prepare.py', '--task=add2', '--examples=50', f'--terse={terse}', cwd=clone)
-        folder = clone / 'data' / 'arithmetic' / 'add2'
-        with open(folder / 'meta.pkl', 'rb') as f:
-            itos = pickle.load(f)['itos']
-        ids = torch.frombuffer(bytearray((folder / 'train.bin').read_bytes()), dtype=torch.uint16).tolist()
-        lines = [line for line in ''.join(itos[t] for t in ids).split('\n') if line]
+        text, _ = training_text(clone / 'data' / 'arithmetic' / 'add2')
+        lines = [line for line in text.split('\n') if line]
         assert len(lines) == 50 and all(('<>' in line) == terse for line in lines)
 
 
