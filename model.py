@@ -12,9 +12,12 @@ Letters in the shape comments:
   N = B*T tokens     E routed experts             K experts per token      h expert width
 """
 
+import contextlib
+import glob
 import math
 import os
 import re
+import shutil
 from dataclasses import dataclass, fields
 
 import torch
@@ -825,13 +828,19 @@ class GPT(nn.Module):
         """The model of a ckpt.pt that train.py wrote, and the checkpoint itself; a ValueError where it cannot be."""
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            if any(name.endswith('transformer.wpe.weight') for name in checkpoint['model']):
+                raise ValueError("this is a nanoGPT (GPT-2) checkpoint, and GPT-2's weights do not fit MLA and MoE: "
+                                 'train a new model')
             args = checkpoint['model_args']
             # where the checkpoint does not say it, its context is the original one
             args = {'rope_original_max_position_embeddings': args['block_size']} | args | overrides
             model = cls(GPTConfig(**args))
             model.load_state_dict({k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()})
         except FileNotFoundError:
-            raise ValueError(f'{path} is missing: train a model first, or name the out_dir it is in') from None
+            raise ValueError(f'{path} is missing: train a model first, or name the out_dir it is in'
+                             f'{kept_earlier(path)}') from None
+        except EOFError:
+            raise ValueError(f'{path} is no checkpoint of this model: it is empty, or cut short') from None
         except Exception as e:  # a damaged file, another program's, GPT-2's weights
             raise ValueError(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
         return model, checkpoint
@@ -1009,4 +1018,63 @@ def peak_tflops(name):
 
 
 def first_line(error):
-    return (str(error).strip().splitlines() or [''])[0][:200]
+    """What an exception says, on one line; its type where it says nothing."""
+    return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+def kept_earlier(path):
+    """In words, the files that keep_earlier() made of this one; '' if there are none."""
+    names = sorted(glob.glob(f'{glob.escape(path)}.old*'))
+    return f'. Kept from earlier runs: {", ".join(names)}: to go on from one, rename it to {path}' if names else ''
+
+
+def keep_earlier(folder, names):
+    """Rename what an earlier run left in a folder: to NAME.old, or with the first number that is free to NAME.old2, ...
+
+    All of its files get one number, and nothing is written over. Returns the new names by the old ones.
+    """
+    def there(name):
+        return os.path.lexists(os.path.join(folder, name))
+
+    n, end = 1, '.old'
+    while any(there(name + end) for name in names):
+        n += 1
+        end = f'.old{n}'
+    moved = {name: name + end for name in names if there(name)}
+    for name, new in moved.items():
+        os.rename(os.path.join(folder, name), os.path.join(folder, new))
+    return moved
+
+
+def save_checkpoint(checkpoint, path, best_path=None):
+    """Written beside, forced to the disk and renamed: a kill at any instant leaves the last checkpoint whole.
+
+    best_path: a second name for the same file, which moves first: a run that is killed in between goes on from the
+    checkpoint before, and comes to the same best one again. ValueError where the disk is full or fails; what was there
+    before is whole then.
+    """
+    new, new_best = path + '.tmp', f'{best_path}.tmp'
+    try:
+        with open(new, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if best_path:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(new_best)
+            try:
+                os.link(new, new_best)
+            except OSError:  # a file system without links
+                shutil.copyfile(new, new_best)
+            os.replace(new_best, best_path)
+        os.replace(new, path)
+        if os.name == 'posix':  # elsewhere a folder cannot be opened
+            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as e:
+        for left in (new, new_best):
+            with contextlib.suppress(OSError):
+                os.remove(left)
+        cause = e if isinstance(e, OSError) else e.__context__ or e  # torch's own error hides the system's
+        raise ValueError(f'{path} could not be written, what was saved before is whole: {first_line(cause)}') from None
