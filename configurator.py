@@ -11,7 +11,9 @@ A value must fit the type of the default it replaces: an int will do for a float
 import ast as _ast
 import difflib as _difflib
 import os as _os
+import re as _re
 import sys as _sys
+import textwrap as _textwrap
 import types as _types
 
 
@@ -58,18 +60,41 @@ def _read_config(path):
         _stop(f'config file {path}: {e.strerror}')
     except UnicodeDecodeError:
         _stop(f'config file {path}: not UTF-8 text')
-    _print(f'Overriding config with {path}:\n{source.rstrip()}')
     names = dict(globals())  # a config file may read the defaults
     before = dict(names)
     try:
         exec(source, names)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         _stop(f'{path}: {type(e).__name__}: {e}')
+    found = {}
     for key, value in names.items():
         passing = key.startswith('_') or isinstance(value, (_types.ModuleType, _types.FunctionType, type))
-        if passing or (key in before and before[key] is value):
-            continue
-        yield key, _fit(key, value, _check_key(key, path), path)
+        if not passing and not (key in before and before[key] is value):
+            found[key] = _fit(key, value, _check_key(key, path), path)
+    _print(_textwrap.fill(f'Overriding config with {path}: ' + ', '.join(f'{k} = {v!r}' for k, v in found.items()),
+                          width=120, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False))
+    return found
+
+
+def _comments():
+    """{setting: the comment behind it}, from the lines that define it: in the script, or in the model's config."""
+    found = {}
+    folder = _os.path.dirname(_os.path.abspath(__file__))
+    for path in (_os.path.abspath(__file__), _os.path.join(folder, 'model.py')):
+        if _os.path.exists(path):
+            with open(path, encoding='utf-8') as f:
+                for name, comment in _re.findall(r'^ *(\w+)(?:: \w+)? = [^#\n]+  # (.+)$', f.read(), _re.M):
+                    found.setdefault(name, comment)
+    return found
+
+
+def _help():
+    """Every setting with its default and its comment."""
+    comments = _comments()
+    _print('\n'.join([(__doc__ or '').strip(), '', 'Settings, each with its default:', *(
+        f'  --{key}={value}' + (f'  # {comments[key]}' if key in comments else '')
+        for key, value in _settings(globals()).items())]))
+    raise SystemExit(0)
 
 
 def _read_flag(arg):
@@ -88,6 +113,8 @@ def _read_flag(arg):
     return key, value
 
 
+if {'--help', '-h'} & set(_sys.argv[1:]):
+    _help()
 for _arg in _sys.argv[1:]:
     if _arg.startswith('-'):
         globals().update([_read_flag(_arg)])

@@ -124,7 +124,8 @@ class GPTConfig:
         for name in ('rms_norm_eps', 'rope_theta', 'rope_beta_fast', 'rope_beta_slow', 'initializer_range'):
             self._check(getattr(self, name) > 0, f'{name} must be positive')
         self._check(self.first_k_dense_replace <= self.n_layer, f'first_k_dense_replace must lie in 0..{self.n_layer}')
-        self._check(self.eos_token_id >= -1, 'eos_token_id must be a token, or -1')
+        self._check(-1 <= self.eos_token_id < self.vocab_size,
+                    f'eos_token_id={self.eos_token_id} must be a token below vocab_size={self.vocab_size}, or -1')
         self._check(self.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
         self._check(0 <= self.dropout < 1, 'dropout must lie in [0, 1)')
         self._check(self.scoring_func in ('sigmoid', 'softmax'), "scoring_func must be 'sigmoid' or 'softmax'")
@@ -706,7 +707,7 @@ class GPT(nn.Module):
         x, routing = self.run(module.h, x, cache, pos)
         return module.norm(x), routing
 
-    def forward(self, idx, targets=None, cache=None, pos=0, return_logits=True):
+    def forward(self, idx, targets=None, cache=None, pos=0, return_logits=True, mtp_lambda=None):
         """idx (B, T) -> logits, loss.
 
         Without targets: logits of the last position (B, 1, V), and None. With targets (B, T; -1: no target): in eval
@@ -714,6 +715,7 @@ class GPT(nn.Module):
         loss to minimise: main + MTP (eq. 24-25) + balance. return_logits=False: None in eval too, for less memory.
         A training forward with targets leaves in `stats`, as tensors: `losses` (1 + modules): main and each MTP
         module's; `balance`: the mean over MoE layers; `load` (MoE layers, E): tokens per expert.
+        mtp_lambda: the weight of the MTP losses, where it is not the config's.
         cache: from make_cache(); then idx are the tokens at positions pos..pos+T-1, and the cache is filled with them.
         """
         B, T = idx.shape
@@ -747,7 +749,8 @@ class GPT(nn.Module):
         labels = torch.stack(labels).flatten(1)                             # (1+D, B*T)
         valid = labels >= 0
         mean = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)          # each loss averages over its own targets
-        coef = [1.0] + [self.config.mtp_lambda / D for _ in range(D)]       # eq. 25
+        weight = self.config.mtp_lambda if mtp_lambda is None else mtp_lambda
+        coef = [1.0] + [weight / D for _ in range(D)]                       # eq. 25
         loss, rows = LinearCrossEntropy.apply(
             torch.stack(states).flatten(0, 2), self.lm_head.weight, labels.flatten(),
             torch.cat([c * m for c, m in zip(coef, mean)]), self.rows_fn, torch.is_grad_enabled())

@@ -9,20 +9,25 @@ All randomness of a micro-batch (its rows, its dropout) follows from the seed an
 iterations and ranks, so a resumed run goes on exactly as the uninterrupted one would have.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop has its own handler: Ctrl-C ends without a traceback
+
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import pickle
 import platform
-import random
 import shlex
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
+import uuid
 
 import numpy as np
 import torch
@@ -30,7 +35,7 @@ import torch._functorch.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import GPT, GPTConfig, first_line
+from model import GPT, GPTConfig, first_line, keep_earlier, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig with its default (-1: derived from n_layer, n_head and n_embd)
@@ -86,54 +91,125 @@ activation_memory = 1.0  # with compile: share of a block's activations that is 
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())  # from the command line, config files
 config = {k: globals()[k] for k in config_keys}
-# -----------------------------------------------------------------------------
-
 here = os.path.dirname(os.path.abspath(__file__))
+# -----------------------------------------------------------------------------
+# checks: what fails because of a user's mistake raises a ValueError, and stop() says it
+
 # one process, or one of several under torchrun
 ddp = 'RANK' in os.environ
-rank, world = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if ddp else (0, 1)
+rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 master = rank == 0
+hosts = None  # a gloo group: what the ranks agree on without their GPUs
 
 
-def stop(message):
-    """What the user can mend: one line that says it, and exit code 2."""
-    if os.environ.get('LOCAL_RANK', '0') == '0':  # one rank speaks for its machine
+def stop(message, every_rank=False):
+    """A user's mistake: one line, from one rank of each machine or from whichever meets it, and exit code 2."""
+    if every_rank or local_rank == 0:
         print(message, file=sys.stderr, flush=True)
+    disconnect(failed=True)
     raise SystemExit(2)
 
 
-for key in ('batch_size', 'block_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
-            'max_skipped_iters'):
-    if config[key] <= 0:
-        stop(f'{key} must be positive')
-if gradient_accumulation_steps % world != 0:
-    stop(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} ranks')
-for key in ('learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'max_iters', 'warmup_iters', 'lr_decay_iters',
-            'mtp_lambda_late', 'mtp_late_from'):
-    if not 0 <= config[key] < math.inf:
-        stop(f'{key}={config[key]} must be finite and not negative')
-for key in ('beta1', 'beta2'):
-    if not 0 <= config[key] < 1:
-        stop(f'{key}={config[key]} must lie in [0, 1)')
-if ddp and device.startswith('cuda'):
-    device = f'cuda:{os.environ["LOCAL_RANK"]}'
-    if torch.cuda.device_count() < int(os.environ['LOCAL_WORLD_SIZE']):
-        stop(f'{os.environ["LOCAL_WORLD_SIZE"]} ranks need as many GPUs; here are {torch.cuda.device_count()}')
-try:
-    device_type = torch.zeros(1, device=device).device.type
-except Exception as e:  # torch raises RuntimeError, AssertionError and others
-    stop(f'device={device!r} cannot be used here: {first_line(e)}')
-if ddp:
+def disconnect(failed=False):
+    """Leave the process groups. gloo's threads must end before Python does, or they may abort it (pytorch#190489), and
+    they end when nothing holds their groups: neither DDP's module nor `hosts`.
+    """
+    global model, hosts
+    group, model, hosts = hosts, None, None
+    if not dist.is_initialized():
+        return
+    if failed and dist.get_backend() == 'nccl':  # it would wait for ranks that may not come
+        dist.destroy_process_group(group)
+    else:
+        dist.destroy_process_group()
+
+
+RANGES = [  # settings, the values that they may have, and these in words
+    ('batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_skipped_iters',
+     lambda x: x > 0, 'be positive'),
+    ('learning_rate min_lr weight_decay grad_clip max_iters warmup_iters lr_decay_iters mtp_lambda_late mtp_late_from',
+     lambda x: 0 <= x < math.inf, 'be finite and not negative'),
+    ('beta1 beta2', lambda x: 0 <= x < 1, 'lie in [0, 1)'),
+    ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
+    ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
+    ('optimizer', lambda x: x in ('adamw', 'muon'), "be 'adamw' or 'muon'"),
+    ('dtype', lambda x: x in ('', 'float32', 'bfloat16', 'float16'), "be 'float32', 'bfloat16' or 'float16'"),
+    ('fp8_scaling', lambda x: x in ('tile', 'row', 'tensor'), "be 'tile', 'row' or 'tensor'"),
+    ('fp8_grad', lambda x: x in ('e4m3', 'e5m2'), "be 'e4m3' or 'e5m2'"),
+    ('init_from', lambda x: x in ('scratch', 'resume') or os.path.isdir(x),
+     "be 'scratch', 'resume' or a folder with a DeepSeek-V2 or V3 family checkpoint: GPT-2's weights do not fit this "
+     'architecture'),
+    ('out_dir', lambda x: x != '', 'name a folder'),
+    ('fp8 bf16_moments', lambda x: not x or os.path.exists(os.path.join(here, 'fp8.py')),
+     'have fp8.py beside train.py'),
+]
+
+
+def check_settings():
+    for names, fits, words in RANGES:
+        for name in names.split():
+            if not fits(config[name]):
+                raise ValueError(f'{name}={config[name]!r} must {words}')
+    if gradient_accumulation_steps % world != 0:
+        raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
+                         'ranks')
+    if bf16_moments and (optimizer != 'adamw' or dtype == 'float16'):
+        raise ValueError("bf16_moments=True is AdamW's, and not for dtype='float16'")
+    if decay_lr and warmup_iters > lr_decay_iters and master:
+        print(f'note: the rate rises until warmup_iters={warmup_iters} and then falls to min_lr at once, because '
+              f'lr_decay_iters={lr_decay_iters} is before that')
+
+
+# -----------------------------------------------------------------------------
+# ranks and device
+
+def connect():
+    """This rank's device, and a random name of the run, which all ranks share and torchrun's restarts keep."""
+    place = device
+    if ddp and device.startswith('cuda'):
+        place = f'cuda:{local_rank}'
+        if torch.cuda.device_count() < int(os.environ['LOCAL_WORLD_SIZE']):
+            raise ValueError(f'{os.environ["LOCAL_WORLD_SIZE"]} ranks need as many GPUs; here are '
+                             f'{torch.cuda.device_count()}')
+    try:
+        device_type = torch.device(place).type
+        torch.zeros(1, device=place).item()
+    except Exception as e:  # torch raises RuntimeError, AssertionError and others
+        raise ValueError(f'device={device!r} cannot be used here: {first_line(e)}') from None
+    if not ddp:
+        return place, uuid.uuid4().hex
     if device_type == 'cuda':
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(place)
     try:
         store, _, _ = next(dist.rendezvous('env://'))
         # torchrun's store outlives a restart, with the addresses of the ranks that were lost
-        store = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-        dist.init_process_group(backend if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world)
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+        groups = dist.PrefixStore(f'attempt{attempt}', store)
+        check_host_names(groups)
+        dist.init_process_group(backend if device_type == 'cuda' else 'gloo', store=groups, rank=rank, world_size=world)
+        global hosts
+        hosts = dist.new_group(backend='gloo')
     except (ValueError, RuntimeError) as e:
-        stop(f'the ranks cannot be connected: {first_line(e)}')
-hosts = dist.new_group(backend='gloo') if ddp else None  # for what the ranks agree on without their GPUs
+        raise ValueError(f'the ranks cannot be connected: {first_line(e)}') from None
+    return place, store.compare_set('run', '', uuid.uuid4().hex).decode()
+
+
+def check_host_names(store):
+    """gloo listens where this machine's name points to; on many it is 127.0.1.1, which no other machine can reach."""
+    machines = int(os.environ.get('GROUP_WORLD_SIZE', 1))
+    if machines == 1 or 'GLOO_SOCKET_IFNAME' in os.environ:
+        return
+    if local_rank == 0:
+        try:
+            address = socket.gethostbyname(socket.gethostname())
+        except OSError:
+            address = '127.0.0.1'
+        store.set('host' + os.environ['GROUP_RANK'], f'{socket.gethostname()} {address}')
+    for machine in range(machines):
+        name, address = store.get(f'host{machine}').decode().split()
+        if address.startswith('127.'):
+            raise ValueError(f'the host name {name} means {address}, where no other machine reaches it: set '
+                             'GLOO_SOCKET_IFNAME to the network interface, such as eth0, on every machine')
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM, group=None):
@@ -142,48 +218,35 @@ def all_reduce(x, op=dist.ReduceOp.SUM, group=None):
     return x
 
 
-if not 0 <= activation_memory <= 1:
-    stop('activation_memory must lie in 0..1')
-if seed < 0:
-    stop('seed must not be negative')
-if optimizer not in ('adamw', 'muon'):
-    stop(f"optimizer={optimizer!r} must be 'adamw' or 'muon'")
-if init_from not in ('scratch', 'resume') and not os.path.isdir(init_from):
-    stop(f"init_from={init_from!r} must be 'scratch', 'resume' or a folder with a DeepSeek-V2 or V3 family checkpoint: "
-         "GPT-2's weights do not fit this architecture")
-if fp8_scaling not in ('tile', 'row', 'tensor'):
-    stop(f"fp8_scaling={fp8_scaling!r} must be 'tile', 'row' or 'tensor'")
-if fp8_grad not in ('e4m3', 'e5m2'):
-    stop(f"fp8_grad={fp8_grad!r} must be 'e4m3' or 'e5m2'")
-for key in ('fp8', 'bf16_moments'):
-    if config[key] and not os.path.exists(os.path.join(here, 'fp8.py')):
-        stop(f'{key}=True needs fp8.py beside train.py')
-if bf16_moments and (optimizer != 'adamw' or dtype == 'float16'):
-    stop("bf16_moments=True is AdamW's, and not for dtype='float16'")
+def most(x):
+    """The largest of the ranks' ints."""
+    return all_reduce(torch.tensor(int(x)), dist.ReduceOp.MAX, hosts).item()
+
+
+def best_dtype(device_type):
+    if device_type == 'cuda':
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    native = device_type == 'cpu' and torch.backends.mkldnn.is_available() \
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return 'bfloat16' if native else 'float32'
+
+
+try:
+    check_settings()
+    device, run = connect()
+    device_type = torch.device(device).type
+    dtype = config['dtype'] = dtype or best_dtype(device_type)
+    if dtype == 'float16' and device_type != 'cuda':
+        raise ValueError("dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
+except ValueError as e:
+    stop(e)
 accumulation = gradient_accumulation_steps // world
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+ctx = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+# with bf16 or fp16 the few fp32 products that are left, the routers', are exact
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == 'float32'
 
-if not dtype:
-    bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if device_type == 'cuda' else
-            device_type == 'cpu' and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    dtype = 'bfloat16' if bf16 else 'float16' if device_type == 'cuda' else 'float32'
-    config['dtype'] = dtype
-if dtype == 'float16' and device_type != 'cuda':
-    stop("dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
-ptdtype = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}.get(dtype)
-if ptdtype is None:
-    stop(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'")
-ctx = contextlib.nullcontext() if dtype == 'float32' else torch.amp.autocast(device_type, dtype=ptdtype)
-torch.backends.cuda.matmul.allow_tf32 = True
-torch.backends.cudnn.allow_tf32 = True
-
-if wandb_log and master:
-    try:
-        import wandb
-    except ImportError:
-        stop('wandb_log=True needs wandb: pip install wandb')
-
+# -----------------------------------------------------------------------------
 # data: flat files of token ids, read where they lie
 data_dir = os.path.join(here, 'data', dataset)
 
@@ -199,59 +262,87 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 def load_meta(path):
+    """What prepare.py says of its tokens: vocab_size, and where they differ from GPT-2's uint16, stoi and itos, dtype,
+    row_length (a sequence begins at a multiple of it), tokenizer (the SHA-256 of the tokenizer.json that made them).
+    """
     if not os.path.exists(path):
         return {}
-    with open(path, 'rb') as f:
-        meta = PlainUnpickler(f).load()
-    if type(meta['vocab_size']) is not int or meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
-        raise ValueError('its vocab_size must be an int, its dtype uint16 or uint32')
-    stoi, itos = meta.get('stoi', {}), meta.get('itos', {})
-    if {(type(k), type(v)) for k, v in [*stoi.items(), *((ch, i) for i, ch in itos.items())]} - {(str, int)}:
-        raise ValueError('its stoi and itos must map characters to ints and back')
-    if type(meta.get('row_length', 1)) is not int or meta.get('row_length', 1) < 1:
-        raise ValueError('its row_length must be a positive int')
+    try:
+        with open(path, 'rb') as f:
+            meta = PlainUnpickler(f).load()
+        if type(meta['vocab_size']) is not int or meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
+            raise ValueError('its vocab_size must be an int, its dtype uint16 or uint32')
+        stoi, itos = meta.get('stoi', {}), meta.get('itos', {})
+        if {(type(k), type(v)) for k, v in [*stoi.items(), *((ch, i) for i, ch in itos.items())]} - {(str, int)}:
+            raise ValueError('its stoi and itos must map characters to ints and back')
+        if type(meta.get('row_length', 1)) is not int or meta.get('row_length', 1) < 1:
+            raise ValueError('its row_length must be a positive int')
+        if type(meta.get('tokenizer', '')) is not str:
+            raise ValueError('its tokenizer must be a string')
+    except EOFError:
+        raise ValueError(f'{path} cannot be used: it is empty, or cut short: run prepare.py again') from None
+    except Exception as e:  # an unpickler meets damage in many ways
+        raise ValueError(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}') from None
     return meta
 
 
-try:
-    meta = load_meta(os.path.join(data_dir, 'meta.pkl'))
-except Exception as e:  # an unpickler meets damage in many ways
-    stop(f'{data_dir}/meta.pkl cannot be used: {type(e).__name__}: {first_line(e)}')
-tokens, masks = {}, {}
-for split in ('train', 'val'):
+def data_sets():
+    """In words, the data sets there are."""
+    found = [os.path.relpath(folder, os.path.join(here, 'data')) for folder, _, files in
+             os.walk(os.path.join(here, 'data')) if 'train.bin' in files]
+    return f'prepared are: {", ".join(sorted(found))}' if found else 'none is prepared yet'
+
+
+def open_tokens(split, token_dtype):
     path = os.path.join(data_dir, f'{split}.bin')
     if not os.path.isfile(path):
-        stop(f'{path} is missing: run python data/{dataset}/prepare.py first')
-    # prepare.py writes uint32 where the vocabulary does not fit in uint16, and says so in meta.pkl
-    token_dtype = np.dtype(meta.get('dtype', 'uint16'))
+        raise ValueError(f'{path} is missing: run python data/{dataset}/prepare.py first, or name another data set; '
+                         f'{data_sets()}')
     if os.path.getsize(path) % token_dtype.itemsize != 0:
-        stop(f'{path} is cut short, or does not hold {token_dtype}: run prepare.py again')
+        raise ValueError(f'{path} is cut short, or does not hold {token_dtype}: run prepare.py again')
     if os.path.getsize(path) <= block_size * token_dtype.itemsize:
-        stop(f'{path} holds too few tokens for block_size={block_size}')
+        raise ValueError(f'{path} holds too few tokens for block_size={block_size}')
     try:
-        tokens[split] = np.memmap(path, dtype=token_dtype, mode='r')
+        tokens = np.memmap(path, dtype=token_dtype, mode='r')
     except OSError as e:
-        stop(f'{path} cannot be read: {e.strerror}')
-    head = tokens[split][:4096]
+        raise ValueError(f'{path} cannot be read: {e.strerror}') from None
+    head = tokens[:4096]
     if token_dtype == np.uint16 and len(head) >= 64 and head[0::2].any() and not head[1::2].any():
-        stop(f'{path} holds numbers wider than uint16, by its zeros: write uint16, or name the dtype in meta.pkl')
-    # a byte for each token, where prepare.py wrote them: 0 for one that counts in no loss (a prompt's)
+        raise ValueError(f'{path} holds numbers wider than uint16, by its zeros: write uint16, or name the dtype in '
+                         'meta.pkl')
+    return tokens
+
+
+def open_mask(split, length):
+    """A byte for each token, where prepare.py wrote them: 0 for one that counts in no loss (a prompt's)."""
     path = os.path.join(data_dir, f'{split}_mask.bin')
-    if os.path.exists(path):
-        if os.path.getsize(path) != len(tokens[split]):
-            stop(f'{path} must hold a byte for each token of {split}.bin: run prepare.py again')
-        masks[split] = np.memmap(path, dtype=np.uint8, mode='r')
+    if not os.path.exists(path):
+        return None
+    if os.path.getsize(path) != length:
+        raise ValueError(f'{path} must hold a byte for each token of {split}.bin: run prepare.py again')
+    return np.memmap(path, dtype=np.uint8, mode='r')
+
+
+def check_tokens(vocab_size):
+    """All of them, each rank its share: a token beyond the vocabulary would be an odd error much later."""
+    for split, data in tokens.items():
+        top = most(np.array_split(data, world)[rank].max(initial=0))
+        if top >= vocab_size:
+            raise ValueError(f'{data_dir}/{split}.bin holds the token {top}, beyond vocab_size={vocab_size}')
+        if split == 'train' and top < 256 and not meta and not config['vocab_size'] and init_from == 'scratch':
+            raise ValueError(f'{data_dir}/meta.pkl is missing, and {split}.bin holds no more than {top + 1} different '
+                             f'tokens: run prepare.py again, or say --vocab_size={top + 1}')
 
 
 def get_batch(split, stream, index):
     """The micro-batch number `index` of a stream of random batches: x, y, each (batch_size, block_size)."""
-    data = tokens[split]
+    data, mask = tokens[split], masks[split]
     rng = np.random.default_rng((seed, {'train': 0, 'val': 1}[split], stream, index))
     step = meta.get('row_length', 1)  # where the data are rows, a sequence begins where one of them does
     starts = step * rng.integers((len(data) - block_size - 1) // step + 1, size=batch_size)
     places = starts[:, None] + np.arange(block_size + 1)
     rows = data[places].astype(np.int64)                                          # (B, T + 1)
-    targets = np.where(masks[split][places], rows, -1) if split in masks else rows
+    targets = rows if mask is None else np.where(mask[places], rows, -1)
     xy = torch.from_numpy(np.stack((rows[:, :-1], targets[:, 1:])))               # (2, B, T)
     if device_type == 'cuda':
         xy = xy.pin_memory().to(device, non_blocking=True)
@@ -260,113 +351,204 @@ def get_batch(split, stream, index):
     return xy[0], xy[1]
 
 
-# the model, new or from a checkpoint
-iter_num = 0
-best_val_loss = math.inf
-torch.manual_seed(seed)
-# ckpt.pt is what nanoGPT's is: the last checkpoint, or with always_save_checkpoint=False the best; the other is beside
-names = ('ckpt.pt', 'ckpt_best.pt') if always_save_checkpoint else ('ckpt_last.pt', 'ckpt.pt')
-last_path, best_path = (os.path.join(out_dir, name) for name in names)
-ckpt_path = os.path.join(out_dir, 'ckpt_last.pt')
-if not os.path.exists(ckpt_path):
-    ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and os.path.exists(ckpt_path):
-    init_from = 'resume'  # torchrun lost a rank and starts all of them again
-checkpoint = None
 try:
-    if init_from == 'scratch':
-        model_args = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig)}
-        model_args['vocab_size'] = vocab_size or meta.get('vocab_size', 50304)
-        model = GPT(GPTConfig(**model_args))
-    else:
-        # the architecture is the checkpoint's; these may change from run to run
-        free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda')
-        # these where they are given: YaRN extends the context of a trained model
-        if_given = ['eos_token_id', *(field.name for field in dataclasses.fields(GPTConfig)
-                                      if field.name.startswith('rope_') and field.name != 'rope_theta')]
-        overrides = {k: config[k] for k in free} | {'block_size': block_size}
-        overrides |= {k: config[k] for k in if_given if config[k] != getattr(GPTConfig, k)}
-        if init_from == 'resume':
-            model, checkpoint = GPT.from_checkpoint(ckpt_path, device, **overrides)
-            iter_num, best_val_loss = checkpoint.get('iter_num'), checkpoint.get('best_val_loss')
-            trained_on = checkpoint.get('meta') or {}
-            if (type(iter_num), type(best_val_loss), type(trained_on)) != (int, float, dict) or iter_num < 0:
-                stop(f'{ckpt_path} is no checkpoint of a training run: its iter_num, best_val_loss or meta is odd')
-            # the characters must be the same; a converted checkpoint, without an optimizer, has no table of them
-            if checkpoint.get('optimizer') and trained_on.get('stoi') != meta.get('stoi'):
-                stop(f'{data_dir} has another vocabulary than {ckpt_path} was trained on: resume with its dataset, or '
-                     'restore its meta.pkl')
-        else:
-            model = GPT.from_pretrained(init_from, overrides)
-        ignored = [f'{field.name}={config[field.name]}' for field in dataclasses.fields(GPTConfig)
-                   if field.name not in (*free, *if_given, 'block_size', 'vocab_size')
-                   and config[field.name] not in (field.default, getattr(model.config, field.name))]
-        if ignored and master:
-            print(f'ignored, since the architecture is the checkpoint\'s: {", ".join(ignored)}')
-        original = model.config.rope_original_max_position_embeddings
-        if block_size > model.config.rope_factor * original:
-            stop(f'block_size={block_size} is longer than the {int(model.config.rope_factor * original)} of the '
-                 'checkpoint: resume with the config file and the flags that the run was started with, or extend it '
-                 f'with --rope_factor={math.ceil(block_size / original)}')
-        if iter_num >= max_iters and not eval_only and master:
-            print(f'nothing to do but evaluate: {ckpt_path} has made {iter_num} of {max_iters} updates')
+    meta = load_meta(os.path.join(data_dir, 'meta.pkl'))
+    tokens = {split: open_tokens(split, np.dtype(meta.get('dtype', 'uint16'))) for split in ('train', 'val')}
+    masks = {split: open_mask(split, len(tokens[split])) for split in tokens}
 except ValueError as e:
-    stop(str(e))
-model_args = dataclasses.asdict(model.config)  # with every derived size
-for split, data in tokens.items():  # all of it, each rank its share
-    top = torch.tensor(int(np.array_split(data, world)[rank].max(initial=0)))
-    top = all_reduce(top, dist.ReduceOp.MAX, hosts).item()
-    if top >= model.config.vocab_size:
-        stop(f'{data_dir}/{split}.bin holds the token {top}, beyond vocab_size={model.config.vocab_size}')
-    if split == 'train' and top < 256 and not meta and not vocab_size and init_from == 'scratch':
-        stop(f'{data_dir}/meta.pkl is missing, and {split}.bin holds no more than {top + 1} different tokens: run '
-             f'prepare.py again, or say --vocab_size={top + 1}')
-model.to(device)
-if fp8:
-    from fp8 import Recipe, enable
-    execution = enable(model, Recipe(fp8_scaling, {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad],
-                                     fp8_power_of_two))
-    if master:
-        print(execution)
-raw_model = model
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, config['optimizer'])
-if bf16_moments:
-    from fp8 import AdamW16
-    optimizer = AdamW16(optimizer.param_groups, fused=True)
-if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
-    try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        if checkpoint.get('scaler'):
-            scaler.load_state_dict(checkpoint['scaler'])
-    except Exception as e:  # a dict of another shape fails in many ways
-        stop(f'the optimizer in {ckpt_path} does not fit optimizer={config["optimizer"]!r}: {first_line(e)}')
-if ddp:
-    furthest = all_reduce(torch.tensor(iter_num), dist.ReduceOp.MAX, hosts).item()
-    if all_reduce(torch.tensor(int(iter_num != furthest)), group=hosts) > 0:
-        stop(f'the ranks hold checkpoints of different iterations: {out_dir} must be one folder for all machines')
-checkpoint = None  # free the memory
+    stop(e)
 
-if compile:
-    # try it on one micro-batch, in training and in evaluation: no compiler costs speed and nothing else
-    torch._functorch.config.activation_memory_budget = activation_memory
-    raw_model.compile()
+# -----------------------------------------------------------------------------
+# the model: new, from a checkpoint of this file's, or from a Hugging Face folder
+# ckpt.pt is what nanoGPT's is: the last checkpoint, or with always_save_checkpoint=False the best; the other is beside
+last_path, best_path = (os.path.join(out_dir, name) for name in
+                        (('ckpt.pt', 'ckpt_best.pt') if always_save_checkpoint else ('ckpt_last.pt', 'ckpt.pt')))
+fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
+
+
+def new_model():
+    args = {name: config[name] for name in fields}
+    args['vocab_size'] = vocab_size or meta.get('vocab_size', 50304)
+    return GPT(GPTConfig(**args))
+
+
+def overrides():
+    """What a run may change of a checkpoint's architecture: these always, and RoPE's where it is given, for YaRN."""
+    always = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size')
+    if_given = [name for name in fields if name == 'eos_token_id' or name.startswith('rope_') and name != 'rope_theta']
+    return {name: config[name] for name in fields
+            if name in always or name in if_given and config[name] != fields[name]}
+
+
+def resumed_model():
+    """The model of the last checkpoint, and the checkpoint."""
+    path = resume_path()
+    if most(os.path.exists(path)) != -most(-os.path.exists(path)):
+        raise ValueError(f'{path} is missing on some machines: {out_dir} must be one folder for all of them')
+    other = os.path.join(out_dir, 'ckpt_last.pt' if always_save_checkpoint else 'ckpt_best.pt')
+    if os.path.exists(other):
+        raise ValueError(f'{other} is of a run with always_save_checkpoint={not always_save_checkpoint}: resume it so')
+    model, checkpoint = GPT.from_checkpoint(path, device, **overrides())
+    iter_num, best, trained_on = (checkpoint.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
+    if (type(iter_num), type(best), type(trained_on or {})) != (int, float, dict) or iter_num < 0:
+        raise ValueError(f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta is odd')
+    if most(iter_num) != -most(-iter_num):
+        raise ValueError(f'the ranks hold checkpoints of different iterations: {out_dir} must be one folder for all '
+                         'machines')
+    if not checkpoint.get('optimizer'):  # converted: it has no meta either
+        check_tokenizer(out_dir, model.config.vocab_size)
+    elif any((trained_on or {}).get(key) != meta.get(key) for key in ('stoi', 'tokenizer')):
+        raise ValueError(f'{data_dir} has another vocabulary than {path} was trained on: resume with its dataset, or '
+                         'restore its meta.pkl')
+    return model, checkpoint
+
+
+def resume_path():
+    """The last checkpoint: ckpt_last.pt where there is one, so that a run is found under either setting."""
+    path = os.path.join(out_dir, 'ckpt_last.pt')
+    return path if os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
+
+
+def is_own_checkpoint(path):
+    """Was it saved by this run, before torchrun restarted the ranks?"""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('run') == run
+    except Exception:  # it is missing or damaged
+        return False
+
+
+def check_tokenizer(folder, vocab_size):
+    """The data's tokens must be those of the tokenizer.json of an imported checkpoint."""
+    path = os.path.join(folder, 'tokenizer.json')
+    if not os.path.exists(path):
+        if master and not ('stoi' not in meta and 50257 <= vocab_size <= 50304):
+            print(f'note: {folder} has no tokenizer.json, so nothing tells whether the data has its tokens')
+        return
+    try:
+        with open(path, 'rb') as f:
+            text = f.read()
+        table = json.loads(text)
+        vocab = table['model']['vocab']
+        added = {token['content']: token['id'] for token in table.get('added_tokens', [])}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path} cannot be read: {first_line(e)}') from None
+    if 'stoi' in meta:
+        same = vocab == meta['stoi']
+    elif 'tokenizer' in meta:
+        same = hashlib.sha256(text).hexdigest() == meta['tokenizer']
+    else:
+        same = added.get('<|endoftext|>') == 50256  # GPT-2's
+    if not same:
+        raise ValueError(f'{data_dir} has other tokens than {path}: prepare it with --tokenizer={folder}')
+
+
+def check_fit(model):
+    ignored = [f'{name}={config[name]}' for name, default in fields.items() if name not in overrides()
+               and name != 'vocab_size' and config[name] not in (default, getattr(model.config, name))]
+    if ignored and master:
+        print(f'ignored, since the architecture is the checkpoint\'s: {", ".join(ignored)}')
+    original, factor = model.config.rope_original_max_position_embeddings, model.config.rope_factor
+    if block_size > factor * original:
+        raise ValueError(f'block_size={block_size} is longer than the {int(factor * original)} of the checkpoint: '
+                         'resume with the config file and the flags of its run, or extend it with '
+                         f'--rope_factor={math.ceil(block_size / original)}')
+
+
+def build_model():
+    """The model on this rank's device, and the checkpoint that it came from, or None."""
+    checkpoint = None
+    if init_from == 'scratch':
+        model = new_model()
+    elif init_from == 'resume':
+        model, checkpoint = resumed_model()
+    else:
+        model = GPT.from_pretrained(init_from, overrides())
+        check_tokenizer(init_from, model.config.vocab_size)
+    if init_from != 'scratch':
+        check_fit(model)
+    check_tokens(model.config.vocab_size)
+    return model.to(device), checkpoint
+
+
+def build_optimizer(model, checkpoint):
+    betas = (beta1, beta2)
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, config['optimizer'])
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    if bf16_moments:
+        from fp8 import AdamW16
+        optimizer = AdamW16(optimizer.param_groups, fused=True)
+    if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
+        try:
+            optimizer.load_state_dict(checkpoint['optimizer'])
+            if checkpoint.get('scaler'):
+                scaler.load_state_dict(checkpoint['scaler'])
+        except Exception as e:  # a dict of another shape fails in many ways
+            raise ValueError(f'the optimizer in {resume_path()} does not fit optimizer={config["optimizer"]!r}: '
+                             f'{first_line(e)}') from None
+    return optimizer, scaler
+
+
+def is_out_of_memory(e):
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+
+def try_micro_batch():
+    """In training and in evaluation, before anything is renamed. A run without a compiler is only slower: then all
+    ranks go on without it. Whichever rank meets a fault says so, and all decide alike.
+    """
+    fault = 0
     try:
         with ctx:
-            raw_model(*get_batch('train', 0, 0))[1].backward()
+            raw_model.train()(*get_batch('train', 0, 0))[1].backward()
             with torch.no_grad():
                 raw_model.eval()(*get_batch('train', 0, 0), return_logits=False)
-    except torch.OutOfMemoryError:
-        stop('out of memory: make batch_size smaller, and gradient_accumulation_steps larger')
     except Exception as e:
+        fault = 2 if is_out_of_memory(e) else 1
+        if fault == 1 and not compile:
+            raise
+        if fault == 1:
+            print(f'rank {rank}: ' * ddp + f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
+    fault = most(fault)
+    if fault == 2:
+        raise ValueError('out of memory: make batch_size smaller, and gradient_accumulation_steps larger')
+    if fault == 1:
         raw_model.uncompile()
-        if master:
-            print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
     optimizer.zero_grad(set_to_none=True)
+
+
+try:
+    torch.manual_seed(seed)
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    if most(restarted and is_own_checkpoint(resume_path())):
+        init_from = 'resume'  # torchrun lost a rank and starts all of them again
+    raw_model, checkpoint = build_model()
+    if fp8:
+        from fp8 import Recipe, enable
+        grad_dtype = {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad]
+        execution = enable(raw_model, Recipe(fp8_scaling, grad_dtype, fp8_power_of_two))
+        if master:
+            print(execution)
+    optimizer, scaler = build_optimizer(raw_model, checkpoint)
+    iter_num, best_val_loss = (checkpoint['iter_num'], checkpoint['best_val_loss']) if checkpoint else (0, math.inf)
+    checkpoint = None  # free the memory
+    if compile:
+        torch._functorch.config.activation_memory_budget = activation_memory
+        raw_model.compile()
+    try_micro_batch()
+except ValueError as e:
+    stop(e)
+except (RuntimeError, MemoryError) as e:
+    if not is_out_of_memory(e):
+        raise
+    stop('out of memory: make the model smaller (n_embd, n_layer, n_routed_experts)', every_rank=True)
+model = raw_model
 if ddp:
     # the only buffer that changes, the balance bias, changes alike on all ranks
-    model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, broadcast_buffers=False)
+    model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, forward_sync_buffers=False)
 
+
+# -----------------------------------------------------------------------------
+# evaluation and rate
 
 @torch.no_grad()
 def estimate_loss():
@@ -392,41 +574,76 @@ def get_lr(it):
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
 
-def save_checkpoint(best):
-    """Written beside, forced to the disk and renamed: a kill at any instant leaves the last checkpoint whole.
+def get_mtp_lambda(it):
+    return mtp_lambda if it < mtp_late_from * max_iters else min(mtp_lambda, mtp_lambda_late)
 
-    The best one is a second name of the same file, and moves first: a run that is killed in between goes on from the
-    checkpoint before, and comes to the same best one again.
-    """
-    new, new_best = last_path + '.tmp', best_path + '.tmp'
+
+# -----------------------------------------------------------------------------
+# checkpoint and log, on rank 0
+log_path = os.path.join(out_dir, 'log.jsonl')
+
+
+def save(best):
+    # the first checkpoint is the best so far, whatever an untrained model's loss was
+    best = best or not os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
     try:
-        with open(new, 'wb') as f:
-            torch.save({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
-                        'scaler': scaler.state_dict(), 'model_args': model_args, 'iter_num': iter_num,
-                        'best_val_loss': best_val_loss, 'config': config,
-                        'meta': meta},  # a character set's table, for sample.py
-                       f)
-            f.flush()
-            os.fsync(f.fileno())
-        if best or not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(new_best)
-            try:
-                os.link(new, new_best)
-            except OSError:  # a file system without links
-                shutil.copyfile(new, new_best)
-            os.replace(new_best, best_path)
-        os.replace(new, last_path)
-        if os.name == 'posix':  # elsewhere a folder cannot be opened
-            folder = os.open(out_dir, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as e:
-        for path in (new, new_best):
-            with contextlib.suppress(OSError):
-                os.remove(path)
-        cause = e if isinstance(e, OSError) else e.__context__ or e  # torch's own error hides the system's
-        stop(f'{last_path} could not be written, what was saved before is whole: {first_line(cause)}')
+        save_checkpoint({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
+                         'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config),
+                         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'run': run,
+                         'meta': meta},  # a character set's table, for sample.py
+                        last_path, best_path if best else None)
+    except ValueError as e:
+        stop(e)
+
+
+def start_wandb():
+    try:
+        import wandb
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+    except ImportError:
+        raise ValueError('wandb_log=True needs wandb: pip install wandb') from None
+    except Exception as e:  # wandb has many
+        raise ValueError(f'wandb_log=True, and wandb cannot start ({first_line(e)}): run wandb login, or set '
+                         'WANDB_MODE=offline') from None
+    return wandb
+
+
+def open_log():
+    """What an earlier run left in out_dir is renamed, unless this one goes on from it; then the log is opened."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        if init_from != 'resume' and not eval_only:
+            moved = keep_earlier(out_dir, ['ckpt.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'log.jsonl', 'tokenizer.json',
+                                           'tokenizer_config.json'])
+            if moved:
+                print(f'{out_dir} holds an earlier run; renamed: ' + ', '.join(f'{a} to {b}' for a, b in moved.items()))
+            for name in ('tokenizer.json', 'tokenizer_config.json'):  # they travel with the checkpoint
+                source = os.path.join(data_dir if init_from == 'scratch' else init_from, name)
+                if os.path.exists(source):
+                    shutil.copy(source, out_dir)
+        file = open(log_path, 'ab', buffering=0)
+        if file.tell() > 0:
+            file.write(b'\n')  # a run that was killed may have left half a line
+        return file
+    except OSError as e:
+        raise ValueError(f'out_dir={out_dir!r} cannot be written: {e.strerror}') from None
+
+
+def git_commit():
+    try:
+        return subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def header():
+    return {'command': shlex.join(sys.argv), 'config': config, 'run': run, 'world_size': world,
+            'model_args': dataclasses.asdict(raw_model.config),  # with every derived size
+            'parameters': raw_model.get_num_params(), 'active_parameters': raw_model.get_num_active_params(),
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__},
+            'hardware': torch.cuda.get_device_name(device) if device_type == 'cuda' else
+            f'{platform.machine()} {device_type}, {os.cpu_count()} cores', 'git_commit': git_commit()}
 
 
 def write_log(record):
@@ -444,50 +661,29 @@ def log(record):
         wandb.log({k: v for k, v in record.items() if v is not None}, step=record['step'])
 
 
-def git_commit():
-    try:
-        return subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=here, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 if master:
-    log_path = os.path.join(out_dir, 'log.jsonl')
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        moves = []
-        if init_from != 'resume':  # what an earlier run left here
-            moves = [(name, name + '.old') for name in ('ckpt_last.pt', 'ckpt_best.pt', 'ckpt.pt', 'log.jsonl')]
-        elif always_save_checkpoint and os.path.exists(os.path.join(out_dir, 'ckpt_last.pt')):  # it was False before
-            moves = [('ckpt.pt', 'ckpt_best.pt'), ('ckpt_last.pt', 'ckpt.pt')]
-        elif not always_save_checkpoint and os.path.exists(os.path.join(out_dir, 'ckpt_best.pt')):  # it was True
-            moves = [('ckpt.pt', 'ckpt_last.pt'), ('ckpt_best.pt', 'ckpt.pt')]
-        for old, new in moves:
-            if os.path.exists(os.path.join(out_dir, old)) and not eval_only:
-                os.replace(os.path.join(out_dir, old), os.path.join(out_dir, new))
-                print(f'{out_dir}/{old} is now {new}')
-        if os.path.exists(os.path.join(init_from, 'tokenizer.json')):  # it travels with the checkpoint
-            shutil.copy(os.path.join(init_from, 'tokenizer.json'), out_dir)
-        log_file = open(log_path, 'ab', buffering=0)
-        if log_file.tell() > 0:
-            log_file.write(b'\n')  # a run that was killed may have left half a line
-    except OSError as e:
-        stop(f'out_dir={out_dir!r} cannot be written: {e.strerror}')
-    header = {'command': shlex.join(sys.argv), 'config': config, 'model_args': model_args, 'world_size': world,
-              'parameters': raw_model.get_num_params(), 'active_parameters': raw_model.get_num_active_params(),
-              'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__},
-              'hardware': torch.cuda.get_device_name(device) if device_type == 'cuda' else
-              f'{platform.machine()} {device_type}, {os.cpu_count()} cores', 'git_commit': git_commit()}
-    if wandb_log:
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-    write_log(header)
-    print(f'parameters without embedding and head: {header["parameters"] / 1e6:.2f}M, of which a token uses '
-          f'{header["active_parameters"] / 1e6:.2f}M')
+        if os.path.isdir(init_from) and os.path.realpath(init_from) == os.path.realpath(out_dir):
+            raise ValueError(f'out_dir={out_dir!r} must not be the folder that the run begins with, init_from')
+        if wandb_log:
+            wandb = start_wandb()
+        log_file = open_log()
+    except ValueError as e:
+        stop(e)
+    write_log(header())
+    print(f'parameters without embedding and head: {raw_model.get_num_params() / 1e6:.2f}M, of which a token uses '
+          f'{raw_model.get_num_active_params() / 1e6:.2f}M')
     print(f'tokens per iteration: {tokens_per_iter:,}; device: {device}, {dtype}')
     if init_from == 'resume':
-        print(f'going on from {ckpt_path}, iteration {iter_num}')
+        print(f'going on from {resume_path()}, iteration {iter_num}')
+        if iter_num >= max_iters and not eval_only:
+            print(f'nothing to do but evaluate: it has made {iter_num} of max_iters={max_iters} updates')
+most(0)  # until the log is there
+if most(not os.path.exists(log_path)) and master:
+    print(f'note: {out_dir} is not one folder for all machines: to resume, copy its checkpoint to all of them')
 
+# -----------------------------------------------------------------------------
+# the loop
 # a signal ends the run after the step that it interrupts, with a checkpoint; a second Ctrl-C ends it at once
 signalled = False
 
@@ -502,17 +698,22 @@ def on_signal(number, frame):
 signal.signal(signal.SIGTERM, on_signal)
 signal.signal(signal.SIGINT, on_signal)
 
-# training loop
+
+def to_host(tensors):
+    """{name: tensor} -> {name: its numbers}, in one transfer and one host sync."""
+    numbers = iter(torch.cat([t.flatten().float() for t in tensors.values()]).tolist())
+    return {name: [next(numbers) for _ in range(t.numel())] for name, t in tensors.items()}
+
+
 model.train()
 running_mfu = math.nan
 skipped, in_a_row = torch.zeros(2, device=device)  # iterations that changed nothing
 t_log, iters_logged = time.time(), 0
 while True:
+    # the iteration's rate, and its weight of the MTP loss
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in optimizer.param_groups:
         group['lr'] = lr
-    raw_model.config.mtp_lambda = mtp_lambda if iter_num < mtp_late_from * max_iters else \
-        min(mtp_lambda, mtp_lambda_late)
 
     # evaluate and save
     if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
@@ -526,7 +727,7 @@ while True:
             if not math.isfinite(losses['val']):
                 print('the validation loss is not finite: not saved')
             elif iter_num > 0 and not eval_only:
-                save_checkpoint(best=improved)
+                save(best=improved)
         t_log, iters_logged = time.time(), 0
     if iter_num >= max_iters or eval_only:
         break
@@ -535,23 +736,22 @@ while True:
     stats = {}
     for micro_step in range(accumulation):
         number = iter_num * gradient_accumulation_steps + micro_step * world + rank
-        for seed_generator in (torch.manual_seed, np.random.seed, random.seed):
-            seed_generator((seed + number) % 2**32)
+        torch.manual_seed((seed + number) % 2**32)
         x, y = get_batch('train', 0, number)
         if ddp:  # gradients travel with the last micro-batch
             model.require_backward_grad_sync = micro_step == accumulation - 1
         with ctx:
-            _, loss = model(x, y)
+            _, loss = model(x, y, mtp_lambda=get_mtp_lambda(iter_num))
         scaler.scale(loss / accumulation).backward()
         for k, v in raw_model.stats.items():
             stats[k] = stats[k] + v if k in stats else v
+
     # clip, step, balance; where a loss or a gradient is not finite, on any rank, they change nothing: decided on the
     # device
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
-    means = all_reduce(torch.cat([stats['losses'], *([stats['balance'].view(1)] if 'load' in stats else [])]))
-    means = means / (accumulation * world)
-    bad = ~(norm + means.sum()).isfinite()
+    means = {k: all_reduce(stats[k]) / (accumulation * world) for k in ('losses', 'balance') if k in stats}
+    bad = ~(norm + means['losses'].sum()).isfinite()
     if optimizer.defaults['fused']:
         optimizer.found_inf = bad.float()  # where it is 1, a fused step leaves weights and moments alone
         optimizer.step()
@@ -560,52 +760,51 @@ while True:
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     if 'load' in stats:
-        raw_model.update_balance(all_reduce(stats['load']).masked_fill(bad, 0))
+        load = all_reduce(stats['load'])                                          # (MoE layers, E)
+        raw_model.update_balance(load.masked_fill(bad, 0))
     skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
     iters_logged += 1
 
-    # log: all numbers come over in one host sync, the only one of the loop
+    # log: the only host sync of the loop
     if iter_num % log_interval == 0:
-        numbers = [means, torch.stack([norm, skipped, in_a_row])]
+        numbers = means | {'grad_norm': norm, 'skipped': skipped, 'in_a_row': in_a_row}
         if 'load' in stats:
-            load = stats['load'].float()  # of the whole iteration, all ranks: update_balance needed it so
-            numbers.append(load.amax(dim=1) / load.mean(dim=1) - 1)
-        numbers = torch.cat(numbers).tolist()
-        losses, numbers = numbers[:len(stats['losses'])], numbers[len(stats['losses']):]
-        record = {'step': iter_num, 'loss': losses[0], 'mtp_losses': losses[1:], 'lr': lr}
-        if 'load' in stats:
-            record['balance'] = numbers.pop(0)
-            record['max_vio'] = numbers[3:]
-        record |= {'grad_norm': numbers[0], 'skipped': int(numbers[1])}
+            numbers['max_vio'] = load.amax(dim=1) / load.float().mean(dim=1) - 1
+        numbers = to_host(numbers)
         now = time.time()
         dt = (now - t_log) / iters_logged
         t_log, iters_logged = now, 0
         mfu = raw_model.estimate_mfu(batch_size * accumulation, dt)
         running_mfu = mfu if math.isnan(running_mfu) else 0.9 * running_mfu + 0.1 * mfu
-        record |= {'tokens_per_s': tokens_per_iter / dt, 'mfu': None if math.isnan(mfu) else mfu}
+        record = {'step': iter_num, 'loss': numbers['losses'][0], 'mtp_losses': numbers['losses'][1:], 'lr': lr,
+                  'grad_norm': numbers['grad_norm'][0], 'skipped': int(numbers['skipped'][0]),
+                  'tokens_per_s': tokens_per_iter / dt, 'mfu': mfu}
+        if 'max_vio' in numbers:
+            record |= {'balance': numbers['balance'][0], 'max_vio': numbers['max_vio']}
         if master:
             left = int(dt * (max_iters - iter_num - 1))
-            extra = ''.join(f', mtp{k} {v:.4f}' for k, v in enumerate(losses[1:], start=1))
-            if 'load' in stats:
-                extra += f', maxvio {max(record["max_vio"]):.2f}'
+            line = f'iter {iter_num}: loss {record["loss"]:.4f}, time {dt * 1000:.2f}ms'
+            if not math.isnan(mfu):  # the device's peak is known
+                line += f', mfu {running_mfu * 100:.2f}%'
+            line += f', {tokens_per_iter / dt:,.0f} tok/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left'
+            line += ''.join(f', mtp{k} {v:.4f}' for k, v in enumerate(record['mtp_losses'], start=1))
+            if 'max_vio' in record:
+                line += f', maxvio {max(record["max_vio"]):.2f}'
             if record['skipped']:
-                extra += f', skipped {record["skipped"]}'
-            left = f'{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left'
-            print(f'iter {iter_num}: loss {losses[0]:.4f}, time {dt * 1000:.2f}ms, mfu {running_mfu * 100:.2f}%, '
-                  f'{tokens_per_iter / dt:,.0f} tok/s, {left}{extra}')
+                line += f', skipped {record["skipped"]}'
+            print(line)
             log(record)
-        if numbers[2] >= max_skipped_iters:
-            stop(f'{int(numbers[2])} iterations in a row were skipped for a loss or a gradient that is not finite: try '
-                 'a smaller learning_rate, with --init_from=resume if there is a checkpoint')
+        if numbers['in_a_row'][0] >= max_skipped_iters:
+            stop(f'{int(numbers["in_a_row"][0])} iterations in a row were skipped for a loss or a gradient that is not '
+                 'finite: try a smaller learning_rate, with --init_from=resume if there is a checkpoint')
     iter_num += 1
 
     # leave after a signal to any rank, all ranks after the same step
-    if all_reduce(torch.tensor(int(signalled)), group=hosts) > 0:
+    if most(signalled):
         if master:
-            save_checkpoint(best=False)
+            save(best=False)
             print(f'stopped by a signal before iteration {iter_num}: the same command with --init_from=resume goes on '
                   f'from {last_path}')
         break
 
-if ddp:
-    dist.destroy_process_group()
+disconnect()

@@ -2,15 +2,14 @@
 
 import json
 import os
-import random
 import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+import uuid
 
-import numpy as np
 import pytest
 import soak
 import torch
@@ -59,19 +58,18 @@ def test_a_resumed_run_is_bit_identical(small, flags):
     assert_same(load(small), load(small, 'whole/ckpt.pt'))
 
 
-def test_all_generators_go_on_where_they_were(small, monkeypatch):
-    """A forward that draws from torch, numpy and random alike, as a changed model might."""
+def test_whatever_draws_from_torch_goes_on_where_it_was(small, monkeypatch):
     forward = GPT.forward
 
     def noisy(self, *args, **kwargs):
         logits, loss = forward(self, *args, **kwargs)
-        return logits, loss * (1 + torch.rand(()) + np.random.rand() + random.random()) if self.training else loss
+        return logits, loss * (1 + torch.rand(())) if self.training else loss
 
     train(small, '--out_dir=plain')
     monkeypatch.setattr(GPT, 'forward', noisy)
     train(small, '--out_dir=whole')
     train(small, '--max_iters=3')
-    torch.rand(7), np.random.rand(7), random.random()
+    torch.rand(7)
     train(small, RESUME)
     assert curve(small) == curve(small, 'whole') != curve(small, 'plain')
     assert_same(load(small), load(small, 'whole/ckpt.pt'))
@@ -134,21 +132,63 @@ def test_the_best_is_ckpt_and_the_last_is_beside(small):
 
 
 @pytest.mark.parametrize('first', [True, False])
-def test_always_save_checkpoint_may_change_at_a_resume(small, first):
-    best, _, _ = diverging(small, f'--always_save_checkpoint={first}')
-    train(small, RESUME, f'--always_save_checkpoint={not first}', '--max_iters=5', '--eval_interval=1',
-          '--learning_rate=3', '--decay_lr=False')
-    names = ('ckpt.pt', 'ckpt_best.pt') if not first else ('ckpt_last.pt', 'ckpt.pt')
-    assert {p.name for p in (small / 'out').glob('ckpt*')} == set(names)
-    assert [load(small, f'out/{name}')['iter_num'] for name in names] == [5, best]
+def test_always_save_checkpoint_is_refused_if_it_changes_at_a_resume(small, first):
+    diverging(small, f'--always_save_checkpoint={first}')
+    before = {p.name: p.read_bytes() for p in (small / 'out').iterdir()}
+    printed = train(small, RESUME, f'--always_save_checkpoint={not first}', code=2)
+    assert f'always_save_checkpoint={first}: resume it so' in printed.splitlines()[-1]
+    assert {p.name: p.read_bytes() for p in (small / 'out').iterdir()} == before
 
 
-def test_a_new_run_keeps_what_an_earlier_one_left(small):
-    train(small)
-    before = (small / 'out/ckpt.pt').read_bytes()
+def steps(path):
+    return sum('"loss"' in line for line in path.read_text().splitlines())
+
+
+def test_starting_again_and_again_loses_nothing(small, monkeypatch):
+    """Run A is done, B crashes at its first step, C starts: once, A's log was written over, and then its checkpoint."""
+    train(small, '--max_iters=3')
+    a = (small / 'out/ckpt.pt').read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, 'update_balance', lambda *_: 1 / 0)
+        code, _, said = run_inside('train.py', *SMALL, cwd=small)
+        assert code == 1 and 'ZeroDivisionError' in said
+    printed = train(small, RESUME, code=2)
+    assert 'out/ckpt.pt is missing' in printed and 'rename it to out/ckpt.pt' in printed and 'ckpt.pt.old' in printed
     printed = train(small, '--max_iters=2', '--eval_interval=5')
-    assert 'out/ckpt.pt is now ckpt.pt.old' in printed
-    assert (small / 'out/ckpt.pt.old').read_bytes() == before and load(small)['iter_num'] == 2
+    assert 'out holds an earlier run; renamed: log.jsonl to log.jsonl.old2' in printed
+    assert (small / 'out/ckpt.pt.old').read_bytes() == a and steps(small / 'out/log.jsonl.old') == 3
+    c = (small / 'out/ckpt.pt').read_bytes()
+    train(small, '--max_iters=1')
+    assert (small / 'out/ckpt.pt.old3').read_bytes() == c and steps(small / 'out/log.jsonl.old3') == 2
+    assert (small / 'out/ckpt.pt.old').read_bytes() == a and load(small)['iter_num'] == 1
+
+
+def untouched(small, *flags, message):
+    """A start over a finished run that ends with one line and exit code 2, and leaves all files as they were."""
+    before = {p: p.read_bytes() for p in (small / 'out').iterdir()}
+    printed = train(small, *flags, code=2)
+    assert message in printed.splitlines()[-1]
+    assert {p: p.read_bytes() for p in (small / 'out').iterdir()} == before
+
+
+def test_what_can_fail_fails_before_an_earlier_run_is_touched(small, monkeypatch):
+    train(small, '--max_iters=1')
+    for name in ('WANDB_API_KEY', 'WANDB_MODE'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HOME', str(small))  # no login is kept here
+    monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
+    untouched(small, '--wandb_log=True', message='wandb cannot start')
+    untouched(small, '--batch_size=1000000000000', message='out of memory')
+    untouched(small, '--n_embd=8000000', message='out of memory')
+    forward = GPT.forward
+
+    def no_room(self, *args, **kwargs):
+        if self.training:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, 'forward', no_room)
+    untouched(small, message='make batch_size smaller')
 
 
 def test_no_links_no_matter(small, monkeypatch):
@@ -214,8 +254,11 @@ class Poison(torch.autograd.Function):
 
 
 def poisoned(monkeypatch, bad, loss=0.0, gradient=0.0):
-    """Training forwards whose number is in `bad` have a loss, or a gradient, with something added."""
-    forward, count = GPT.forward, iter(range(10**9))
+    """Training forwards whose number is in `bad` have a loss, or a gradient, with something added.
+
+    The one before the loop, which tries a micro-batch, has no number.
+    """
+    forward, count = GPT.forward, iter(range(-1, 10**9))
 
     def spoilt(self, *args, **kwargs):
         logits, value = forward(self, *args, **kwargs)
@@ -335,8 +378,11 @@ def test_a_second_interrupt_leaves_at_once(small):
 import runpy, sys, time
 import model
 forward = model.GPT.forward
+forwards = 0
 def stuck(self, *args, **kwargs):
-    if self.training:
+    global forwards
+    forwards += self.training
+    if forwards == 2:  # the first one is before the loop
         print('stuck', flush=True)
         end = time.time() + 60
         while time.time() < end:
@@ -370,12 +416,35 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_iteration(small):
     assert load(small)['iter_num'] == stopped == soak.steps_of_this_start(small / 'out') + 1
 
 
-def test_torchrun_restarts_from_the_last_checkpoint(small, monkeypatch):
-    """What a restarted rank sees: torchrun's count of restarts, and the command it was first given."""
+def test_a_restart_goes_on_with_a_checkpoint_of_its_own_run(small, monkeypatch):
+    """What a restarted rank sees: torchrun's count of restarts, the name of its run, the command it was first given."""
     train(small, '--out_dir=whole')
+    monkeypatch.setattr('uuid.uuid4', lambda: uuid.UUID(int=1))
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     assert 'going on' not in train(small, '--max_iters=3')  # killed before the first checkpoint: from scratch
     assert 'going on from out/ckpt.pt, iteration 3' in train(small)
     assert_same(load(small), load(small, 'whole/ckpt.pt'))
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
-    assert 'going on' not in train(small)
+    monkeypatch.setattr('uuid.uuid4', lambda: uuid.UUID(int=2))
+    before = (small / 'out/ckpt.pt').read_bytes()
+    assert 'nothing to do' not in train(small, '--max_iters=2')  # of another run: it was killed before it renamed this
+    assert (small / 'out/ckpt.pt.old').read_bytes() == before and load(small)['iter_num'] == 2
+
+
+@pytest.mark.parametrize('rendezvous', [['--standalone'], ['--master_port=29653']])
+def test_torchrun_keeps_the_name_of_a_run(small, rendezvous):
+    """Over a finished run, the first attempt of a fresh one dies before it has renamed anything."""
+    train(small)
+    before = (small / 'out/ckpt.pt').read_bytes()
+    (small / 'dies.py').write_text('''
+import os, runpy, sys
+import model
+if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
+    model.GPT.configure_optimizers = lambda *_: os._exit(7)
+sys.argv[0] = 'train.py'
+runpy.run_path('train.py', run_name='__main__')
+''')
+    command = [sys.executable, '-m', 'torch.distributed.run', *rendezvous, '--nproc_per_node=2', '--max-restarts=1']
+    done = subprocess.run([*command, 'dies.py', *SMALL], cwd=small, env={**os.environ, 'OMP_NUM_THREADS': '1'},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0 and 'nothing to do' not in done.stdout, done.stdout
+    assert (small / 'out/ckpt.pt.old').read_bytes() == before and load(small)['iter_num'] == 6

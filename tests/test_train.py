@@ -46,7 +46,7 @@ torch.save(names['raw_model'].state_dict(), 'rank' + os.environ['RANK'])
 def test_lines_log_and_checkpoint(small):
     printed = train(small)
     evals = re.findall(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})', printed, re.M)
-    iters = re.findall(r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, mfu (nan|-?\d+\.\d{2})%', printed, re.M)
+    iters = re.findall(r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d{2})ms, (?!mfu)', printed, re.M)
     assert [int(e[0]) for e in evals] == [0, 3, 6]
     assert [int(i[0]) for i in iters] == list(range(6))            # as many updates as max_iters says
     assert float(evals[-1][2]) < float(evals[0][2]) - 0.1
@@ -98,7 +98,7 @@ def test_a_diverging_run_saves_its_first_evaluation(small):
           '--always_save_checkpoint=False')
     evals = [r['val_loss'] for r in log(small) if 'val_loss' in r]
     assert evals[1] > evals[0] and (small / 'out/ckpt.pt').exists()
-    printed = train(small, '--init_from=resume', '--n_layer=3', '--max_iters=4')
+    printed = train(small, '--init_from=resume', '--n_layer=3', '--max_iters=4', '--always_save_checkpoint=False')
     assert "ignored, since the architecture is the checkpoint's: n_layer=3\n" in printed
 
 
