@@ -14,22 +14,23 @@ in 2,000 is for validation: nanoGPT's choice (seed 2357, test_size 0.0005) where
 beforehand and below 50 million, else every 2,000th. They stay in the corpus's order, which nanoGPT shuffles.
 """
 
-import collections
-import functools
-import itertools
-import math
 import os
-import pickle
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 import common
 
 # isort: split
+import collections
+import functools
+import itertools
+import math
+import pickle
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
 import numpy as np
 
 load_tokenizer = functools.cache(common.load_tokenizer)  # once in each worker process
@@ -76,7 +77,9 @@ def read_corpus(hub, split, column, **place):
 def open_corpus(hub, config, split, column):
     try:
         import datasets
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        import huggingface_hub
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
+        huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
         try:  # first what its owner put there, which is whole
             return read_corpus(hub, split, column, name=config)
         except RuntimeError:  # a script, which datasets 4 and later do not run: the hub's own conversion to parquet
