@@ -1,52 +1,121 @@
-"""What the prepare.py scripts share: reading text, GPT-2's tokenizer, and writing the files that train.py reads."""
+"""What the prepare.py scripts share: arguments, reading text, tokens, and writing the files that train.py reads."""
+
+import os
+import signal
+import sys
+
+if os.path.basename(getattr(sys.modules['__main__'], '__file__', None) or '') == 'prepare.py':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the slow imports: Ctrl-C ends a script without a traceback
 
 import argparse
-import os
+import contextlib
+import fnmatch
 import pickle
-import sys
+import re
 import urllib.request
 
 import numpy as np
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository's root
+import tokenizer
 
 TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
 
 def stop(message):
     """A mistake of the user's: one line, and exit code 2."""
-    print(message, file=sys.stderr)
+    print(' '.join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
-def argument_parser(doc):
+def argument_parser(doc, tokens=False):
     parser = argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS,  # the docstring has it
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--input', metavar='PATH', help='a local text file, or a folder of .txt and .md files, instead')
+    parser.add_argument('--input', metavar='PATH', help='your own text: a file, or a folder of .txt and .md files')
+    parser.add_argument('--glob', metavar='PATTERN', help="which files of that folder instead, such as '*.py'")
+    parser.add_argument('--name', help='write the data set to data/NAME; else your own text gives it its name')
+    if tokens:
+        parser.add_argument('--tokenizer', metavar='DIR', help="a folder with a tokenizer.json, instead of GPT-2's")
     return parser
 
 
-def text_files(path):
-    """The text files that --input names, sorted."""
+def parse(parser):
+    args = parser.parse_args()
+    for flag, value in vars(args).items():
+        if value == '':
+            stop(f'--{flag}= is empty: give it a value, or leave it out')
+    if args.glob and not (args.input and os.path.isdir(args.input)):
+        stop(f'--glob={args.glob} needs a folder: --input=FOLDER')
+    return args
+
+
+def kind_of(folder):
+    """What the data set in a folder is made of, or None where there is none."""
+    if not os.path.exists(os.path.join(folder, 'train.bin')):
+        return None
+    if os.path.exists(os.path.join(folder, 'train_mask.bin')):
+        return 'rows with masks'
+    try:
+        with open(os.path.join(folder, 'meta.pkl'), 'rb') as f:
+            meta = f.read()  # never unpickled here: its keys are plain to see
+    except FileNotFoundError:
+        return 'GPT-2 tokens'
+    return 'characters' if b'stoi' in meta else "a tokenizer.json's tokens" if b'tokenizer' in meta else 'GPT-2 tokens'
+
+
+def data_folder(here, args, kind, source=None):
+    """data/NAME: the script's own folder, or by --name, or as the source is called, which --input is unless given."""
+    source = source or args.input
+    name = args.name
+    if source and not name:
+        name = os.path.basename(os.path.abspath(source))
+        name = os.path.splitext(name)[0] if os.path.isfile(source) else name
+    folder = os.path.join(os.path.dirname(here), name) if name is not None else here
+    if name is not None and (not re.fullmatch(r'[\w.-]+', name) or name[0] in '.-'):
+        stop(f'{name!r} cannot name a data set: say --name=NAME, in letters, digits, _, - and . alone')
+    if os.path.exists(os.path.join(folder, 'prepare.py')) and (source or folder != here):
+        stop(f'data/{name} is the folder of a data set that comes with this repository: say another --name=NAME')
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        stop(f'data/{name} is no folder: say another --name=NAME')
+    if kind_of(folder) not in (None, kind):
+        stop(f'{os.path.relpath(folder)} holds {kind_of(folder)}, and these are {kind}: say another --name=NAME, or '
+             'remove its .bin files and meta.pkl first')
+    return folder
+
+
+def text_files(path, pattern=None):
+    """The text files that --input names, sorted. Of a folder: by --glob, and nothing of hidden folders."""
     if os.path.isfile(path):
         return [path]
-    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-                   if name.endswith(('.txt', '.md')))
+    if not os.path.isdir(path):
+        stop(f'--input={path}: no such text file or folder')
+    files = []
+    for folder, folders, names in os.walk(path, onerror=lambda e: stop(f'{e.filename} cannot be read: {e.strerror}')):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        for file in (os.path.join(folder, name) for name in names):
+            tried = os.path.basename(file), os.path.relpath(file, path)
+            if any(fnmatch.fnmatch(t, p) for t in tried for p in ([pattern] if pattern else ['*.txt', '*.md'])):
+                files.append(file)
     if not files:
-        stop(f'--input={path}: no such text file, and no folder with .txt or .md files in it')
-    return files
+        stop(f'--input={path}: no {pattern or ".txt or .md"} files in this folder'
+             + ('' if pattern else ": --glob='*.py' would take others"))
+    return sorted(files)
 
 
-def read_text(path):
-    parts = []
-    for name in text_files(path):
-        try:
-            with open(name, encoding='utf-8') as f:
-                parts.append(f.read())
-        except (OSError, UnicodeDecodeError) as e:
-            stop(f'{name} cannot be read as UTF-8 text: {e}')
-    text = '\n'.join(parts)
-    if len(text) < 20:
-        stop(f'--input={path}: {len(text)} characters are too few to split into train and val')
-    return text
+def read_file(path):
+    try:
+        with open(path, encoding='utf-8-sig') as f:  # without the mark that Windows puts first
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        stop(f'{path} cannot be read as UTF-8 text: {e}')
+
+
+def read_texts(args):
+    """The text of each file that --input names."""
+    texts = [read_file(name) for name in text_files(args.input, args.glob)]
+    if sum(map(len, texts)) < 20:
+        stop(f'--input={args.input}: {sum(map(len, texts))} characters are too few to split into train and val')
+    return texts
 
 
 def tiny_shakespeare(folder):
@@ -55,37 +124,66 @@ def tiny_shakespeare(folder):
     if not os.path.exists(path):
         try:
             urllib.request.urlretrieve(TINY_SHAKESPEARE, path + '.tmp')
+            os.replace(path + '.tmp', path)
         except OSError as e:
-            stop(f'download failed ({e}). By hand: fetch {TINY_SHAKESPEARE}, and run this script again '
-                 f'with --input=FILE')
-        os.replace(path + '.tmp', path)
-    return read_text(path)
+            stop(f'download failed ({e}). By hand: fetch {TINY_SHAKESPEARE} to {os.path.relpath(path)}, and run this '
+                 'script again')
+    return read_file(path)
 
 
-def gpt2_encoding():
-    """tiktoken's GPT-2 BPE. It downloads its two tables once, into TIKTOKEN_CACHE_DIR where that is set."""
+def load_tokenizer(folder):
+    """The tokenizer of the folder that --tokenizer names, or GPT-2's."""
     try:
-        import tiktoken
-    except ImportError:
-        stop('this needs tiktoken: pip install tiktoken')
-    try:
-        return tiktoken.get_encoding('gpt2')
-    except (OSError, ValueError) as e:
-        stop(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}): it downloads it once. By '
-             'hand: run it where there is a network, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR')
+        return tokenizer.from_folder(folder) if folder else tokenizer.gpt2()
+    except ValueError as e:
+        stop(e)
+
+
+def document(bpe, text):
+    """A document's token ids, between those that begin and end one."""
+    return bpe.begin + bpe.encode(text) + ([] if bpe.end is None else [bpe.end])
 
 
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
+def token_meta(vocab_size, sha256=''):
+    """meta.pkl for tokens: none for GPT-2's, as in nanoGPT."""
+    meta = {'vocab_size': vocab_size, 'tokenizer': sha256} if sha256 else {}
+    if token_dtype(vocab_size) != np.uint16:
+        meta |= {'vocab_size': vocab_size, 'dtype': np.dtype(token_dtype(vocab_size)).name}
+    return meta
+
+
+@contextlib.contextmanager
+def written(folder, names):
+    """Files to write to, beside those names: they get the names when all are whole. Nothing is left of a failure."""
+    files = {}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name in names:
+            files[name] = open(os.path.join(folder, name + '.tmp'), 'wb')
+        yield files
+        for file in files.values():
+            file.close()
+        for name, file in files.items():
+            os.replace(file.name, os.path.join(folder, name))
+    except OSError as e:
+        stop(f'{os.path.relpath(folder)} cannot be written: {e}')
+    finally:
+        for file in files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+            if os.path.exists(file.name):
+                os.remove(file.name)
+
+
 def write_files(folder, files):
     """{name: bytes}, all written beside, then all renamed: an interrupted run leaves no half-written file."""
-    for name, data in files.items():
-        with open(os.path.join(folder, name + '.tmp'), 'wb') as f:
-            f.write(data)
-    for name in files:
-        os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+    with written(folder, files) as out:
+        for name, data in files.items():
+            out[name].write(data)
 
 
 def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
@@ -94,8 +192,7 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
     masks: {'train': list of 0 and 1, 'val': ...}, as long as the tokens: 0 where a token is no target.
     """
     dtype = token_dtype(vocab_size)
-    if dtype != np.uint16:
-        meta = (meta or {}) | {'vocab_size': vocab_size, 'dtype': np.dtype(dtype).name}
+    meta = (meta or {}) | token_meta(vocab_size)
     files = {'train.bin': np.asarray(train, dtype=dtype).tobytes(), 'val.bin': np.asarray(val, dtype=dtype).tobytes()}
     if meta:
         files['meta.pkl'] = pickle.dumps(meta)
@@ -105,8 +202,14 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
     print(f'train: {len(train):,} tokens\nval: {len(val):,} tokens')
 
 
+def say_where(folder, tokenizer_folder=None):
+    start = f'--init_from={tokenizer_folder} ' if tokenizer_folder else ''
+    name = os.path.basename(folder)
+    print(f'into {os.path.relpath(folder)}. To train on it: python train.py {start}--dataset={name}')
+
+
 def split_text(text):
-    """The first 90% of the characters for training, the rest for validation."""
+    """The first 90% for training, the rest for validation."""
     n = int(len(text) * 0.9)
     return text[:n], text[n:]
 
@@ -118,3 +221,4 @@ def write_characters(folder, text):
     print(f'{len(text):,} characters, {len(itos)} of them different')
     train, val = ([stoi[ch] for ch in part] for part in split_text(text))
     write_splits(folder, train, val, len(itos), {'vocab_size': len(itos), 'itos': itos, 'stoi': stoi})
+    say_where(folder)

@@ -88,6 +88,7 @@ def run_inside(script, *args, cwd):
     before = os.getcwd(), sys.argv, sys.path[:], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     os.chdir(cwd)
     sys.argv = [script, *map(str, args)]
+    sys.modules.pop('common', None)  # one is common.py, another data/common.py
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

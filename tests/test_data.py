@@ -1,9 +1,15 @@
-"""The prepare scripts, through the real tiktoken and datasets."""
+"""The prepare scripts, through the real tiktoken, tokenizers and datasets, and a hub on this machine."""
 
+import math
+import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import numpy as np
-from conftest import run
+import pytest
+from conftest import ROOT, run, run_inside
 
 TEXT = ''.join(f'{i} green bottles, standing on the wall; and if {i} more should fall...\n' for i in range(400))
 
@@ -12,9 +18,27 @@ def tokens(path, dtype=np.uint16):
     return np.fromfile(path, dtype=dtype)
 
 
+def both(folder, dtype=np.uint16):
+    return tuple(tokens(folder / f'{split}.bin', dtype).tolist() for split in ('train', 'val'))
+
+
+def meta_of(folder):
+    return pickle.loads((folder / 'meta.pkl').read_bytes())
+
+
+def fail(*args, cwd, **env):
+    """Run a prepare script that must stop: the one line that it says. No bins are there, whole or half-written."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **{k: str(v) for k, v in env.items()}})
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert not list((cwd / 'data').rglob('*.bin')) and not list((cwd / 'data').rglob('*.tmp'))
+    assert done.stderr.count('\n') == 1 or 'documents' in done.stderr, done.stderr  # a progress bar may stand before
+    return done.stderr
+
+
 def test_pydocs_needs_no_network(clone):
     printed = run('data/pydocs_char/prepare.py', cwd=clone)
-    meta = pickle.loads((clone / 'data/pydocs_char/meta.pkl').read_bytes())
+    meta = meta_of(clone / 'data/pydocs_char')
     train, val = (tokens(clone / f'data/pydocs_char/{s}.bin') for s in ('train', 'val'))
     assert len(train) + len(val) > 300_000 and abs(len(train) / (len(train) + len(val)) - 0.9) < 1e-4
     assert 'different' in printed and 80 < meta['vocab_size'] < 200
@@ -23,24 +47,26 @@ def test_pydocs_needs_no_network(clone):
     assert not list((clone / 'data/pydocs_char').glob('*.tmp'))
 
 
+# your own text
+
 def test_characters_of_a_local_text(clone, tmp_path):
-    (tmp_path / 'in.txt').write_text(TEXT)
-    run('data/shakespeare_char/prepare.py', f'--input={tmp_path}/in.txt', cwd=clone)
-    meta = pickle.loads((clone / 'data/shakespeare_char/meta.pkl').read_bytes())
+    (tmp_path / 'mine.txt').write_text(TEXT)
+    before = sorted((clone / 'data/shakespeare_char').iterdir())
+    code, printed, _ = run_inside('data/shakespeare_char/prepare.py', f'--input={tmp_path}/mine.txt', cwd=clone)
+    assert code == 0 and 'into data/mine.' in printed and 'python train.py --dataset=mine\n' in printed
+    assert sorted((clone / 'data/shakespeare_char').iterdir()) == before           # the bundled data set is not touched
+    meta, (train, val) = meta_of(clone / 'data/mine'), both(clone / 'data/mine')
     assert set(meta) == {'vocab_size', 'itos', 'stoi'} and meta['vocab_size'] == len(set(TEXT))
-    both = np.concatenate([tokens(clone / f'data/shakespeare_char/{s}.bin') for s in ('train', 'val')])
-    assert ''.join(meta['itos'][i] for i in both.tolist()) == TEXT
-    assert len(tokens(clone / 'data/shakespeare_char/train.bin')) == int(0.9 * len(TEXT))
+    assert ''.join(meta['itos'][i] for i in train + val) == TEXT and len(train) == int(0.9 * len(TEXT))
 
 
 def test_many_characters_are_written_as_uint32(clone, tmp_path):
     many = [chr(c) for c in range(1, 70_000) if not 0xD800 <= c < 0xE000 and c != 0x0D]
     (tmp_path / 'in.txt').write_text(''.join(many), encoding='utf-8')
-    run('data/shakespeare_char/prepare.py', f'--input={tmp_path}/in.txt', cwd=clone)
-    meta = pickle.loads((clone / 'data/shakespeare_char/meta.pkl').read_bytes())
+    run_inside('data/pydocs_char/prepare.py', f'--input={tmp_path}/in.txt', '--name=many', cwd=clone)
+    meta = meta_of(clone / 'data/many')
     assert meta['dtype'] == 'uint32' and meta['vocab_size'] == len(many)
-    ids = tokens(clone / 'data/shakespeare_char/train.bin', np.uint32)
-    assert ids.tolist() == list(range(int(0.9 * len(many))))
+    assert both(clone / 'data/many', np.uint32)[0] == list(range(int(0.9 * len(many))))
 
 
 def test_gpt2_tokens_of_a_local_text(clone, tmp_path, tiktoken_cache):
@@ -48,9 +74,236 @@ def test_gpt2_tokens_of_a_local_text(clone, tmp_path, tiktoken_cache):
     (tmp_path / 'in.txt').write_text(TEXT)
     run('data/shakespeare/prepare.py', f'--input={tmp_path}/in.txt', cwd=clone, TIKTOKEN_CACHE_DIR=tiktoken_cache)
     script = 'import tiktoken, numpy as np; e = tiktoken.get_encoding("gpt2"); ' \
-             'print(e.decode(np.fromfile("data/shakespeare/train.bin", dtype=np.uint16).tolist()), end="")'
+             'print(e.decode(np.fromfile("data/in/train.bin", dtype=np.uint16).tolist()), end="")'
     assert run('-c', script, cwd=clone, TIKTOKEN_CACHE_DIR=tiktoken_cache) == TEXT[:int(0.9 * len(TEXT))]
-    assert not (clone / 'data/shakespeare/meta.pkl').exists()
+    assert not (clone / 'data/in/meta.pkl').exists()
+
+
+@pytest.mark.parametrize('glob, there', [(None, 'bc'), ('*.py', 'ad'), ('deep/*', 'cd'), ('[ab].*', 'ab')])
+def test_which_files_of_a_folder(clone, tmp_path, glob, there):
+    mine = tmp_path / 'my.notes'
+    for name in ('a.py', 'b.txt', 'deep/c.md', 'deep/d.py', '.git/e.txt', '.git/f.py'):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text(50 * name.removeprefix('deep/').removeprefix('.git/')[0])
+    flags = [f'--glob={glob}'] if glob else []
+    assert run_inside('data/shakespeare_char/prepare.py', f'--input={mine}/', *flags, cwd=clone)[0] == 0
+    assert set(meta_of(clone / 'data/my.notes')['stoi']) == {'\n', *there}         # a folder's name has no suffix
+
+
+def test_what_is_there_already(clone, tmp_path, tiktoken_cache, monkeypatch):
+    """Made again: replaced. Of another kind: refused, for what one kind leaves out would be the other's."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))
+    (tmp_path / 'mine.txt').write_text(TEXT)
+    prepare = f'--input={tmp_path}/mine.txt', '--name=mine'
+    assert run_inside('data/shakespeare_char/prepare.py', *prepare, cwd=clone)[0] == 0
+    (tmp_path / 'mine.txt').write_text(TEXT[:1000])
+    assert run_inside('data/shakespeare_char/prepare.py', *prepare, cwd=clone)[0] == 0
+    assert sum(map(len, both(clone / 'data/mine'))) == 1000
+    code, _, said = run_inside('data/shakespeare/prepare.py', *prepare, cwd=clone)
+    assert code == 2 and 'holds characters' in said and (clone / 'data/mine/meta.pkl').exists()
+    assert run_inside('data/shakespeare/prepare.py', prepare[0], '--name=bpe', cwd=clone)[0] == 0
+    assert run_inside('data/pydocs_char/prepare.py', prepare[0], '--name=bpe', cwd=clone)[0] == 2
+
+
+MISTAKES = {
+    # flags, in the clone's folder: what the line says
+    '--input=': 'empty', '--input=mine.txt --name=': 'empty', '--input=mine.txt --glob=': 'empty',
+    '--input=nowhere': 'no such text file or folder', '--input=nowhere/': 'no such text file or folder',
+    '--input=empty.txt': 'too few', '--input=latin1.txt': 'UTF-8', '--input=hollow': 'no .txt or .md files',
+    '--input=hollow --glob=*.py': 'no *.py files', '--input=mine.txt --glob=*.py': 'needs a folder',
+    '--glob=*.py': 'needs a folder', '--input=bad': 'UTF-8', '--input=dangling': 'No such file',
+    '--input=shakespeare.txt': 'comes with this repository', '--input=mine.txt --name=arithmetic': 'comes with',
+    '--input=mine.txt --name=openwebtext': 'comes with', '--name=pydocs_char': 'comes with',
+    '--input=mine.txt --name=../mine': 'letters, digits', '--input=mine.txt --name=..': 'letters, digits',
+    '--input=mine.txt --name=a/b': 'letters, digits', '--input=mine.txt --name=-x': 'letters, digits',
+    '--input=mine.txt --name=.': 'letters, digits', '--input=my text.txt': '--name=NAME', '--input=/': 'letters, digit',
+    '--input=mine.txt --name=common.py': 'no folder', '--input=mine.txt --nmae=x': 'unrecognized',
+    '--input=mine.txt --tokenizer=': 'empty', '--input=mine.txt --tokenizer=nowhere': 'tokenizer.json',
+    '--input=mine.txt --tokenizer=hollow': 'tokenizer.json', '--input=mine.txt --tokenizer=bad': 'tokenizer.json',
+    '--input': 'expected one argument', '--hub=': 'empty', '--hub=a/b --config=': 'empty', '--hub=/': 'letters, digits',
+    '--hub=a/b --input=mine.txt': 'one of the two', '--hub=a/shakespeare': 'comes with', '--hub=a/b c': 'letters',
+    '--hub=a/b --num_proc=0': 'must lie in', '--hub=a/b --num_proc=-1': 'must lie in', '--hub=a/b --num_proc=x': 'int',
+    '--hub=a/b --tokenizer=hollow': 'tokenizer.json', '--hub=a/b --glob=*.py': 'needs a folder',
+}
+
+
+@pytest.fixture(scope='module')
+def mistaken(tmp_path_factory):
+    """A clone with files to make mistakes with."""
+    from conftest import copy_project
+    clone = copy_project(tmp_path_factory.mktemp('mistakes') / 'clone')
+    for name in ('mine.txt', 'my text.txt', 'shakespeare.txt', 'bad/a.txt', 'bad/tokenizer.json'):
+        (clone / name).parent.mkdir(exist_ok=True)
+        (clone / name).write_text(TEXT)
+    (clone / 'empty.txt').write_text('')
+    (clone / 'latin1.txt').write_bytes(50 * 'é'.encode('latin-1'))
+    (clone / 'bad/z.md').write_bytes(b'\xff\xfe' * 50)
+    (clone / 'hollow').mkdir()
+    (clone / 'dangling').mkdir()
+    (clone / 'dangling/a.txt').symlink_to('nowhere')
+    return clone
+
+
+@pytest.mark.parametrize('flags', MISTAKES)
+def test_mistakes(mistaken, flags):
+    before = sorted(mistaken.rglob('*'))
+    script = 'openwebtext' if 'hub' in flags else 'shakespeare' if 'tokenizer' in flags else 'shakespeare_char'
+    flags = ['--' + flag.strip() for flag in flags.split('--')[1:]]
+    message = MISTAKES[' '.join(flags)]
+    code, _, err = run_inside(f'data/{script}/prepare.py', *flags, cwd=mistaken)
+    assert code == 2 and message in err and err.count('\n') == 1 and 'Traceback' not in err, err
+    assert [p for p in sorted(mistaken.rglob('*')) if '__pycache__' not in p.parts] == \
+           [p for p in before if '__pycache__' not in p.parts]
+
+
+def test_failures_say_what_to_do(clone, tmp_path):
+    offline = dict(HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9', HF_HOME=tmp_path / 'hf')
+    assert 'data/shakespeare_char/input.txt' in fail('data/shakespeare_char/prepare.py', cwd=clone, **offline)
+    (tmp_path / 'in.txt').write_text(TEXT)
+    said = fail('data/shakespeare/prepare.py', f'--input={tmp_path}/in.txt', cwd=clone,
+                TIKTOKEN_CACHE_DIR=tmp_path / 'none', **offline)
+    assert 'TIKTOKEN_CACHE_DIR' in said
+
+
+def test_a_disk_that_is_full(clone, tmp_path):
+    (tmp_path / 'in.txt').write_text(TEXT)
+    command = f'ulimit -f 8; exec {sys.executable} data/shakespeare_char/prepare.py --input={tmp_path}/in.txt'
+    done = subprocess.run(['bash', '-c', command], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 2 and 'cannot be written' in done.stderr and 'Traceback' not in done.stderr
+    assert not list((clone / 'data/in').iterdir())
+
+
+@pytest.mark.parametrize('script, module, code', [
+    ('shakespeare_char', 'numpy', -signal.SIGINT), ('openwebtext', 'concurrent', -signal.SIGINT),
+    ('openwebtext', 'tiktoken', -signal.SIGINT), ('openwebtext', 'tqdm', 130),
+])
+def test_ctrl_c_at_any_time(clone, tmp_path, script, module, code, tiktoken_cache):
+    """The signal comes while the module is imported; tqdm is when the bins are open already."""
+    (tmp_path / 'docs').mkdir()
+    for name in 'ab':
+        (tmp_path / f'docs/{name}.txt').write_text(TEXT)
+    (tmp_path / 'sitecustomize.py').write_text(f"""if True:
+        import os, signal, sys
+
+        class Interrupt:
+            def find_spec(name, *_):
+                if name == {module!r}:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupt)
+    """)
+    done = subprocess.run([sys.executable, f'data/{script}/prepare.py', f'--input={tmp_path}/docs'], cwd=clone,
+                          stderr=subprocess.PIPE, text=True, timeout=60,
+                          env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(tiktoken_cache), 'PYTHONPATH': str(tmp_path)})
+    assert (done.returncode, done.stderr) == (code, '')
+    assert not list((clone / 'data').glob('docs/*'))
+
+
+def test_importing_common_leaves_the_signals_alone():
+    script = 'import signal, sys; sys.path.insert(0, "data"); import common; print(signal.getsignal(signal.SIGINT))'
+    assert 'default_int_handler' in run('-c', script, cwd=ROOT)
+
+
+# tokens of a tokenizer.json
+
+def make_tokenizer(folder, size=300, begin='<s>', add_bos_token=True):
+    """A byte-level BPE with <s> and </s>, saved as Hugging Face does; the one that is really loaded comes back."""
+    import json
+
+    import tokenizers
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=[begin, '</s>'], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator([TEXT], trainer)
+    folder.mkdir()
+    bpe.save(str(folder / 'tokenizer.json'))
+    settings = {'bos_token': begin, 'eos_token': '</s>', 'add_bos_token': add_bos_token}
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+    import tokenizer
+    return tokenizer.from_folder(folder)
+
+
+def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
+    bpe = make_tokenizer(tmp_path / 'bpe')
+    (tmp_path / 'docs').mkdir()
+    texts = [f'Document {i}. ' + TEXT[100 * i:100 * i + 100] for i in range(10)]
+    for i, text in enumerate(texts):
+        (tmp_path / f'docs/{i}.txt').write_text(text)
+    expected = [i for text in texts for i in [*bpe.begin, *bpe.encode(text), bpe.end]]
+    assert len(bpe.begin) == 1 and bpe.end is not None
+    code, printed, _ = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/docs',
+                                  f'--tokenizer={tmp_path}/bpe', cwd=clone)
+    train, val = both(clone / 'data/docs')
+    assert code == 0 and train + val == expected and len(train) == int(0.9 * len(expected))
+    assert meta_of(clone / 'data/docs') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256}
+    assert f'--init_from={tmp_path}/bpe --dataset=docs' in printed
+
+    run('data/openwebtext/prepare.py', f'--input={tmp_path}/docs', f'--tokenizer={tmp_path}/bpe', '--name=web',
+        '--num_proc=1', cwd=clone)
+    train, val = both(clone / 'data/web')
+    assert sorted(train + val) == sorted(expected) and val.count(bpe.end) == 1 and train.count(bpe.end) == 9
+    assert meta_of(clone / 'data/web') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256}
+
+
+def test_a_large_tokenizer_is_written_as_uint32(clone, tmp_path):
+    import json
+    make_tokenizer(tmp_path / 'bpe')
+    table = json.loads((tmp_path / 'bpe/tokenizer.json').read_text())
+    table['model']['vocab'].update({f'filler{i}': len(table['model']['vocab']) + i for i in range(66_000)})
+    last = len(table['model']['vocab'])
+    table['added_tokens'].append({**table['added_tokens'][-1], 'id': last, 'content': '<end>'})
+    table['model']['vocab']['<end>'] = last
+    (tmp_path / 'bpe/tokenizer.json').write_text(json.dumps(table))
+    (tmp_path / 'bpe/tokenizer_config.json').write_text(json.dumps({'eos_token': '<end>'}))
+    for name in 'ab':
+        (tmp_path / f'docs/{name}.txt').parent.mkdir(exist_ok=True)
+        (tmp_path / f'docs/{name}.txt').write_text(TEXT[:500])
+    for script in ('shakespeare', 'openwebtext'):
+        run(f'data/{script}/prepare.py', f'--input={tmp_path}/docs', f'--tokenizer={tmp_path}/bpe',
+            f'--name={script[:3]}', cwd=clone)
+        meta, (train, val) = meta_of(clone / f'data/{script[:3]}'), both(clone / f'data/{script[:3]}', np.uint32)
+        assert meta['dtype'] == 'uint32' and meta['vocab_size'] == last + 1 and len(meta['tokenizer']) == 64
+        assert (train + val).count(last) == 2 and val[-1] == last
+
+
+# corpora of documents
+
+DOCUMENTS = [f'Document {i}.\n\nIt says {i * i} in words.' for i in range(4500)]
+
+
+def put(path, texts, **columns):
+    """A parquet file of documents."""
+    import pyarrow
+    import pyarrow.parquet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({'text': texts, **columns}), path, row_group_size=500)
+
+
+def gpt2(texts):
+    import tokenizer
+    bpe = tokenizer.gpt2()
+    return [i for text in texts for i in bpe.encode(text) + [50256]]
+
+
+@pytest.fixture
+def hub(tmp_path, tiktoken_cache, monkeypatch):
+    from hub import Hub
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    with Hub(tmp_path / 'hub') as hub:
+        monkeypatch.setenv('HF_ENDPOINT', hub.endpoint)
+        yield hub
+
+
+def script_of(hub, name='Skylion007/openwebtext'):
+    """A corpus whose main branch is a loading script, as OpenWebText's was; its conversion's folder."""
+    main = hub.folder / name / 'main'
+    main.mkdir(parents=True)
+    (main / f'{main.parent.name}.py').write_text('raise SystemExit("a script runs")')
+    (main / 'README.md').write_text('---\nlicense: cc0-1.0\n---\n')
+    return hub.folder / name / 'refs/convert/parquet'
 
 
 def test_openwebtext_on_local_documents(clone, tmp_path, tiktoken_cache):
@@ -60,30 +313,105 @@ def test_openwebtext_on_local_documents(clone, tmp_path, tiktoken_cache):
         (docs / f'{i:02}.txt').write_text(f'Document {i}.\n\n' + TEXT[100 * i:100 * i + 500])
     printed = run('data/openwebtext/prepare.py', f'--input={docs}', '--num_proc=2', cwd=clone, HF_HOME=tmp_path / 'hf',
                   HF_HUB_OFFLINE=1, TIKTOKEN_CACHE_DIR=tiktoken_cache)
-    train, val = (tokens(clone / f'data/openwebtext/{s}.bin') for s in ('train', 'val'))
-    assert (train == 50256).sum() == 29 and (val == 50256).sum() == 1
+    train, val = both(clone / 'data/docs')
+    assert train.count(50256) == 29 and val.count(50256) == 1
     assert train[-1] == val[-1] == 50256                            # each document is closed by it
-    assert f'train: {len(train):,} tokens' in printed
+    assert f'train: {len(train):,} tokens' in printed and '--dataset=docs' in printed
     script = 'import tiktoken, numpy as np; e = tiktoken.get_encoding("gpt2"); ' \
-             'print(e.decode(np.fromfile("data/openwebtext/train.bin", dtype=np.uint16).tolist()))'
+             'print(e.decode(np.fromfile("data/docs/train.bin", dtype=np.uint16).tolist()))'
     text = run('-c', script, cwd=clone, TIKTOKEN_CACHE_DIR=tiktoken_cache)
     assert sum(f'Document {i}.' in text for i in range(30)) == 29
 
 
-def test_failures_say_what_to_do(clone, tmp_path):
-    offline = dict(HTTPS_PROXY='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9', HF_HOME=tmp_path / 'hf')
-    printed = run('data/shakespeare_char/prepare.py', cwd=clone, ok=False, **offline)
-    assert '--input=FILE' in printed and 'Traceback' not in printed
-    printed = run('data/shakespeare/prepare.py', '--input=nowhere', cwd=clone, ok=False)
-    assert 'no such text file' in printed and 'Traceback' not in printed
-    (tmp_path / 'in.txt').write_text(TEXT)
-    printed = run('data/shakespeare/prepare.py', f'--input={tmp_path}/in.txt', cwd=clone, ok=False,
-                  TIKTOKEN_CACHE_DIR=tmp_path / 'none', **offline)
-    assert 'TIKTOKEN_CACHE_DIR' in printed and 'Traceback' not in printed
-    assert not list((clone / 'data').glob('*/*.bin')) and not list((clone / 'data').glob('*/*.tmp'))
+def test_a_script_on_the_hub_is_read_from_its_conversion(clone, hub):
+    """datasets runs no scripts; the hub keeps their rows as parquet. In order, every 2000th for validation."""
+    conversion = script_of(hub)
+    for i in range(2):
+        put(conversion / f'plain_text/train/000{i}.parquet', DOCUMENTS[i * 2500:i * 2500 + 2500])
+    printed = run('data/openwebtext/prepare.py', '--num_proc=2', cwd=clone)
+    assert 'a script runs' not in printed and 'python train.py --dataset=openwebtext' in printed
+    train, val = both(clone / 'data/openwebtext')
+    assert val == gpt2(DOCUMENTS[::2000])
+    assert train == gpt2(text for i, text in enumerate(DOCUMENTS) if i % 2000)
+    asked = '\n'.join(hub.asked)                          # the owner's files are tried first, for they are whole
+    assert asked.index('resolve/main') < asked.index('refs/convert/parquet')
 
 
-def test_openwebtext_download_failure_says_what_to_do(clone, tmp_path, tiktoken_cache):
-    printed = run('data/openwebtext/prepare.py', cwd=clone, ok=False, HF_HUB_OFFLINE=1, HF_HOME=tmp_path / 'hf',
-                  TIKTOKEN_CACHE_DIR=tiktoken_cache)
-    assert '--input=FOLDER' in printed and 'Traceback' not in printed
+def test_the_first_part_of_a_corpus_is_not_taken_for_the_whole(clone, hub):
+    put(script_of(hub) / 'plain_text/partial-train/0000.parquet', DOCUMENTS)
+    said = fail('data/openwebtext/prepare.py', cwd=clone)
+    assert 'only the first part' in said and '--hub=HuggingFaceFW/fineweb-edu' in said
+
+
+def test_nanogpts_split_where_the_number_is_known(clone, hub):
+    import datasets
+    main = hub.folder / 'Skylion007/openwebtext/main'
+    for i in range(3):
+        put(main / f'data/train-0000{i}-of-00003.parquet', DOCUMENTS[i * 1500:i * 1500 + 1500])
+    (main / 'README.md').write_text('---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  splits:\n'
+                                    f'  - name: train\n    num_bytes: 1\n    num_examples: {len(DOCUMENTS)}\n---\n')
+    run('data/openwebtext/prepare.py', '--num_proc=1', cwd=clone)
+    split = datasets.Dataset.from_dict({'text': DOCUMENTS}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    chosen = set(split['test']['text'])
+    train, val = both(clone / 'data/openwebtext')
+    assert val == gpt2(text for text in DOCUMENTS if text in chosen) and len(chosen) == math.ceil(4500 / 2000)
+    assert train == gpt2(text for text in DOCUMENTS if text not in chosen)
+
+
+@pytest.fixture
+def fineweb(hub):
+    """Laid out as HuggingFaceFW/fineweb-edu is: several configurations by its README, other columns, an empty row."""
+    main = hub.folder / 'HuggingFaceFW/fineweb-edu/main'
+    put(main / 'data/CC/000_00000.parquet', ['another configuration'] * 10)
+    for i in range(2):
+        rows = DOCUMENTS[i * 1500:i * 1500 + 1500] + ['', None]
+        put(main / f'sample/10BT/00{i}_00000.parquet', rows, id=list(range(len(rows))), body=rows)
+    configs = ''.join(f'- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n'
+                      for name, path in (('default', 'data/*/*'), ('sample-10BT', 'sample/10BT/*')))
+    (main / 'README.md').write_text(f'---\nlicense: odc-by\nconfigs:\n{configs}---\n')
+    return main
+
+
+FINEWEB = 'data/openwebtext/prepare.py', '--hub=HuggingFaceFW/fineweb-edu', '--config=sample-10BT'
+
+
+def test_another_corpus_of_the_hub(clone, fineweb):
+    printed = run(*FINEWEB, '--column=body', '--num_proc=2', cwd=clone)
+    train, val = both(clone / 'data/fineweb-edu')
+    assert 'python train.py --dataset=fineweb-edu' in printed
+    assert len(train) + len(val) == len(gpt2(DOCUMENTS[:3000])) and val[:5] == gpt2(DOCUMENTS)[:5]
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--column=words'], "no column 'words', but text, id, body"), (['--column=id'], 'is no text'),
+    (['--split=test'], 'Bad split'), (['--config=sample-9BT'], 'sample-10BT'), (['--hub=.'], 'Other ways'),
+    (['--hub=HuggingFaceFW/nothing'], "doesn't exist"),
+])
+def test_mistakes_with_the_hub(clone, fineweb, flags, message):
+    assert message in fail(*FINEWEB, *flags, cwd=clone)
+
+
+def test_a_corpus_that_breaks_off_leaves_nothing(clone, fineweb):
+    second = fineweb / 'sample/10BT/001_00000.parquet'
+    second.write_bytes(second.read_bytes()[:2000])
+    said = fail(*FINEWEB, cwd=clone)
+    assert 'broke off' in said and not list((clone / 'data/fineweb-edu').iterdir())
+
+
+def test_a_folder_of_parquet_files_stands_for_the_hub(clone, tmp_path, tiktoken_cache):
+    put(tmp_path / 'corpus/train/0000.parquet', DOCUMENTS[:50])
+    run('data/openwebtext/prepare.py', f'--hub={tmp_path}/corpus', '--num_proc=1', cwd=clone, HF_HUB_OFFLINE=1,
+        HF_HOME=tmp_path / 'hf', TIKTOKEN_CACHE_DIR=tiktoken_cache)
+    assert both(clone / 'data/corpus') == (gpt2(DOCUMENTS[1:50]), gpt2(DOCUMENTS[:1]))
+    put(tmp_path / 'one/train/0000.parquet', DOCUMENTS[:1])
+    (clone / 'data/corpus/train.bin').unlink()
+    (clone / 'data/corpus/val.bin').unlink()
+    said = fail('data/openwebtext/prepare.py', f'--hub={tmp_path}/one', cwd=clone, HF_HUB_OFFLINE=1,
+                HF_HOME=tmp_path / 'hf', TIKTOKEN_CACHE_DIR=tiktoken_cache)
+    assert 'too little text' in said
+
+
+def test_openwebtext_without_a_network_says_what_to_do(clone, tmp_path, tiktoken_cache):
+    said = fail('data/openwebtext/prepare.py', cwd=clone, HF_HUB_OFFLINE=1, HF_HOME=tmp_path / 'hf',
+                TIKTOKEN_CACHE_DIR=tiktoken_cache)
+    assert '--input=FOLDER' in said and '--hub=FOLDER' in said

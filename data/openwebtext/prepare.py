@@ -1,67 +1,169 @@
 """
 OpenWebText in GPT-2's tokens: about 9 billion for training and 4.4 million for validation, each document closed
-by <|endoftext|> (50256). The download takes about 54 GB of disk, train.bin 17 GB.
+by <|endoftext|> (50256). Or another corpus of the Hugging Face hub, or a folder of your own text files.
 
-    python data/openwebtext/prepare.py [--input=PATH] [--num_proc=8]
+    python data/openwebtext/prepare.py [--num_proc=8]
+    python data/openwebtext/prepare.py --hub=HuggingFaceFW/fineweb-edu --config=sample-10BT
+    python data/openwebtext/prepare.py --input=FOLDER [--glob='*.py']        # each file is one document
 
-With --input, each text file is one document.
+All go to data/NAME (--name=NAME), by default as the corpus or folder is called, and take --tokenizer=DIR, a folder with
+a tokenizer.json. --hub may also be a local folder with the parquet files of a corpus.
+
+The text is read as a stream and never lies on the disk: train.bin is all that OpenWebText takes, 17 GB. One document
+in 2,000 is for validation: nanoGPT's choice (seed 2357, test_size 0.0005) where the number of documents is known
+beforehand and below 50 million, else every 2,000th. They stay in the corpus's order, which nanoGPT shuffles.
 """
 
-import functools
 import os
 import sys
-
-import numpy as np
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 import common
 
-encoding = functools.cache(common.gpt2_encoding)  # once in each of datasets' worker processes
+# isort: split
+import collections
+import functools
+import itertools
+import math
+import pickle
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+
+load_tokenizer = functools.cache(common.load_tokenizer)  # once in each worker process
 
 
-def tokenize(batch):
-    enc = encoding()
-    ids = [tokens + [enc.eot_token] for tokens in enc.encode_ordinary_batch(batch['text'], num_threads=1)]
-    return {'ids': ids, 'len': [len(tokens) for tokens in ids]}
+def describe(error):
+    return ' '.join((str(error) or type(error).__name__).split())[:300].rstrip('.')
+
+
+def tokenize(folder, texts):
+    bpe = load_tokenizer(folder)
+    ids = [i for text in texts for i in common.document(bpe, text)]
+    return np.array(ids, dtype=common.token_dtype(bpe.vocab_size))
+
+
+def read_corpus(hub, split, column, **place):
+    """Lists of documents from the hub, and how many documents there are, where that is known."""
+    from datasets import load_dataset_builder
+    builder = load_dataset_builder(hub, **place)
+    corpus = builder.as_streaming_dataset(split=split)
+    if 'revision' in place:
+        folders = sorted({os.path.dirname(file) for file in builder.config.data_files[split]})
+        if any('/partial' in folder for folder in folders):
+            raise ValueError("it is a script, and the hub's conversion to parquet has only the first part of it")
+        if len(folders) > 1:
+            raise ValueError(f'one configuration: say --config=NAME, of {", ".join(map(os.path.basename, folders))}')
+    batches = corpus.iter(1000)
+    first = next(batches, {})
+    if column not in first:
+        raise ValueError(f'it has no column {column!r}, but {", ".join(first) or "no row"}: say --column=NAME')
+    if not all(isinstance(text, str | None) for text in first[column]):
+        raise ValueError(f'its column {column!r} is no text: say --column=NAME')
+
+    def texts():
+        try:
+            for batch in itertools.chain([first], batches):
+                yield batch[column]
+        except Exception as e:
+            common.stop(f'--hub={hub} broke off: {describe(e)}')
+
+    return texts(), corpus.info.splits[split].num_examples if split in (corpus.info.splits or {}) else None
+
+
+def open_corpus(hub, config, split, column):
+    try:
+        import datasets
+        import huggingface_hub
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
+        huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
+        try:  # first what its owner put there, which is whole
+            return read_corpus(hub, split, column, name=config)
+        except RuntimeError:  # a script, which datasets 4 and later do not run: the hub's own conversion to parquet
+            return read_corpus(hub, split, column, revision='refs/convert/parquet', data_dir=config)
+    except ImportError:
+        common.stop('this needs datasets: pip install datasets')
+    except Exception as e:  # datasets, huggingface_hub, fsspec and pyarrow have no common class
+        common.stop(f'--hub={hub}: {describe(e)}. Other ways: --hub=HuggingFaceFW/fineweb-edu --config=sample-10BT, '
+                    '--hub=FOLDER with parquet files, --input=FOLDER with text files')
+
+
+def is_validation(n):
+    """Whether the document number i is for validation, of n documents (None: nobody knows how many)."""
+    if n is None or n > 50_000_000:
+        return lambda i: i % 2000 == 0
+    return set(np.random.default_rng(2357).permutation(n)[:math.ceil(n * 0.0005)].tolist()).__contains__
+
+
+def tokens(pool, folder, batches, n, ahead):
+    """Pairs of a split and token ids, in the documents' order, with no more than `ahead` batches under way."""
+    from tqdm import tqdm
+    held_out, i = is_validation(n), 0
+    pending = collections.deque()
+    with tqdm(total=n, unit=' documents', unit_scale=True) as bar:
+        for batch in batches:
+            parts = {'train': [], 'val': []}
+            for text in batch:
+                if text:
+                    parts['val' if held_out(i) else 'train'].append(text)
+                i += 1
+            pending += [(split, pool.submit(tokenize, folder, part)) for split, part in parts.items() if part]
+            while len(pending) > ahead:
+                split, ids = pending.popleft()
+                yield split, ids.result()
+            bar.update(len(batch))
+        for split, ids in pending:
+            yield split, ids.result()
+
+
+def main():
+    parser = common.argument_parser(__doc__, tokens=True)
+    parser.add_argument('--hub', metavar='NAME', help='a corpus of the hub (default: Skylion007/openwebtext)')
+    parser.add_argument('--config', help='which of its configurations')
+    parser.add_argument('--column', default='text', help='the column that holds the documents')
+    parser.add_argument('--split', default='train', help='the split to read, from which val.bin is taken too')
+    parser.add_argument('--num_proc', type=int, default=max(1, (os.cpu_count() or 2) // 2), help='worker processes')
+    args = common.parse(parser)
+    if args.input and args.hub:
+        common.stop('--input and --hub: one of the two')
+    if not 1 <= args.num_proc <= 256:
+        common.stop(f'--num_proc={args.num_proc} must lie in 1..256')
+    folder = common.data_folder(here, args, "a tokenizer.json's tokens" if args.tokenizer else 'GPT-2 tokens', args.hub)
+    files = common.text_files(args.input, args.glob) if args.input else []
+    if args.input and len(files) < 2:
+        common.stop(f'--input={args.input}: two documents at least, one for training and one for validation')
+    bpe = load_tokenizer(args.tokenizer)
+    meta = common.token_meta(bpe.vocab_size, bpe.sha256)
+
+    with ProcessPoolExecutor(args.num_proc) as pool:
+        pool.submit(int).result()  # starts the workers, before datasets starts threads
+        for number in (signal.SIGINT, signal.SIGTERM):  # the workers end at once; here the unfinished files go first
+            signal.signal(number, lambda *_: sys.exit(130))
+        if args.input:
+            batches, n = ([common.read_file(file)] for file in files), len(files)
+        else:
+            batches, n = open_corpus(args.hub or 'Skylion007/openwebtext', args.config, args.split, args.column)
+
+        count = {'train': 0, 'val': 0}
+        with common.written(folder, ['train.bin', 'val.bin'] + ['meta.pkl'] * bool(meta)) as out:
+            try:
+                for split, ids in tokens(pool, args.tokenizer, batches, n, 4 * args.num_proc):
+                    out[f'{split}.bin'].write(ids.tobytes())
+                    count[split] += len(ids)
+            except (ValueError, TypeError) as e:  # a text without tokens, a row without text
+                common.stop(e)
+            except BrokenProcessPool:
+                common.stop('a worker process died, for want of memory perhaps: try a smaller --num_proc')
+            if not all(count.values()):
+                common.stop(f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
+            if meta:
+                pickle.dump(meta, out['meta.pkl'])
+    print(f'train: {count["train"]:,} tokens\nval: {count["val"]:,} tokens')
+    common.say_where(folder, args.tokenizer)
 
 
 if __name__ == '__main__':
-    from datasets import load_dataset
-    from tqdm import tqdm
-
-    parser = common.argument_parser(__doc__)
-    parser.add_argument('--num_proc', type=int, default=max(1, (os.cpu_count() or 2) // 2), help='worker processes')
-    args = parser.parse_args()
-    enc = encoding()
-
-    if args.input:
-        files = common.text_files(args.input)
-        if len(files) < 2:
-            common.stop(f'--input={args.input}: two documents at least, one for training and one for validation')
-        documents = load_dataset('text', data_files=files, sample_by='document', split='train')
-    else:
-        try:
-            documents = load_dataset('Skylion007/openwebtext', split='train', num_proc=args.num_proc)
-        except Exception as e:  # the hub's errors have no common class
-            common.stop(f'download failed ({type(e).__name__}: {str(e)[:200]}). By hand: fetch '
-                        'Skylion007/openwebtext from the Hugging Face hub, unpack its text files into a folder, '
-                        'and run this script again with --input=FOLDER')
-
-    splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    splits['val'] = splits.pop('test')
-    splits = splits.map(tokenize, batched=True, remove_columns=['text'], num_proc=args.num_proc, desc='tokenizing')
-
-    dtype = common.token_dtype(enc.n_vocab)
-    for split, data in splits.items():
-        path = os.path.join(here, f'{split}.bin')
-        out = np.memmap(path + '.tmp', dtype=dtype, mode='w+', shape=(int(np.sum(data['len'], dtype=np.int64)),))
-        end = 0
-        for batch in tqdm(data.with_format('numpy', columns=['ids']).iter(1024), total=-(-len(data) // 1024),
-                          desc=f'writing {path}'):
-            ids = np.concatenate(list(batch['ids']))
-            out[end:end + len(ids)] = ids
-            end += len(ids)
-        out.flush()
-        os.replace(path + '.tmp', path)
-        print(f'{split}: {end:,} tokens')
+    main()

@@ -1,7 +1,8 @@
 """
 Tiny Shakespeare, a token a character: 65 of them, 1,003,854 tokens for training and 111,540 for validation.
 
-    python data/shakespeare_char/prepare.py [--input=PATH]
+    python data/shakespeare_char/prepare.py
+    python data/shakespeare_char/prepare.py --input=PATH [--glob='*.py'] [--name=NAME]    # your own text
 """
 
 import os
@@ -11,6 +12,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 import common
 
-args = common.argument_parser(__doc__).parse_args()
-text = common.read_text(args.input) if args.input else common.tiny_shakespeare(here)
-common.write_characters(here, text)
+args = common.parse(common.argument_parser(__doc__))
+folder = common.data_folder(here, args, 'characters')
+text = '\n'.join(common.read_texts(args)) if args.input else common.tiny_shakespeare(here)
+common.write_characters(folder, text)
