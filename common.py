@@ -63,7 +63,13 @@ def disconnect():
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
-        dist.all_reduce(x, op)
+        try:
+            dist.all_reduce(x, op)
+            return x
+        except RuntimeError as e:
+            error = first_line(e)
+        # after `except`: the error's frames hold the group, and with it gloo's threads
+        stop(f'rank {dist.get_rank()}: another rank is gone: {error}', every_rank=True)
     return x
 
 
