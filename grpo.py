@@ -91,10 +91,11 @@ if __name__ == '__main__':
 
 # What a number may be: at least the first, and less than the second.
 RANGES = {
-    **dict.fromkeys(('prompts_per_iter', 'max_new_tokens', 'mu', 'batch_size', 'eval_interval', 'eval_prompts',
-                     'trace_prompts', 'max_iters'), (1, 2**31)),
-    'group_size': (2, 2**31),  # an advantage compares the responses of a group
+    **dict.fromkeys(('max_new_tokens', 'mu', 'batch_size', 'eval_interval', 'eval_prompts', 'trace_prompts',
+                     'max_iters'), (1, 2**31)),
     'warmup_iters': (0, 2**31),
+    'prompts_per_iter': (1, 2**20),
+    'group_size': (2, 2**20),  # an advantage compares the responses of a group
     'temperature': (0.001, math.inf),
     **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'clip_low', 'clip_high', 'kl_coef',
                      'format_weight'), (0, math.inf)),
@@ -514,4 +515,9 @@ def write_traces(questions, answer, end):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+            raise
+        stop(f'out of memory: make prompts_per_iter, group_size or batch_size smaller ({first_line(e)})', True)
