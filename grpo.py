@@ -392,7 +392,7 @@ def main():
 
     def log(record):
         try:
-            print(json.dumps(record), file=log_file, flush=True)
+            log_file.write(json.dumps(record).encode() + b'\n')
         except OSError as e:
             stop(f'{log_path} cannot be written: {e.strerror}; the last checkpoint in {out_dir} is as it was')
         if wandb_log:
@@ -405,13 +405,12 @@ def main():
             wandb = start_wandb(project=wandb_project, name=wandb_run_name, config=settings)
         log_path = os.path.join(out_dir, 'eval.jsonl' if eval_only else 'log.jsonl')
         new = not resume and not eval_only
-        header = json.dumps({'command': shlex.join(sys.argv), 'config': settings, 'model_args': model_args,
-                             'world_size': world})
+        header = {'command': shlex.join(sys.argv), 'config': settings, 'model_args': model_args, 'world_size': world}
         try:
             os.makedirs(out_dir, exist_ok=True)
-            log_file = open(log_path + '.tmp', 'w') if new else open(log_path, 'a')
-            # a run that was killed may have left half a line
-            print(header if log_file.tell() == 0 else '\n' + header, file=log_file, flush=True)
+            log_file = open(log_path + '.tmp', 'wb', buffering=0) if new else open(log_path, 'ab', buffering=0)
+            half = b'\n' if log_file.tell() > 0 else b''  # a run that was killed may have left half a line
+            log_file.write(half + json.dumps(header).encode() + b'\n')
             if new:
                 for name, kept in keep_earlier(out_dir, ['ckpt.pt', 'log.jsonl']).items():
                     print(f'{out_dir}/{name} of an earlier run is now {kept}')
