@@ -11,6 +11,11 @@ Each row is a process of its own, so that its peak memory is its own too. Every 
 Any field of GPTConfig may be given as --key=value.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+
 import contextlib
 import dataclasses
 import json
@@ -26,17 +31,10 @@ import torch
 import torch._functorch.config
 from torch.nn import functional as F
 
+from common import autocast, default_device, device_type_of, stop
 from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_line
 
 here = os.path.dirname(os.path.abspath(__file__))
-
-
-def stop(message):
-    """A mistake of the user's: one line, and exit code 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
-
-
 PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
          'decode': ['ours', 'dense', 'transformers', 'gpt2', 'nanogpt'],
          'loss': ['ours', 'plain', 'torch']}
@@ -58,7 +56,7 @@ steps = 5  # timed ones, after two more
 prompt_tokens = 960  # decode: tokens in the context before the first that is timed
 new_tokens = 60  # decode: tokens that are timed
 rows = 6144  # loss: tokens
-device = 'cuda' if torch.cuda.is_available() else 'cpu'
+device = default_device()
 dtype = 'bfloat16'  # or 'float32', which a CPU without native bf16 needs
 compile = what == 'train'  # torch.compile: blocks and loss here, the peers whole
 activation_memory = 1.0  # train: as in train.py, for this model and its dense twin
@@ -66,13 +64,27 @@ with contextlib.redirect_stdout(sys.stderr):  # the table, or the JSON, has stan
     exec(open(os.path.join(here, 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 config_fields = {name: globals()[name] for name in settings}
-device_type = torch.device(device).type
-autocast = torch.autocast(device_type, dtype=getattr(torch, dtype), enabled=dtype != 'float32')
+device_type = device_type_of(device)
+context = autocast(device_type, dtype)
+names = peer.split(',')
+if not set(names) <= set(PEERS[what]):
+    stop(f'peer={peer!r}: for {what} there are {", ".join(PEERS[what])}')
+# what a number may be: at least the first, at most the second; a time between tokens needs two
+for key, low, high in (('batch_size', 1, 2**20), ('steps', 1, 10**6), ('prompt_tokens', 1, 2**20),
+                       ('new_tokens', 2, 2**20), ('rows', 1, 2**31), ('activation_memory', 0, 1)):
+    if not low <= globals()[key] <= high:
+        stop(f'{key}={globals()[key]} must lie in {low}..{high}')
+try:
+    config = GPTConfig(**config_fields)
+except ValueError as e:
+    stop(str(e))
+if what == 'decode' and prompt_tokens + new_tokens > config.block_size:
+    stop(f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit in block_size={config.block_size}')
 
 
 def clock():
-    if device_type == 'cuda':
-        torch.cuda.synchronize()
+    if device_type != 'cpu':
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -114,11 +126,9 @@ def peak_memory():
 
 def build(name):
     """A peer with random weights: the model, FLOPs per training token."""
-    config = GPTConfig(**config_fields)
     if name in ('ours', 'dense'):
-        if name == 'dense':  # one FFN as wide as the experts that a token meets
-            config = dataclasses.replace(config, n_routed_experts=0)
-        model = GPT(config)
+        # dense: one FFN as wide as the experts that a token meets
+        model = GPT(dataclasses.replace(config, n_routed_experts=0) if name == 'dense' else config)
         return model.to(device), model.flops_per_token()
     try:
         import transformers
@@ -175,7 +185,7 @@ def train(name):
     x, y = data[:, :-1].contiguous(), data[:, 1:].contiguous()
 
     def step():
-        with autocast:
+        with context:
             loss = loss_of(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -257,7 +267,7 @@ def loss(name):
 
     def step():
         nonlocal h, w
-        with autocast:
+        with context:
             result = value()
         result.backward()
         h.grad = w.grad = None
@@ -278,9 +288,6 @@ def table(lines):
     return '\n'.join('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in cells)
 
 
-names = peer.split(',')
-if not set(names) <= set(PEERS[what]):
-    stop(f'peer={peer!r}: for {what} there are {", ".join(PEERS[what])}')
 if 'BENCH_CHILD' in os.environ:
     print(json.dumps({'peer': peer} | {'train': train, 'decode': decode, 'loss': loss}[what](peer)))
     raise SystemExit
@@ -292,7 +299,8 @@ for name in names:
     if child.returncode == 0 and lines:
         results.append(json.loads(lines[-1]))
     else:
-        results.append({'peer': name, 'missing': first_line(child.stderr.strip().splitlines()[-1])})
+        said = child.stderr.strip().splitlines() or [f'exit code {child.returncode}']  # killed for its memory
+        results.append({'peer': name, 'missing': first_line(said[-1])})
     if not as_json:
         print(f'{name}: {results[-1]}', file=sys.stderr)
 print(json.dumps(results) if as_json else table(results))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import sys
 
 import torch
@@ -14,6 +15,8 @@ def stop(message, every_rank=False):
     """A user's mistake: one line, exit code 2. Rank 0 of each machine speaks, or whichever rank meets it."""
     if every_rank or os.environ.get('LOCAL_RANK', '0') == '0':
         print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized() and dist.get_backend() == 'gloo':  # nccl would wait for ranks that do not stop
+        disconnect()
     raise SystemExit(2)
 
 
@@ -38,9 +41,35 @@ def autocast(device_type, dtype):
     return contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 
 
+def connect(backend):
+    """Join torchrun's ranks. Returns the run's id, a random one that is the same in each attempt of --max-restarts."""
+    try:
+        store, rank, world = next(dist.rendezvous('env://'))
+        # torchrun's store outlives a restart: the id, and the addresses of ranks that were lost
+        run = store.compare_set('run', '', secrets.token_hex(8)).decode()
+        store = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except (ValueError, RuntimeError) as e:
+        stop(f'the ranks cannot be connected: {first_line(e)}')
+    return run
+
+
+def disconnect():
+    """Leave the ranks, if there are any. gloo's threads end here: one that outlives the interpreter aborts the process
+    (pytorch#190489)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def all_reduce(x, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
-        dist.all_reduce(x, op)
+        try:
+            dist.all_reduce(x, op)
+            return x
+        except RuntimeError as e:
+            error = first_line(e)
+        # after `except`: the error's frames hold the group, and with it gloo's threads
+        stop(f'rank {dist.get_rank()}: another rank is gone: {error}', every_rank=True)
     return x
 
 

@@ -14,6 +14,11 @@ All randomness of an iteration follows from (seed, iteration, rank), so a resume
 Letters in the shape comments: P prompts, G responses to each, B rows (a prompt and a response), T their tokens less 1.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
+
 import contextlib
 import json
 import math
@@ -27,7 +32,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, MoE, first_line
+from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, start_wandb, stop
+from model import GPT, MoE, first_line, keep_earlier, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -73,7 +79,7 @@ grad_clip = 1.0  # 0.0: no clipping
 # system
 seed = 1337
 backend = 'nccl'  # between GPUs; CPUs use gloo
-device = 'cuda' if torch.cuda.is_available() else 'cpu'
+device = default_device()
 dtype = 'float32'  # or 'bfloat16'
 # -----------------------------------------------------------------------------
 here = os.path.dirname(os.path.abspath(__file__))
@@ -83,11 +89,20 @@ if __name__ == '__main__':
     exec(open(os.path.join(here, 'configurator.py')).read())  # from the command line, config files
 # -----------------------------------------------------------------------------
 
-
-def all_reduce(x, op=dist.ReduceOp.SUM):
-    if dist.is_initialized():
-        dist.all_reduce(x, op)
-    return x
+# What a number may be: at least the first, and less than the second.
+RANGES = {
+    **dict.fromkeys(('max_new_tokens', 'mu', 'batch_size', 'eval_interval', 'eval_prompts', 'trace_prompts',
+                     'max_iters'), (1, 2**31)),
+    'warmup_iters': (0, 2**31),
+    'prompts_per_iter': (1, 2**20),
+    'group_size': (2, 2**20),  # an advantage compares the responses of a group
+    'temperature': (0.001, math.inf),
+    **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'clip_low', 'clip_high', 'kl_coef',
+                     'format_weight'), (0, math.inf)),
+    'beta1': (0, 1),
+    'beta2': (0, 1),
+    'seed': (0, 2**32),
+}
 
 
 @torch.no_grad()
@@ -170,15 +185,15 @@ def surrogate(logp, old_logp, advantages, clip_low, clip_high):
 
 
 def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, clip_low=0.2, clip_high=0.2, kl_coef=0.0,
-           length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256, grad_clip=1.0, autocast=None):
+           length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256, grad_clip=1.0, context=None):
     """mu optimizer steps on this rank's rows (B, T + 1), mask (B, T), advantages (B); the ranks' gradients are summed.
 
-    autocast, a context, is entered for each forward alone: it holds casts of the weights, which a step makes stale. The
-    MTP modules stay as they are. Returns, over the tokens of all ranks and all steps, the means of 'kl', 'clip' (the
-    share of tokens whose gradient the clip took) and 'entropy', and the last 'grad_norm'. Raises a FloatingPointError
-    instead of taking a step with a gradient that is not finite.
+    context, an autocast, is entered for each forward alone: it holds casts of the weights, which a step makes stale.
+    The MTP modules stay as they are. Returns, over the tokens of all ranks and all steps, the means of 'kl' (if there
+    is a reference), 'clip' (the share of tokens whose gradient the clip took) and 'entropy', and the last 'grad_norm'.
+    Raises a FloatingPointError instead of taking a step with a gradient that is not finite.
     """
-    autocast = autocast or contextlib.nullcontext()
+    context = context or contextlib.nullcontext()
     model.train()
     trained = [p for name, p in model.named_parameters() if not name.startswith('mtp.')]
     moe_layers = sum(isinstance(block.mlp, MoE) for block in model.transformer.h)
@@ -190,14 +205,14 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
         loads = torch.zeros(moe_layers, model.config.n_routed_experts, device=rows.device)
         for k, part in enumerate(parts):
             uncounted = ~mask[part]  # a weight of 0 would not undo an overflow in an exp
-            with autocast:
+            with context:
                 logp, entropy, load = log_probs(model, rows[part], temperature)
             logp = logp.masked_fill(uncounted, 0.0)
             if step == 0:
                 # the sampler's policy is the one before the first step, and this forward is its exact value
                 old_logp[k] = logp.detach()
                 if reference is not None:
-                    with torch.no_grad(), autocast:
+                    with torch.no_grad(), context:
                         ref_logp[k] = log_probs(reference, rows[part], temperature)[0].masked_fill(uncounted, 0.0)
             kl = k3(logp, ref_logp[k]) if reference is not None else torch.zeros_like(logp)
             gain = surrogate(logp, old_logp[k], advantages[part], clip_low, clip_high) - kl_coef * kl
@@ -220,15 +235,10 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
         optimizer.zero_grad(set_to_none=True)
         if moe_layers:
             model.update_balance(all_reduce(loads))
-    tokens, *sums = all_reduce(sums).tolist()
-    return dict(zip(('kl', 'clip', 'entropy'), (x / max(tokens, 1) for x in sums))) | {'grad_norm': norm.item()}
-
-
-def stop(message, every_rank=False):
-    """A mistake of the user's: one line, from one rank unless only some of them meet it, and exit code 2."""
-    if every_rank or os.environ.get('LOCAL_RANK', '0') == '0':
-        print(message, file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    tokens, kl, clip, entropy = all_reduce(sums).tolist()
+    tokens = max(tokens, 1)
+    numbers = {'kl': kl / tokens} if reference is not None else {}
+    return numbers | {'clip': clip / tokens, 'entropy': entropy / tokens, 'grad_norm': norm.item()}
 
 
 def load_model(folder, device):
@@ -266,13 +276,13 @@ def load_prompts(path, stoi, max_prompt):
 def load_reward(path):
     try:
         reward = runpy.run_path(path)['reward']
-    except Exception as e:  # it is any Python
+    except (Exception, SystemExit) as e:  # it is any Python
         stop(f'reward_file={path} must define reward(prompt, response, answer): {type(e).__name__}: {first_line(e)}')
 
     def checked(prompt, response, answer):
         try:
             accuracy, form = map(float, reward(prompt, response, answer))
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             stop(f'{path}: reward({prompt!r}, {response!r}, {answer!r}): {type(e).__name__}: {first_line(e)}', True)
         if not math.isfinite(accuracy + form):
             stop(f'{path}: reward({prompt!r}, {response!r}, {answer!r}) is {accuracy}, {form}: not finite', True)
@@ -281,28 +291,28 @@ def load_reward(path):
     return checked
 
 
+def own_checkpoint(run):
+    """Whether out_dir holds a checkpoint of this run, which an earlier attempt under --max-restarts wrote."""
+    try:
+        return torch.load(os.path.join(out_dir, 'ckpt.pt'), mmap=True, weights_only=True)['run'] == run
+    except Exception:  # there is none, or it is damaged, or another program's
+        return False
+
+
 def main():
     # one process, or one of several under torchrun
     ddp = 'RANK' in os.environ
     rank, world = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if ddp else (0, 1)
     master = rank == 0
     place = f'cuda:{os.environ["LOCAL_RANK"]}' if ddp and device.startswith('cuda') else device
-    try:
-        device_type = torch.zeros(1, device=place).device.type
-    except Exception as e:  # torch raises RuntimeError, AssertionError and others
-        stop(f'device={device!r} cannot be used here: {first_line(e)}')
+    device_type = device_type_of(place)
     if device_type == 'cuda':
         torch.cuda.set_device(place)
 
-    for key in ('prompts_per_iter', 'max_new_tokens', 'temperature', 'mu', 'batch_size', 'eval_interval',
-                'eval_prompts', 'trace_prompts', 'learning_rate', 'clip_low', 'clip_high'):
-        if not globals()[key] > 0:
-            stop(f'{key} must be positive')
-    for key in ('kl_coef', 'format_weight', 'grad_clip', 'warmup_iters', 'weight_decay', 'seed'):
-        if not globals()[key] >= 0:
-            stop(f'{key} must not be negative')
-    if group_size < 2:
-        stop(f'group_size={group_size}: an advantage compares the responses of a group, so there must be at least 2')
+    for key, (low, high) in RANGES.items():
+        if not low <= globals()[key] < high:
+            stop(f'{key}={globals()[key]} must be at least {low}' + (f' and less than {high}' if high < math.inf else
+                                                                     ' and finite'))
     if prompts_per_iter % world:
         stop(f'prompts_per_iter={prompts_per_iter} must be a multiple of the {world} ranks')
     if length_norm not in ('response', 'token', 'constant'):
@@ -311,29 +321,42 @@ def main():
         stop(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
     if eval_split not in ('val', 'test'):
         stop(f"eval_split={eval_split!r} must be 'val' or 'test'")
-    if ddp:
-        dist.init_process_group(backend if device_type == 'cuda' else 'gloo')
+    if traces and world > 1:
+        stop('traces are written by one process: run it without torchrun')
+    if traces and os.path.lexists(traces):
+        stop(f'traces={traces!r} is there already, and is not written over: name another file')
+    if traces and not os.access(os.path.dirname(traces) or '.', os.W_OK):
+        stop(f'traces={traces!r} cannot be written: no such folder, or not yours')
+    run = connect(backend if device_type == 'cuda' else 'gloo') if ddp else ''
 
     # the model, its optimizer, and the frozen reference
-    resume = init_from == 'resume'
     sources = [os.path.realpath(folder) for folder in (init_from, reference) if folder]
     if os.path.realpath(out_dir) in sources and not eval_only and not traces:
-        stop(f'out_dir={out_dir!r} must differ from init_from and reference, whose checkpoint the run would write over')
+        stop(f'out_dir={out_dir!r} must differ from init_from and reference, which a new run would rename')
+    resume = init_from == 'resume'
+    if ddp and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and not eval_only:
+        own = torch.tensor(float(own_checkpoint(run)), device=place)
+        resume = resume or all_reduce(own, dist.ReduceOp.MIN).item() == 1  # all ranks or none
     model, checkpoint = load_model(out_dir if resume else init_from, place)
+    if resume and not {'seconds', 'config', 'optimizer', 'iter_num'} <= set(checkpoint):
+        stop(f'{out_dir}/ckpt.pt was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
     settings = {k: globals()[k] for k in config_keys}
     settings['reference'] = reference or (checkpoint['config'].get('reference', '') if resume else init_from)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     iter_num, seconds = 0, 0.0
     if resume:
-        if 'seconds' not in checkpoint:
-            stop(f'{out_dir}/ckpt.pt was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
         optimizer.load_state_dict(checkpoint['optimizer'])
         iter_num, seconds = checkpoint['iter_num'], checkpoint['seconds']
-    frozen = load_model(settings['reference'], place)[0].requires_grad_(False) if kl_coef > 0 else None
     meta, stoi, itos = checkpoint['meta'], checkpoint['meta']['stoi'], checkpoint['meta']['itos']
+    frozen = None
+    if kl_coef > 0 or reference:  # with a reference and kl_coef=0 the KL is logged alone
+        frozen, other = load_model(settings['reference'], place)
+        frozen.requires_grad_(False)
+        if other['meta']['stoi'] != stoi:
+            stop(f'reference={settings["reference"]!r} has other characters than the model, so there is no KL')
     model_args, end = checkpoint['model_args'], model.config.eos_token_id
-    checkpoint = None  # free the memory
-    ctx = contextlib.nullcontext() if dtype == 'float32' else torch.amp.autocast(device_type, dtype=torch.bfloat16)
+    checkpoint = other = None  # free the memory
+    ctx = autocast(device_type, dtype)
 
     # the task
     max_prompt = model.config.block_size - max_new_tokens
@@ -364,50 +387,38 @@ def main():
         return {f'{eval_split}_accuracy': accuracy, f'{eval_split}_format': form, f'{eval_split}_length': length}
 
     if traces:
-        write_traces(pairs['train'][:trace_prompts], answer, end, world)
+        write_traces(pairs['train'][:trace_prompts], answer, end)
         return
 
     def log(record):
-        print(json.dumps(record), file=log_file, flush=True)
+        try:
+            log_file.write(json.dumps(record).encode() + b'\n')
+        except OSError as e:
+            stop(f'{log_path} cannot be written: {e.strerror}; the last checkpoint in {out_dir} is as it was')
         if wandb_log:
             wandb.log(record, step=record['step'])
 
-    def save_checkpoint():
-        """train.py's format. Written beside and renamed: a kill at any instant leaves the last one whole."""
-        path = os.path.join(out_dir, 'ckpt.pt')
-        try:
-            with open(path + '.tmp', 'wb') as f:
-                torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': {},
-                            'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': math.inf,
-                            'config': settings, 'meta': meta, 'seconds': seconds}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(path + '.tmp', path)
-        except (OSError, RuntimeError) as e:  # a full disk
-            with contextlib.suppress(OSError):
-                os.remove(path + '.tmp')
-            stop(f'{path} could not be written, what was saved before is whole: {first_line(e)}')
-
-    result = evaluate()  # before anything is written: a reward that raises costs no earlier run its log
+    # whatever can fail comes before an earlier run's files are renamed: an evaluation, wandb, writing into out_dir
+    result = evaluate()
     if master:
         if wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                stop('wandb_log=True needs wandb: pip install wandb')
-            wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+            wandb = start_wandb(project=wandb_project, name=wandb_run_name, config=settings)
+        log_path = os.path.join(out_dir, 'eval.jsonl' if eval_only else 'log.jsonl')
+        new = not resume and not eval_only
+        header = {'command': shlex.join(sys.argv), 'config': settings, 'model_args': model_args, 'world_size': world}
         try:
             os.makedirs(out_dir, exist_ok=True)
-            log_path = os.path.join(out_dir, 'eval.jsonl' if eval_only else 'log.jsonl')
-            if not resume and not eval_only and os.path.exists(log_path):
-                os.replace(log_path, log_path + '.old')
-            log_file = open(log_path, 'a')
-            if log_file.tell() > 0:
-                print(file=log_file)  # a run that was killed may have left half a line
+            log_file = open(log_path + '.tmp', 'wb', buffering=0) if new else open(log_path, 'ab', buffering=0)
+            half = b'\n' if log_file.tell() > 0 else b''  # a run that was killed may have left half a line
+            log_file.write(half + json.dumps(header).encode() + b'\n')
+            if new:
+                for name, kept in keep_earlier(out_dir, ['ckpt.pt', 'log.jsonl']).items():
+                    print(f'{out_dir}/{name} of an earlier run is now {kept}')
+                os.replace(log_path + '.tmp', log_path)
         except OSError as e:
             stop(f'out_dir={out_dir!r} cannot be used: {e.strerror}')
-        print(json.dumps({'command': shlex.join(sys.argv), 'config': settings, 'model_args': model_args,
-                          'world_size': world}), file=log_file, flush=True)
+        if resume:
+            print(f'going on from {out_dir}/ckpt.pt, iteration {iter_num}')
 
     while True:
         if result is None and (iter_num % eval_interval == 0 or iter_num >= max_iters):
@@ -418,7 +429,13 @@ def main():
                   f'after {seconds:.0f} s')
             log({'step': iter_num, 'seconds': seconds, **result})
             if iter_num > 0 and not eval_only:
-                save_checkpoint()
+                try:  # train.py's format
+                    save_checkpoint({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': {},
+                                     'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': math.inf,
+                                     'config': settings, 'meta': meta, 'seconds': seconds, 'run': run},
+                                    os.path.join(out_dir, 'ckpt.pt'))
+                except ValueError as e:  # a full disk
+                    stop(str(e))
         result = None
         if iter_num >= max_iters or eval_only:
             break
@@ -445,13 +462,13 @@ def main():
         if drop_zero_advantage:
             kept = ~idle.repeat_interleave(group_size).to(place)
             rows, mask, advantages = rows[kept], mask[kept], advantages[kept]
-        numbers = {'kl': 0.0, 'clip': 0.0, 'entropy': None, 'grad_norm': 0.0}
+        numbers = {'clip': 0.0, 'entropy': None, 'grad_norm': 0.0}  # those of no rows
         if all_reduce(torch.tensor(len(rows), device=place)) > 0:
             try:
                 numbers = update(model, optimizer, rows, mask, advantages, reference=frozen, mu=mu, clip_low=clip_low,
                                  clip_high=clip_high, kl_coef=kl_coef, length_norm=length_norm,
                                  max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
-                                 grad_clip=grad_clip, autocast=ctx)
+                                 grad_clip=grad_clip, context=ctx)
             except FloatingPointError as e:
                 stop(f'iteration {iter_num}: {e}; the last checkpoint in {out_dir} is as it was')
 
@@ -466,21 +483,17 @@ def main():
                   'tokens_per_s': length * prompts_per_iter * group_size / dt, 'rollout_share': (t1 - t0) / dt}
         if master:
             print(f'iter {iter_num}: reward {reward_mean:.3f}, accuracy {accuracy:.1%}, format {form:.1%}, length '
-                  f'{length:.1f}, zero-advantage {zero_advantage:.0%}, kl {record["kl"]:.4f}, clip '
-                  f'{record["clip"]:.1%}, time {dt * 1000:.0f}ms, {record["tokens_per_s"]:,.0f} tok/s')
+                  f'{length:.1f}, zero-advantage {zero_advantage:.0%}, '
+                  + (f'kl {record["kl"]:.4f}, ' if 'kl' in record else '') +
+                  f'clip {record["clip"]:.1%}, time {dt * 1000:.0f}ms, {record["tokens_per_s"]:,.0f} tok/s')
             log(record)
         iter_num += 1
-    if ddp:
-        dist.destroy_process_group()
+    disconnect()
 
 
-def write_traces(questions, answer, end, world):
+def write_traces(questions, answer, end):
     """Rejection sampling (R1 section 2.3.3): to each prompt its first response that is right, well-formed and ended."""
     torch.manual_seed(seed)
-    if world > 1:
-        stop('traces are written by one process: run it without torchrun')
-    if not os.access(os.path.dirname(traces) or '.', os.W_OK):
-        stop(f'traces={traces!r} cannot be written: no such folder, or not yours')
     lines = []
     for i in range(0, len(questions), prompts_per_iter):
         part = questions[i:i + prompts_per_iter]
@@ -501,4 +514,9 @@ def write_traces(questions, answer, end, world):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+            raise
+        stop(f'out of memory: make prompts_per_iter, group_size or batch_size smaller ({first_line(e)})', True)

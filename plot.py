@@ -8,8 +8,14 @@ runs the accuracy on held-out prompts and what is logged of each batch.
 The second draws by how much the smoothed training loss of each run differs from that of the run with its seed.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+
 import argparse
 import json
+import math
 import os
 import sys
 
@@ -20,6 +26,27 @@ def stop(message):
     raise SystemExit(2)
 
 
+def number(record, key):
+    """A number of a record; nan, which leaves a gap in a curve, where it is missing or no number that can be drawn."""
+    value = record.get(key)
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
+
+
+def numbers(record, key):
+    """A list of numbers of a record; empty where it is missing or no such list."""
+    value = record.get(key)
+    return [number({key: x}, key) for x in value] if type(value) is list else []
+
+
+def held_out(record):
+    """grpo.py's accuracy on held-out prompts, of either split; nan in other records."""
+    return number(record, 'val_accuracy' if 'val_accuracy' in record else 'test_accuracy')
+
+
+def known(values):
+    return any(not math.isnan(value) for value in values)
+
+
 def read_log(path):
     """The header, the training records and the evaluation records of a log, in the order of their steps.
 
@@ -28,19 +55,23 @@ def read_log(path):
     header, train, evals = {}, {}, {}
     try:
         with open(path, encoding='utf-8') as f:
-            for line in f:
+            for n, line in enumerate(f, 1):
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError:  # the last line of a run that was killed
+                except (ValueError, RecursionError):  # the last line of a run that was killed
                     continue
                 if type(record) is not dict:
                     continue
                 if 'command' in record:
                     header = record
-                elif 'val_loss' in record or 'val_accuracy' in record or 'test_accuracy' in record:
-                    evals[record['step']] = record
-                elif 'loss' in record or 'reward' in record:
-                    train[record['step']] = record
+                    continue
+                records = (evals if {'val_loss', 'val_accuracy', 'test_accuracy'} & set(record) else
+                           train if {'loss', 'reward'} & set(record) else None)
+                if records is None:
+                    continue
+                if type(record.get('step')) is not int or math.isnan(number(record, 'step')):
+                    stop(f'{path}, line {n}: a record needs a step, a whole number')
+                records[record['step']] = record
     except OSError as e:
         stop(f'{path}: {e.strerror}')
     except UnicodeDecodeError:
@@ -55,53 +86,70 @@ def draw_losses(plt, logs):
     for i, (name, train, evals) in enumerate(logs):
         color = f'C{i}'
 
-        def curve(ax, records, value, color=color, **style):
-            if records:
-                ax.plot([r['step'] for r in records], [value(r) for r in records], color=color, **style)
+        def curve(ax, records, values, color=color, **style):
+            if known(values):
+                ax.plot([r['step'] for r in records], values, color=color, **style)
 
-        curve(loss_ax, train, lambda r: r['loss'], alpha=0.35, linewidth=0.8, label=f'{name}: main, training batches')
-        for k in range(len(train[0]['mtp_losses']) if train else 0):
-            curve(loss_ax, train, lambda r, k=k: r['mtp_losses'][k], alpha=0.35, linewidth=0.8,
-                  linestyle=(':', '--', '-.')[k % 3], label=f'{name}: MTP module {k + 1}')
-        curve(loss_ax, evals, lambda r: r['train_loss'], linestyle='--', marker='.', label=f'{name}: train')
-        curve(loss_ax, evals, lambda r: r['val_loss'], marker='o', markersize=4, label=f'{name}: val')
-        curve(speed_ax, train, lambda r: r['tokens_per_s'], linewidth=0.8, label=name)
-        routed = [r for r in train if 'max_vio' in r]
-        curve(balance_ax, routed, lambda r: sum(r['max_vio']) / len(r['max_vio']), label=f'{name}: mean over layers')
-        curve(balance_ax, routed, lambda r: max(r['max_vio']), alpha=0.35, linewidth=0.8, label=f'{name}: worst layer')
+        curve(loss_ax, train, [number(r, 'loss') for r in train], alpha=0.35, linewidth=0.8,
+              label=f'{name}: main, training batches')
+        modules = [numbers(r, 'mtp_losses') for r in train]
+        for k in range(max(map(len, modules), default=0)):
+            curve(loss_ax, train, [losses[k] if k < len(losses) else math.nan for losses in modules], alpha=0.35,
+                  linewidth=0.8, linestyle=(':', '--', '-.')[k % 3], label=f'{name}: MTP module {k + 1}')
+        curve(loss_ax, evals, [number(r, 'train_loss') for r in evals], linestyle='--', marker='.',
+              label=f'{name}: train')
+        curve(loss_ax, evals, [number(r, 'val_loss') for r in evals], marker='o', markersize=4, label=f'{name}: val')
+        curve(speed_ax, train, [number(r, 'tokens_per_s') for r in train], linewidth=0.8, label=name)
+        routed = [r for r in train if numbers(r, 'max_vio')]
+        layers = [numbers(r, 'max_vio') for r in routed]
+        curve(balance_ax, routed, [sum(vio) / len(vio) for vio in layers], label=f'{name}: mean over layers')
+        curve(balance_ax, routed, [max(vio) for vio in layers], alpha=0.35, linewidth=0.8, label=f'{name}: worst layer')
     loss_ax.set(xlabel='step', ylabel='loss (nats per token)', title='loss')
     speed_ax.set(xlabel='step', ylabel='tokens / s', title='speed', ylim=(0, None))
     balance_ax.set(xlabel='step', ylabel='max load / mean load - 1', title='balance (MaxVio)', ylim=(0, None))
+    for ax in fig.axes:
+        if ax.lines:
+            ax.legend(fontsize=7)
     return fig
 
 
 def draw_rewards(plt, logs):
-    fig, axes = plt.subplots(2, 5, figsize=(20, 7), layout='constrained')
+    """A panel for whatever was computed in one of the runs at least, and one legend for all."""
     panels = [('length', 'tokens', 'response length'), ('reward', 'mean', 'reward'),
               ('accuracy', 'share', 'right answers (sampled)'), ('format', 'share', 'well-formed responses'),
               ('zero_advantage', 'share', 'groups of equal rewards'), ('entropy', 'nats per token', 'entropy'),
-              ('kl', 'nats per token', 'KL from the reference'), ('clip', 'share', 'tokens whose gradient was clipped'),
+              ('kl', 'nats per token', 'KL from the reference'), ('clip', 'share', 'tokens with a clipped gradient'),
               ('tokens_per_s', 'response tokens / s', 'speed')]
-    held_out = axes.flat[0]
+    panels = [panel for panel in panels if known(number(r, panel[0]) for _, train, _ in logs for r in train)]
+    rows = 2 if len(panels) > 2 else 1
+    columns = math.ceil((1 + len(panels)) / rows)
+    fig, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.5 * rows), layout='constrained', squeeze=False)
+    first, *others = axes.flat
+    lines = []
     for i, (name, train, evals) in enumerate(logs):
-        accuracy = [r.get('val_accuracy', r.get('test_accuracy')) for r in evals]
+        accuracy, color = [held_out(r) for r in evals], f'C{i}'
         if train:
-            held_out.plot([r['seconds'] for r in evals], accuracy, color=f'C{i}', marker='o', markersize=4, label=name)
+            lines += first.plot([number(r, 'seconds') for r in evals], accuracy, color=color, marker='o', markersize=4,
+                                label=name)
         elif evals:  # a run of grpo.py --eval_only=True
-            held_out.axhline(accuracy[-1], color=f'C{i}', linestyle='--', label=name)
-        for ax, (key, _, _) in zip(axes.flat[1:], panels):
+            lines.append(first.axhline(accuracy[-1], color=color, linestyle='--', label=name))
+        for ax, (key, _, _) in zip(others, panels):
             if train:
-                ax.plot([r['step'] for r in train], [r[key] for r in train], color=f'C{i}', linewidth=0.8, label=name)
-    held_out.set(xlabel='seconds of sampling and training', ylabel='share', ylim=(0, 1),
-                 title='right answers to held-out prompts (greedy)')
-    for ax, (_, unit, title) in zip(axes.flat[1:], panels):
-        ax.set(xlabel='iteration', ylabel=unit, title=title)
+                ax.plot([r['step'] for r in train], [number(r, key) for r in train], color=color, linewidth=0.8)
+    first.set(xlabel='seconds of sampling and training', ylabel='share', ylim=(0, 1))
+    first.set_title('right answers, held out (greedy)', fontsize='medium')
+    for ax, (_, unit, title) in zip(others, panels):
+        ax.set(xlabel='iteration', ylabel=unit)
+        ax.set_title(title, fontsize='medium')
+    for ax in others[len(panels):]:
+        ax.remove()
+    fig.legend(handles=lines, loc='outside lower center', ncols=columns)
     return fig
 
 
 def smoothed(train, decay=0.98):
     """The training loss as an exponential moving average over steps, begun at its first value."""
-    losses = [r['loss'] for r in train]
+    losses = [number(r, 'loss') for r in train]
     out = losses[:1]
     for loss in losses[1:]:
         out.append(decay * out[-1] + (1 - decay) * loss)
@@ -113,12 +161,17 @@ def draw_relative(plt, logs, bases, skip=100):
     fig, ax = plt.subplots(figsize=(9, 4.5), layout='constrained')
     print(f'smoothed loss from step {skip} on, against the run with the same seed: largest and mean difference')
     seeds = {}
+
+    def seed_of(header):
+        config = header.get('config')
+        return config.get('seed') if type(config) is dict else None
+
     for name, train, _, header in logs:
-        seed, steps = header['config']['seed'], [r['step'] for r in train]
-        base = [records for _, records, _, other in bases if other['config']['seed'] == seed]
+        seed, steps = seed_of(header), [r['step'] for r in train]
+        base = [records for _, records, _, other in bases if seed_of(other) == seed]
         if len(base) != 1 or [r['step'] for r in base[0]] != steps or len(steps) <= skip:
             stop(f'{name}: exactly one log of --relative_to must have its seed, {seed}, and its steps')
-        difference = [100 * (a / b - 1) for a, b in zip(smoothed(train), smoothed(base[0]))][skip:]
+        difference = [100 * (a / (b or math.nan) - 1) for a, b in zip(smoothed(train), smoothed(base[0]))][skip:]
         mean = sum(difference) / len(difference)
         print(f'{name}: {max(map(abs, difference)):.2f}%, {mean:+.2f}%')
         kind = name.removesuffix(f'-{seed}')  # runs that differ by their seed alone have one colour
@@ -127,6 +180,7 @@ def draw_relative(plt, logs, bases, skip=100):
     for bound in (-0.25, 0.25):
         ax.axhline(bound, color='black', linestyle=':', linewidth=0.8)
     ax.set(xlabel='step', ylabel='difference of the smoothed loss (%)', title='training loss, relative')
+    ax.legend(fontsize=7)
     return fig
 
 
@@ -147,7 +201,8 @@ def main():
 
     def read(path):
         header, train, evals = read_log(path)
-        return os.path.basename(os.path.dirname(os.path.abspath(path))), train, evals, header
+        name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        return name.replace('$', r'\$'), train, evals, header  # between two $ matplotlib reads formulas
 
     logs = [read(path) for path in args.logs]
     bases = [read(path) for path in args.relative_to]
@@ -163,10 +218,14 @@ def main():
         fig = (draw_rewards if rewarded[0] else draw_losses)(plt, [log[:3] for log in logs])
     for ax in fig.axes:
         ax.grid(alpha=0.3)
-        if ax.lines:
-            ax.legend(fontsize=7)
-    out = args.out or os.path.join(os.path.dirname(args.logs[0]), 'log.png')
-    fig.savefig(out, dpi=130)
+    out = args.out if args.out is not None else os.path.join(os.path.dirname(args.logs[0]), 'log.png')
+    kinds = sorted(fig.canvas.get_supported_filetypes())
+    if os.path.splitext(out)[1][1:].lower() not in kinds:
+        stop(f'--out={out} must end in one of .{", .".join(kinds)}')
+    try:
+        fig.savefig(out, dpi=130)
+    except (OSError, RuntimeError) as e:  # no such folder; a format whose program is missing
+        stop(f'--out={out} cannot be written: {" ".join(str(e).split())[:200]}')
     print(f'wrote {out}')
 
 

@@ -6,26 +6,28 @@ Draws the loss by position in the context, to show what YaRN does for a model th
 A checkpoint with a context shorter than --length is drawn twice: as it is, and with YaRN but without training.
 """
 
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+
 import argparse
 import math
 import os
-import sys
 
-import matplotlib
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from model import GPT
+from common import stop
+from model import GPT, first_line
 
+try:
+    import matplotlib
+except ImportError:
+    stop('plot_positions.py needs matplotlib: pip install matplotlib')
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-
-
-def stop(message):
-    """A mistake of the user's: one line, and exit code 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
+import matplotlib.pyplot as plt
 
 
 def losses_by_position(model, rows):
@@ -51,17 +53,29 @@ folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', args.d
 path = os.path.join(folder, 'val.bin')
 if args.length <= 0 or args.length % 32 != 0 or args.windows <= 0:
     stop('--length must be a multiple of 32, --windows positive')
-if not os.path.exists(path):
+if not os.path.isfile(path):
     stop(f'{path} is missing: run python data/{args.data}/prepare.py first')
+if os.path.getsize(path) % 2 != 0 or os.path.getsize(path) // 2 <= args.length:
+    stop(f'{path} holds too few tokens for --length={args.length}, or is cut short')
 tokens = np.memmap(path, dtype=np.uint16, mode='r')
+if args.windows > len(tokens):
+    stop(f'--windows={args.windows}: {path} has {len(tokens)} tokens')
 starts = np.linspace(0, len(tokens) - args.length - 1, args.windows).astype(int)
 rows = torch.from_numpy(np.stack([tokens[i:i + args.length + 1] for i in starts]).astype(np.int64))  # (n, T + 1)
 
 fig, ax = plt.subplots(figsize=(9, 4.5), layout='constrained')
+kinds = sorted(fig.canvas.get_supported_filetypes())
+if os.path.splitext(args.out)[1][1:].lower() not in kinds:
+    stop(f'--out={args.out} must end in one of .{", .".join(kinds)}')
+if not os.path.isdir(os.path.dirname(args.out) or '.'):
+    stop(f'--out={args.out}: there is no folder {os.path.dirname(args.out)}')
 for out_dir in args.out_dirs:
     path = os.path.join(out_dir, 'ckpt.pt')
     try:
-        trained = GPT.from_checkpoint(path)[0].config.block_size
+        config = GPT.from_checkpoint(path)[0].config
+        trained = config.block_size
+        if rows.max() >= config.vocab_size:
+            stop(f'{path} was not trained on {args.data}, which holds the token {rows.max()}')
         ways = {f'{out_dir}: trained at {trained}': {'block_size': max(trained, args.length)}}
         if trained < args.length:
             ways[f'{out_dir}: the same with YaRN, untrained'] = {
@@ -77,5 +91,8 @@ for out_dir in args.out_dirs:
 ax.set(xlabel='position', ylabel='loss (nats per token)')
 ax.grid(alpha=0.3)
 ax.legend()
-fig.savefig(args.out, dpi=130)
+try:
+    fig.savefig(args.out, dpi=130)
+except (OSError, RuntimeError) as e:
+    stop(f'--out={args.out} cannot be written: {first_line(e)}')
 print(f'wrote {args.out}')

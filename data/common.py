@@ -222,3 +222,26 @@ def write_characters(folder, text):
     train, val = ([stoi[ch] for ch in part] for part in split_text(text))
     write_splits(folder, train, val, len(itos), {'vocab_size': len(itos), 'itos': itos, 'stoi': stoi})
     say_where(folder)
+
+
+def rows(examples, stoi, length):
+    """The tokens and the mask, for write_splits(), of a data set that has one example a row: a prompt and its response.
+
+    examples: (prompt, response) pairs, a token a character. A response ends with the stop token, character 0, which is
+        --eos_token_id=0 in training; grpo.py samples until it comes. The rest of a row is filled up with it.
+    length: tokens in a row. meta.pkl has it as 'row_length', so that train.py begins each sequence where a row begins;
+        --block_size equals it, so that a sequence is one row. It must hold a prompt and grpo.py's max_new_tokens.
+
+    The mask is 1 where a token is a target: in the response with its stop token, not in the prompt, not in the filling.
+    train.py reads one token beyond a row, for the target of the row's last one, so that after the last row comes one
+    token more.
+    """
+    stop_token = next(ch for ch, i in stoi.items() if i == 0)
+    tokens, mask = [], []
+    for prompt, response in examples:
+        line = prompt + response
+        if len(line) > length or not response.endswith(stop_token) or not set(line) <= set(stoi):
+            stop(f'{line!r} is no row: it must end with {stop_token!r}, with at most {length} characters, all of stoi')
+        tokens += [stoi[ch] for ch in line.ljust(length, stop_token)]
+        mask += [0] * len(prompt) + [1] * len(response) + [0] * (length - len(line))
+    return tokens + [0], mask + [0]

@@ -88,7 +88,7 @@ def run_inside(script, *args, cwd):
     before = os.getcwd(), sys.argv, sys.path[:], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     os.chdir(cwd)
     sys.argv = [script, *map(str, args)]
-    sys.modules.pop('common', None)  # one is common.py, another data/common.py
+    common = sys.modules.pop('common', None)  # there are two: data/ has one of its own
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -104,6 +104,9 @@ def run_inside(script, *args, cwd):
     finally:
         os.chdir(before[0])
         sys.argv, sys.path[:] = before[1], before[2]
+        sys.modules.pop('common', None)
+        if common:
+            sys.modules['common'] = common
         signal.signal(signal.SIGINT, before[3][0])
         signal.signal(signal.SIGTERM, before[3][1])
     return code, out.getvalue(), err.getvalue()

@@ -104,16 +104,9 @@ def read_traces(path, questions):
     return lines
 
 
-def rows(lines, length):
-    """Lines as rows of `length` tokens, filled up with newlines, and of each token whether it is a target."""
-    stoi = {ch: i for i, ch in enumerate(CHARS)}
-    tokens, mask = [], []
-    for line in lines:
-        prompt = line.index('=') + 1
-        tokens += [stoi[ch] for ch in line.ljust(length, '\n')]
-        mask += [0] * prompt + [1] * (len(line) - prompt) + [0] * (length - len(line))
-    # train.py reads one token beyond a row, for the target of the row's last one
-    return tokens + [0], mask + [0]
+def examples(lines):
+    """(prompt, response) of each line."""
+    return [(line[:line.index('=') + 1], line[line.index('=') + 1:]) for line in lines]
 
 
 def main():
@@ -123,14 +116,15 @@ def main():
     parser.add_argument('--terse', type=float, default=0.6, help='share of the lines with nothing between < and >')
     parser.add_argument('--examples', type=int, default=3000, help='training lines')
     parser.add_argument('--traces', metavar='FILE', help="training lines that grpo.py's --traces wrote, instead")
-    parser.add_argument('--length', type=int, default=0, help='tokens in a row, if more than the longest line needs')
+    parser.add_argument('--length', type=int, help='tokens in a row (default: what the longest line needs)')
     parser.add_argument('--name', help='the folder in data/arithmetic (default: the task)')
     args = parser.parse_args()
     task = re.fullmatch(r'(add|sub|sort)([2-8])', args.task)
     if not task:
         common.stop(f'--task={args.task}: a family (add, sub, sort) and 2 to 8 digits, such as add3')
-    if not re.fullmatch(r'[\w-]+', args.name or args.task):
-        common.stop(f'--name={args.name}: letters, digits, _ and - alone')
+    name = args.task if args.name is None else args.name
+    if not re.fullmatch(r'[\w-]+', name):
+        common.stop(f'--name={name}: letters, digits, _ and - alone, and one at least')
     if not 0 <= args.terse <= 1:
         common.stop(f'--terse={args.terse} must lie in 0..1')
     questions = make_questions(task[1], int(task[2]))
@@ -140,17 +134,23 @@ def main():
     rng = random.Random(0)
     lines = {split: [f'{prompt}<{"" if rng.random() < args.terse else work(prompt)}>{answer}\n'
                      for prompt, answer in questions[split].items()] for split in ('train', 'val')}
-    lines['train'] = read_traces(args.traces, questions['train']) if args.traces else lines['train'][:args.examples]
-    length = -(-max(map(len, lines['train'] + lines['val'])) // 8) * 8
-    length = max(length, args.length)
-    (train, train_mask), (val, val_mask) = rows(lines['train'], length), rows(lines['val'], length)
+    lines['train'] = lines['train'][:args.examples]
+    if args.traces is not None:
+        lines['train'] = read_traces(args.traces, questions['train'])
+    longest = max(map(len, lines['train'] + lines['val']))
+    length = -(-longest // 8) * 8 if args.length is None else args.length
+    if not longest <= length <= 4096:
+        common.stop(f'--length={length} must lie in {longest}..4096')
+    itos = dict(enumerate(CHARS))
+    stoi = {ch: i for i, ch in itos.items()}
+    train, train_mask = common.rows(examples(lines['train']), stoi, length)
+    val, val_mask = common.rows(examples(lines['val']), stoi, length)
 
-    folder = os.path.join(here, args.name or args.task)
+    folder = os.path.join(here, name)
     os.makedirs(folder, exist_ok=True)
     common.write_files(folder, {f'{split}_prompts.txt': ''.join(f'{p}\t{a}\n' for p, a in prompts.items()).encode()
                                 for split, prompts in questions.items()})
-    itos = dict(enumerate(CHARS))
-    meta = {'vocab_size': len(CHARS), 'itos': itos, 'stoi': {ch: i for i, ch in itos.items()}, 'row_length': length}
+    meta = {'vocab_size': len(CHARS), 'itos': itos, 'stoi': stoi, 'row_length': length}
     common.write_splits(folder, train, val, len(CHARS), meta, {'train': train_mask, 'val': val_mask})
     print(f'{len(lines["train"]):,} lines in rows of {length} tokens (--block_size={length}), such as\n'
           f'{lines["train"][0]}into {folder}')
