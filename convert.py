@@ -178,8 +178,11 @@ def shared_copies(config):
 
 def skeleton(config):
     """The state dict's names and shapes, without memory for the numbers."""
-    with torch.device('meta'):
-        return GPT(config).state_dict()
+    try:
+        with torch.device('meta'):
+            return GPT(config).state_dict()
+    except (RuntimeError, TypeError) as e:  # TypeError: a number beyond 64 bits
+        raise ValueError(f'config.json asks for sizes that no model has: {first_line(e)}') from None
 
 
 def open_folder(hf_dir):
@@ -398,7 +401,7 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
              f'| data | {train.get("dataset", "not known")} |']
     if math.isfinite(checkpoint.get('best_val_loss', math.inf)):
         lines.append(f'| loss | best validation loss {checkpoint["best_val_loss"]:.4f}, '
-                     f'after {checkpoint["iter_num"]} iterations |')
+                     f'after {checkpoint.get("iter_num", 0)} iterations |')
     command = training_command(os.path.join(out_dir, 'log.jsonl'))
     if command:
         lines.append(f'| command | `python {command}` |')

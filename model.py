@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass, fields
 
 import torch
@@ -830,7 +831,8 @@ class GPT(nn.Module):
         assign: the model's tensors are the checkpoint's own, in their dtypes, and read from the file when used.
         """
         try:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=assign)
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True,
+                                    mmap=assign and zipfile.is_zipfile(path))
             if any(name.endswith('transformer.wpe.weight') for name in checkpoint['model']):
                 raise ValueError("this is a nanoGPT (GPT-2) checkpoint, and GPT-2's weights do not fit MLA and MoE: "
                                  'train a new model')

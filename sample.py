@@ -112,7 +112,8 @@ needed = num_samples * (cache.nbytes + 8 * total + 16 * model.config.vocab_size)
 try:
     torch.empty(needed, dtype=torch.uint8, device=device)
 except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
-    stop(f'{num_samples} samples of {total} tokens need {needed / 1e9:,.0f} GB of memory; lower num_samples')
+    stop(f'num_samples={num_samples} of {total} tokens need {needed / 1e9:,.0f} GB of memory: lower num_samples or '
+         'max_new_tokens')
 torch.manual_seed(seed)
 x = torch.tensor(prompt, device=device).expand(num_samples, -1)  # (num_samples, T)
 stop_token = model.config.eos_token_id if model.config.eos_token_id >= 0 else tokenizer.end
