@@ -339,6 +339,66 @@ def test_export_in_fp8(tmp_path, whole):
     same_model(back, hf)
 
 
+@pytest.fixture
+def in_fp8(tmp_path):
+    """A folder in FP8 whose factors are rounded up to powers of two, and its weights multiplied out."""
+    model = ours(n_embd=128, num_nextn_predict_layers=0)
+    stoi = {chr(i): i for i in range(61)}
+    write_checkpoint(tmp_path / 'out', model, meta={'vocab_size': 61, 'stoi': stoi, 'itos': dict(enumerate(stoi))})
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'), fp8=True)
+    tensors = load_file(tmp_path / 'hf/model.safetensors')
+    for name in [name for name in tensors if name.endswith('_scale_inv')]:
+        tensors[name] = torch.exp2(torch.log2(tensors[name]).ceil())
+    save_file(tensors, tmp_path / 'hf/model.safetensors')
+    return tmp_path, tensors
+
+
+def train_from(folder, clone, script, ok=True):
+    data = clone / 'data/ascii'
+    data.mkdir(exist_ok=True)
+    for split in ('train', 'val'):
+        torch.randint(61, (2000,), dtype=torch.uint16).numpy().tofile(data / f'{split}.bin')
+    return script('train.py', '--dataset=ascii', '--device=cpu', '--compile=False', '--dtype=float32', '--batch_size=2',
+                  '--eval_iters=1', '--gradient_accumulation_steps=1', '--block_size=96', '--max_iters=1',
+                  '--warmup_iters=0', f'--init_from={folder}', f'--out_dir={folder.parent}/tuned', ok=ok, root=clone)
+
+
+def test_factors_of_one_byte_are_read_as_those_of_four(in_fp8, clone, script):
+    """UE8M0: powers of two, as scale_fmt says, in F8_E8M0; by every script that reads such a folder."""
+    tmp_path, tensors = in_fp8
+    wide = GPT.from_pretrained(str(tmp_path / 'hf'))
+    save_file({name: tensor.to(torch.float8_e8m0fnu) if name.endswith('_scale_inv') else tensor
+               for name, tensor in tensors.items()}, tmp_path / 'hf/model.safetensors')
+    config = json.loads((tmp_path / 'hf/config.json').read_text())
+    config['quantization_config']['scale_fmt'] = 'ue8m0'
+    (tmp_path / 'hf/config.json').write_text(json.dumps(config))
+    for a, b in zip(wide.parameters(), GPT.from_pretrained(str(tmp_path / 'hf')).parameters()):
+        assert torch.equal(a, b)
+    script('convert.py', 'import', f'--hf_dir={tmp_path}/hf', f'--out_dir={tmp_path}/back')
+    state = torch.load(tmp_path / 'back/ckpt.pt', weights_only=True)['model']
+    assert all(torch.equal(state[name].float(), p) for name, p in wide.state_dict().items())
+    script('sample.py', f'--init_from={tmp_path}/hf', '--device=cpu', '--num_samples=1', '--max_new_tokens=2')
+    assert 'step 0: train loss' in train_from(tmp_path / 'hf', clone, script)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda w, scale: (w, scale.to(torch.int8)), 'weight_scale_inv is I8 of the shape [1, 1]'),
+    (lambda w, scale: (w, scale.flatten()), 'weight_scale_inv is F32 of the shape [1]'),
+    (lambda w, scale: (w, scale.repeat(2, 1)), 'weight_scale_inv is F32 of the shape [2, 1]'),
+    (lambda w, scale: (w.float().to(torch.float8_e5m2), scale), 'weight is in F8_E5M2'),
+    (lambda w, scale: (w, None), 'weight_scale_inv is missing'),
+])
+def test_numbers_that_are_not_read_get_one_line_in_every_script(in_fp8, clone, script, change, message):
+    tmp_path, tensors = in_fp8
+    name = 'model.layers.0.self_attn.o_proj.weight'                                              # (128, 128)
+    tensors[name], tensors[f'{name}_scale_inv'] = change(tensors[name], tensors[f'{name}_scale_inv'])
+    save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / 'hf/model.safetensors')
+    assert message in script('convert.py', 'import', f'--hf_dir={tmp_path}/hf', f'--out_dir={tmp_path}/back', ok=False)
+    assert message in script('sample.py', f'--init_from={tmp_path}/hf', '--device=cpu', ok=False)
+    assert message in train_from(tmp_path / 'hf', clone, script, ok=False)
+    assert not (tmp_path / 'back').exists() and not (tmp_path / 'tuned').exists()
+
+
 def test_groups_of_softmax_scores_are_ranked_by_their_best():
     model = ours(scoring_func='softmax', norm_topk_prob=False, n_group=2, topk_group=1, num_experts_per_tok=2,
                  routed_scaling_factor=1.0)
