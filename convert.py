@@ -9,19 +9,25 @@ Both write beside and rename, so that a mistake or a kill leaves nothing half-wr
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
+
+if __name__ == '__main__':  # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import GPT, GPTConfig, first_line
+from model import GPT, GPTConfig, first_line, save_checkpoint
+from tokenizer import of_checkpoint, read_table
 
 # -----------------------------------------------------------------------------
 # the settings: GPTConfig's fields and config.json's
@@ -172,8 +178,11 @@ def shared_copies(config):
 
 def skeleton(config):
     """The state dict's names and shapes, without memory for the numbers."""
-    with torch.device('meta'):
-        return GPT(config).state_dict()
+    try:
+        with torch.device('meta'):
+            return GPT(config).state_dict()
+    except (RuntimeError, TypeError) as e:  # TypeError: a number beyond 64 bits
+        raise ValueError(f'config.json asks for sizes that no model has: {first_line(e)}') from None
 
 
 def open_folder(hf_dir):
@@ -182,15 +191,13 @@ def open_folder(hf_dir):
     Names and shapes are checked against the model before any number is read. ValueError where they do not fit.
     """
     try:
-        with open(os.path.join(hf_dir, 'config.json'), encoding='utf-8') as f:
-            settings = json.load(f)
-        args = settings_in(settings)
+        args = settings_in(read_table(os.path.join(hf_dir, 'config.json')))
+        config = GPTConfig(**args)
         index = os.path.join(hf_dir, 'model.safetensors.index.json')
         files = ['model.safetensors']
         if os.path.exists(index):
-            with open(index, encoding='utf-8') as f:
-                files = sorted(set(json.load(f)['weight_map'].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:  # no file, no JSON, JSON of something else
+            files = sorted(set(read_table(index)['weight_map'].values()))
+    except Exception as e:  # a table of something else fails in many ways
         raise ValueError(f'{hf_dir} cannot be read: {first_line(e)}') from None
     tensors = {}
     for name in files:
@@ -203,10 +210,7 @@ def open_folder(hf_dir):
     if args['num_nextn_predict_layers'] and not any(name.startswith(modules) for name in tensors):
         print('config.json names MTP modules and the weights have none: going on without them')
         args['num_nextn_predict_layers'] = 0
-    try:
         config = GPTConfig(**args)
-    except (ValueError, TypeError) as e:
-        raise ValueError(f'{hf_dir} cannot be read: {first_line(e)}') from None
     check_tensors(hf_dir, tensors, config)
     return args, tensors
 
@@ -225,22 +229,38 @@ def check_tensors(hf_dir, tensors, config):
         if names:
             raise ValueError(f'{hf_dir}: {len(names)} tensors are {fault}, the first is {names[0]}')
     for name, shape in wanted.items():
-        found = tensors[name].get_slice(name).get_shape()
+        found, code = shape_and_dtype(tensors, name)
         if found != shape:
             raise ValueError(f'{hf_dir}: {name} has the shape {found}, config.json asks for {shape}')
-        if tensors[name].get_slice(name).get_dtype() == 'F8_E4M3' and f'{name}_scale_inv' not in tensors:
-            raise ValueError(f'{hf_dir}: {name} is in FP8 and its {name}_scale_inv is missing')
+        if code not in ('F64', 'F32', 'F16', 'BF16', 'F8_E4M3'):
+            raise ValueError(f"{hf_dir}: {name} is in {code}; F32, F16, BF16 and V3's F8_E4M3 are read")
+        if code == 'F8_E4M3':
+            scale, blocks = f'{name}_scale_inv', [-(-side // 128) for side in shape]
+            if scale not in tensors:
+                raise ValueError(f'{hf_dir}: {name} is in FP8 and its {scale} is missing')
+            found, code = shape_and_dtype(tensors, scale)
+            if found != blocks or code not in ('F32', 'F16', 'BF16', 'F8_E8M0'):
+                raise ValueError(f'{hf_dir}: {scale} is {code} of the shape {found}; a factor for each block of '
+                                 f'128 x 128 is {blocks}, in F32, BF16 or F8_E8M0')
     for name, source in copies.items():
         if name in tensors and not torch.equal(read(tensors, name), read(tensors, source)):
             raise ValueError(f'{hf_dir}: {name} differs from {source}; this model shares one')
 
 
+def shape_and_dtype(tensors, name):
+    view = tensors[name].get_slice(name)
+    return view.get_shape(), view.get_dtype()
+
+
 def read(tensors, name):
-    """One tensor. V3's FP8 weights come with a factor for each block of 128 x 128, and leave as bf16."""
+    """One tensor. V3's FP8 weights come with a factor for each block of 128 x 128, and leave as bf16.
+
+    The factors are fp32, or powers of two in one byte (E8M0; scale_fmt "ue8m0").
+    """
     tensor = tensors[name].get_tensor(name)
     if tensor.dtype != torch.float8_e4m3fn:
         return tensor
-    scale = tensors[f'{name}_scale_inv'].get_tensor(f'{name}_scale_inv')                   # (out / 128, in / 128)
+    scale = tensors[f'{name}_scale_inv'].get_tensor(f'{name}_scale_inv').float()           # (out / 128, in / 128)
     rows, cols = tensor.shape
     scale = scale.repeat_interleave(128, dim=0)[:rows].repeat_interleave(128, dim=1)[:, :cols]  # (out, in)
     return (tensor.float() * scale).bfloat16()
@@ -256,7 +276,7 @@ def read_weights(tensors, config, state):
 def dtype_here(tensors, name):
     """The dtype that a released tensor has after read()."""
     code = tensors[name].get_slice(name).get_dtype()
-    return {'F32': torch.float32, 'F16': torch.float16}.get(code, torch.bfloat16)
+    return {'F64': torch.float32, 'F32': torch.float32, 'F16': torch.float16}.get(code, torch.bfloat16)
 
 
 def empty_state(tensors, config):
@@ -323,26 +343,27 @@ def character_tokenizer(stoi):
 
 def write_tokenizer(out_dir, folder, meta, vocab_size):
     """The tokenizer into the folder -> the id of its end-of-text token, or None; and what it is, in words."""
-    if 'stoi' in meta:
-        tokenizer, eos, words = character_tokenizer(meta['stoi']), None, f'{len(meta["stoi"])} characters'
-    elif os.path.exists(os.path.join(out_dir, 'tokenizer.json')):
-        copy_tokenizer(out_dir, folder)
-        return None, 'the one that came with the checkpoint'
-    elif vocab_size >= 50257:
-        tokenizer, eos, words = gpt2_tokenizer(), 50256, "GPT-2's byte-level BPE"
-    else:
+    if not meta and vocab_size < 50257 and not os.path.exists(os.path.join(out_dir, 'tokenizer.json')):
         print('left out: the tokenizer, because the checkpoint has no table of characters and too few tokens for GPT-2')
         return None, 'not known'
+    speaks = of_checkpoint(out_dir, meta, vocab_size)
+    if speaks.sha256:
+        copy_tokenizer(out_dir, folder)
+        return speaks.end, 'the one that came with the checkpoint'
+    tokenizer = character_tokenizer(meta['stoi']) if meta.get('stoi') else gpt2_tokenizer()
     tokenizer.save(os.path.join(folder, 'tokenizer.json'))
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-    if eos is not None:
+    if speaks.end is not None:
         settings['eos_token'] = '<|endoftext|>'
     write_json(folder, 'tokenizer_config.json', settings)
-    return eos, words
+    return speaks.end, speaks.name
+
+
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
 
 
 def copy_tokenizer(source, target):
-    for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
+    for name in TOKENIZER_FILES:
         if os.path.exists(os.path.join(source, name)):
             shutil.copy(os.path.join(source, name), os.path.join(target, name))
 
@@ -364,11 +385,8 @@ def mtp_lines(settings):
     return f'DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = [{patterns}]'
 
 
-def model_card(checkpoint, settings, tokenizer, left_out, out_dir):
-    config = GPTConfig(**checkpoint['model_args'])
-    with torch.device('meta'):
-        model = GPT(config)
-    train = checkpoint['config']
+def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
+    config, train = model.config, checkpoint.get('config') or {}
     lines = ['# A small DeepSeek model', '', 'Trained with nanoGPT with DeepSeek inside, exported by its convert.py.',
              '', '| | |', '|---|---|',
              f'| architecture | {settings["architectures"][0]} |',
@@ -381,13 +399,14 @@ def model_card(checkpoint, settings, tokenizer, left_out, out_dir):
              f'| context | {config.block_size} tokens |',
              f'| tokenizer | {tokenizer} |',
              f'| data | {train.get("dataset", "not known")} |']
-    if math.isfinite(checkpoint['best_val_loss']):
+    if math.isfinite(checkpoint.get('best_val_loss', math.inf)):
         lines.append(f'| loss | best validation loss {checkpoint["best_val_loss"]:.4f}, '
-                     f'after {checkpoint["iter_num"]} iterations |')
+                     f'after {checkpoint.get("iter_num", 0)} iterations |')
     command = training_command(os.path.join(out_dir, 'log.jsonl'))
     if command:
         lines.append(f'| command | `python {command}` |')
-    lines += ['', *left_out, *([''] if left_out else []), '```python',
+    install = 'transformers accelerate' if 'quantization_config' in settings else 'transformers'
+    lines += ['', *left_out, *([''] if left_out else []), f'`pip install {install}`, then', '', '```python',
               f'from transformers import AutoTokenizer, {settings["architectures"][0]}', '']
     if settings['num_nextn_predict_layers']:
         lines += ['# which layers are the MTP modules, for use_mtp=True', mtp_lines(settings)]
@@ -410,50 +429,40 @@ def training_command(log):
     return command
 
 
-def load_checkpoint(path):
-    """ckpt.pt as it lies there, in its own dtypes, its state dict checked against its model_args."""
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        state = checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-        wanted = skeleton(GPTConfig(**checkpoint['model_args']))
-        odd = [name for name in {**wanted, **state}
-               if name not in wanted or name not in state or state[name].shape != wanted[name].shape]
-        if odd:
-            raise ValueError(f'{odd[0]} is missing, too many or of a wrong shape')
-    except FileNotFoundError:
-        raise ValueError(f'{path} is missing: train a model first, or name the out_dir it is in') from None
-    except Exception as e:  # a damaged file, another program's
-        raise ValueError(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
-    return checkpoint
-
-
-def quantise_weights(tensors):
+def quantise_weights(tensors, n_layer):
     """V3's released form: the weights of the linear layers in E4M3, each with a factor for each block of 128 x 128.
 
-    Embedding, head, norms, routers and MTP's eh_proj stay as they are, and so does a weight that ends within a block:
-    transformers divides a side by its number of blocks. Returns config.json's quantization_config.
+    Embedding, head, norms and routers stay as they are. So do the MTP modules, because transformers reads their weights
+    without their factors, and a weight that ends within a block: transformers divides a side by its number of blocks.
+    Returns config.json's quantization_config.
     """
     from fp8 import quantise
     left = set()
     for name, tensor in list(tensors.items()):
-        layer = name.split('.')[-2]
-        if tensor.dim() < 2 or tensor.numel() == 0 or layer in ('embed_tokens', 'lm_head', 'head', 'gate', 'eh_proj'):
+        module, layer = '.'.join(name.split('.')[:3]), name.split('.')[-2]  # model.layers.4, o_proj
+        if tensor.dim() < 2 or tensor.numel() == 0 or layer in ('embed_tokens', 'lm_head', 'head', 'gate'):
             continue
-        if any(side > 128 and side % 128 for side in tensor.shape):
+        if module.startswith('model.layers.') and int(module.split('.')[2]) >= n_layer:
+            left.add(module)
+        elif any(side > 128 and side % 128 for side in tensor.shape):
             left.add(layer)
         else:
             tensors[name], tensors[f'{name}_scale_inv'], _ = quantise(tensor, (128, 128))
     settings = {'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'quant_method': 'fp8', 'weight_block_size': [128, 128]}
-    return settings | ({'modules_to_not_convert': sorted(left)} if left else {})
+    # a list replaces the one that transformers makes itself, of the head alone
+    return settings | ({'modules_to_not_convert': ['lm_head', *sorted(left)]} if left else {})
 
 
 def export_folder(out_dir, hf_dir, fp8=False):
     hf_dir = os.path.normpath(hf_dir)
     if os.path.exists(hf_dir) and (not os.path.isdir(hf_dir) or os.listdir(hf_dir)):
         raise ValueError(f'{hf_dir} exists already: remove it, or name another')
-    checkpoint = load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
-    config = GPTConfig(**checkpoint['model_args'])
-    state = checkpoint['model']
+    path = os.path.join(out_dir, 'ckpt.pt')
+    with torch.device('meta'):  # its parameters are the checkpoint's tensors
+        model, checkpoint = GPT.from_checkpoint(path, assign=True)
+    config, state = model.config, model.state_dict()
+    if type(checkpoint.get('config') or {}) is not dict or type(checkpoint.get('best_val_loss', 0.0)) is not float:
+        raise ValueError(f'{path} is no checkpoint of this model: its config or best_val_loss is odd')
     biases = [state[name] for name in state if name.endswith('e_score_correction_bias')]
     if config.scoring_func == 'softmax' and any(bias.any() for bias in biases):
         raise ValueError('the balance bias of a model with softmax scores is not zero, and V2 has none: '
@@ -478,7 +487,7 @@ def export_folder(out_dir, hf_dir, fp8=False):
         if with_mtp:
             tensors |= {copy: tensors[source].clone() for copy, source in shared_copies(config).items()}
         if fp8:
-            settings['quantization_config'] = quantise_weights(tensors)
+            settings['quantization_config'] = quantise_weights(tensors, config.n_layer)
         save_file(tensors, os.path.join(temporary, 'model.safetensors'), metadata={'format': 'pt'})
         end_of_text, words = write_tokenizer(out_dir, temporary, checkpoint.get('meta') or {}, config.vocab_size)
         if eos is None:
@@ -487,7 +496,7 @@ def export_folder(out_dir, hf_dir, fp8=False):
         write_json(temporary, 'generation_config.json', {name: settings[name] for name in
                                                          ('bos_token_id', 'eos_token_id', 'pad_token_id')})
         with open(os.path.join(temporary, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(model_card(checkpoint, settings, words, left_out, out_dir))
+            f.write(model_card(model, checkpoint, settings, words, left_out, out_dir))
         if os.path.isdir(hf_dir):
             os.rmdir(hf_dir)
         os.rename(temporary, hf_dir)
@@ -511,11 +520,17 @@ def memory_estimate(config, bytes_per_weight):
 
 
 def import_folder(hf_dir, out_dir):
-    path = os.path.join(out_dir, 'ckpt.pt')
-    if os.path.exists(path):
-        raise ValueError(f'{path} exists already: remove it, or name another out_dir')
+    for name in ('ckpt.pt', *TOKENIZER_FILES):
+        if os.path.exists(os.path.join(out_dir, name)):
+            raise ValueError(f'{os.path.join(out_dir, name)} exists already: remove it, or name another out_dir')
     args, tensors = open_folder(hf_dir)
     config = GPTConfig(**args)
+    try:
+        of_checkpoint(hf_dir, vocab_size=config.vocab_size)
+    except ValueError as e:
+        if os.path.exists(os.path.join(hf_dir, 'tokenizer.json')):
+            raise
+        print(f'left out: the tokenizer, because {e}')
     dtype = dtype_here(tensors, 'model.embed_tokens.weight')
     print(memory_estimate(config, dtype.itemsize), flush=True)
     state = empty_state(tensors, config)
@@ -523,16 +538,16 @@ def import_folder(hf_dir, out_dir):
     checkpoint = {'model': state, 'optimizer': None, 'scaler': {}, 'model_args': dataclasses.asdict(config),
                   'iter_num': 0, 'best_val_loss': math.inf, 'config': {'dtype': str(dtype).removeprefix('torch.')},
                   'meta': {}}
+    path = os.path.join(out_dir, 'ckpt.pt')
     os.makedirs(out_dir, exist_ok=True)
-    copy_tokenizer(hf_dir, out_dir)
     try:
-        torch.save(checkpoint, path + '.tmp')
-        with open(path + '.tmp', 'rb') as f:
-            os.fsync(f.fileno())
-        os.replace(path + '.tmp', path)
-    finally:
-        if os.path.exists(path + '.tmp'):
-            os.remove(path + '.tmp')
+        copy_tokenizer(hf_dir, out_dir)
+        save_checkpoint(checkpoint, path)
+    except BaseException:  # Ctrl-C too
+        for name in ('ckpt.pt.tmp', *TOKENIZER_FILES):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(out_dir, name))
+        raise
     print(f'wrote {path}')
 
 
@@ -544,11 +559,19 @@ def main():
     parser.add_argument('--hf_dir', required=True, help='the folder in Hugging Face format')
     parser.add_argument('--fp8', action='store_true', help="export: weights in FP8, as V3's are released")
     args = parser.parse_args()
+    for name in ('out_dir', 'hf_dir'):
+        if not getattr(args, name):
+            parser.error(f'--{name} is empty: name a folder')
+    if args.fp8 and args.direction == 'import':
+        parser.error('--fp8 belongs to export: import reads FP8 without it')
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on, what is half-written is removed
     try:
         if args.direction == 'export':
             export_folder(args.out_dir, args.hf_dir, args.fp8)
         else:
             import_folder(args.hf_dir, args.out_dir)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (ValueError, OSError, ImportError, RuntimeError) as e:  # RuntimeError: torch found no memory
         print(f'convert.py: {first_line(e)}', file=sys.stderr)
         raise SystemExit(2) from None

@@ -14,8 +14,8 @@ for attention's output projection (V3 keeps more bits of that one), and those of
 
 There are two executions of this arithmetic. On GPUs that have it, torch's scaled_mm multiplies the FP8 numbers
 themselves. Elsewhere the products are emulated: operands are quantised to float8, dequantised, and multiplied in the
-dtype of the run. In fp32 that is exact, and in bf16 with power_of_two; else bf16 rounds each operand once more, by a
-16th of what FP8 did. The numbers are those of the recipe, the speed is not.
+dtype of the run. In fp32 that is exact (where a GPU may use TF32, to its 10 bits), and in bf16 with power_of_two; else
+bf16 rounds each operand once more, by a 16th of what FP8 did. The numbers are those of the recipe, the speed is not.
 """
 
 from typing import NamedTuple
@@ -299,7 +299,10 @@ def enable(model, recipe):
         fault = fault_of_hardware(recipe._replace(hardware=True), device)
     if not fault:
         recipe = recipe._replace(hardware=True)
-        if recipe.scaling == 'row' and not fault_of_hardware(recipe._replace(grouped=True), device):
+        # torch's grouped kernel for scales of rows is Hopper's. On Blackwell it is launched too, and traps: no kernel
+        # can run after that, so the capability decides before the trial.
+        hopper = torch.cuda.get_device_capability(device) == (9, 0)
+        if recipe.scaling == 'row' and hopper and not fault_of_hardware(recipe._replace(grouped=True), device):
             recipe = recipe._replace(grouped=True)
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and not name.endswith(('lm_head', 'mlp.gate')):

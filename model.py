@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass, fields
 
 import torch
@@ -827,10 +828,14 @@ class GPT(nn.Module):
         self.rope_cos, self.rope_sin = self.rope_cos[:block_size], self.rope_sin[:block_size]
 
     @classmethod
-    def from_checkpoint(cls, path, map_location='cpu', **overrides):
-        """The model of a ckpt.pt that train.py wrote, and the checkpoint itself; a ValueError where it cannot be."""
+    def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):
+        """The model of a ckpt.pt that train.py wrote, and the checkpoint itself; a ValueError where it cannot be.
+
+        assign: the model's tensors are the checkpoint's own, in their dtypes, and read from the file when used.
+        """
         try:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True,
+                                    mmap=assign and zipfile.is_zipfile(path))
             if any(name.endswith('transformer.wpe.weight') for name in checkpoint['model']):
                 raise ValueError("this is a nanoGPT (GPT-2) checkpoint, and GPT-2's weights do not fit MLA and MoE: "
                                  'train a new model')
@@ -838,7 +843,8 @@ class GPT(nn.Module):
             # where the checkpoint does not say it, its context is the original one
             args = {'rope_original_max_position_embeddings': args['block_size']} | args | overrides
             model = cls(GPTConfig(**args))
-            model.load_state_dict({k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()})
+            weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+            model.load_state_dict(weights, assign=assign)
         except FileNotFoundError:
             raise ValueError(f'{path} is missing: train a model first, or name the out_dir it is in'
                              f'{kept_earlier(path)}') from None

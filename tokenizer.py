@@ -54,9 +54,26 @@ def gpt2():
     return Tokenizer("GPT-2's byte-level BPE", encode, decode, bpe.n_vocab, [], bpe.eot_token)
 
 
+def read_table(path):
+    """A JSON file that holds a table."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            table = json.load(f)
+        if type(table) is not dict:
+            raise ValueError('it holds no table')
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f'{path} cannot be read: {" ".join(str(e).split())[:200]}') from None
+    return table
+
+
 def from_folder(folder):
-    """The tokenizer.json of a folder, with the BOS that its tokenizer_config.json asks for."""
-    path = os.path.join(folder, 'tokenizer.json')
+    """The tokenizer.json of a folder, with the BOS that it puts before a text, or that tokenizer_config.json asks for.
+
+    transformers 4 heeds add_bos_token, which the released V2, V3 and R1 set; transformers 5 heeds it where
+    AutoTokenizer.from_pretrained is given it, and else what tokenizer.json itself adds.
+    """
+    path, settings_path = (os.path.join(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json'))
+    settings = read_table(settings_path) if os.path.exists(settings_path) else {}
     try:
         import tokenizers
     except ImportError:
@@ -65,17 +82,17 @@ def from_folder(folder):
         with open(path, 'rb') as f:
             sha256 = hashlib.sha256(f.read()).hexdigest()
         bpe = tokenizers.Tokenizer.from_file(path)
-        settings = {}
-        if os.path.exists(os.path.join(folder, 'tokenizer_config.json')):
-            with open(os.path.join(folder, 'tokenizer_config.json'), encoding='utf-8') as f:
-                settings = json.load(f)
+        bpe.no_truncation()
+        bpe.no_padding()
+        added = bpe.encode('').ids
     except Exception as e:  # tokenizers raises plain Exceptions
         raise ValueError(f'{path} cannot be read: {" ".join(str(e).split())[:200]}') from None
 
     def special(name):
         """The id of a special token, given as a string or as a table with its content."""
         token = settings.get(name)
-        return bpe.token_to_id(token.get('content', '') if isinstance(token, dict) else token or '')
+        token = token.get('content') if isinstance(token, dict) else token
+        return bpe.token_to_id(token) if isinstance(token, str) else None
 
     def encode(text):
         try:
@@ -83,17 +100,33 @@ def from_folder(folder):
         except Exception as e:  # a text that it has no tokens for
             raise ValueError(f'{path} does not know all of {text[:80]!r}: {" ".join(str(e).split())[:200]}') from None
 
-    begin = [special('bos_token')] if settings.get('add_bos_token') and special('bos_token') is not None else []
-    return Tokenizer(path, encode, bpe.decode, bpe.get_vocab_size(), begin, special('eos_token'), sha256)
+    begin, end = special('bos_token'), special('eos_token')
+    if added and added[-1] == end and (len(added) > 1 or begin != end):  # a template that ends texts too
+        added = added[:-1]
+    if not added and begin is not None and settings.get('add_bos_token'):
+        added = [begin]
+    return Tokenizer(path, encode, bpe.decode, bpe.get_vocab_size(), added, end, sha256)
 
 
-def of_checkpoint(folder, meta, vocab_size):
-    """The tokenizer of the checkpoint in a folder, given the meta that it was saved with."""
-    if 'stoi' in meta:
-        return characters(meta['stoi'], meta['itos'])
+def of_checkpoint(folder, meta=None, vocab_size=None):
+    """The tokenizer of the checkpoint in a folder, by the meta and the vocab_size that were saved with it.
+
+    vocab_size None: a folder in Hugging Face's format, whose config.json says it.
+    """
+    meta = meta or {}
+    stoi, itos = (meta.get(key, {}) for key in ('stoi', 'itos')) if type(meta) is dict else (None, None)
+    tables = type(stoi) is type(itos) is dict and bool(stoi) == bool(itos)
+    if not tables or {(type(ch), type(i)) for ch, i in [*stoi.items(), *zip(itos.values(), itos)]} - {(str, int)}:
+        raise ValueError(f'{folder} holds no checkpoint of this model: its characters are no tables')
+    if stoi:
+        return characters(stoi, itos)
     if os.path.exists(os.path.join(folder, 'tokenizer.json')):
         return from_folder(folder)
-    if 50257 <= vocab_size <= 50304:  # GPT-2's, padded to a multiple of 64
+    if vocab_size is None:
+        vocab_size = read_table(os.path.join(folder, 'config.json')).get('vocab_size')
+    if type(vocab_size) is int and 50257 <= vocab_size <= 51200:  # GPT-2's, padded to a multiple of up to 1,024
         return gpt2()
-    raise ValueError(f'{folder} has no tokenizer.json, and the vocabulary of {vocab_size} tokens is not GPT-2\'s: put '
-                     'the tokenizer.json of its model there')
+    other = next((name for name in ('tiktoken.model', 'tokenizer.model', 'vocab.json')
+                  if os.path.exists(os.path.join(folder, name))), None)
+    raise ValueError(f"{folder} has no tokenizer.json{f' (its {other} is not read here)' if other else ''}, and a "
+                     f"vocabulary of {vocab_size} tokens is not GPT-2's: put the tokenizer.json of its model there")

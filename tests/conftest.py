@@ -85,7 +85,8 @@ def run_inside(script, *args, cwd):
     As Python itself would: the text of a SystemExit and a traceback go to standard error, with code 1.
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
-    before = os.getcwd(), sys.argv, sys.path[:], [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = os.getcwd(), sys.argv, sys.path[:]
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     os.chdir(cwd)
     sys.argv = [script, *map(str, args)]
     common = sys.modules.pop('common', None)  # there are two: data/ has one of its own
@@ -107,8 +108,8 @@ def run_inside(script, *args, cwd):
         sys.modules.pop('common', None)
         if common:
             sys.modules['common'] = common
-        signal.signal(signal.SIGINT, before[3][0])
-        signal.signal(signal.SIGTERM, before[3][1])
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
     return code, out.getvalue(), err.getvalue()
 
 

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import math
-import runpy
+import os
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run_inside
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -18,6 +18,7 @@ from transformers import (
     DeepseekV3ForCausalLM,
     FineGrainedFP8Config,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import convert
 from model import GPT, GPTConfig
@@ -190,9 +191,11 @@ def counted_drafts(loaded, prompt, new_tokens):
     return tokens, drafts, accepted
 
 
-@pytest.mark.parametrize('modules', [1, 2])
-def test_drafts_there_are_accepted_as_here(tmp_path, modules):
-    """Trained for seconds on a text, so that some drafts are right and some are wrong."""
+@pytest.fixture(scope='module', params=[1, 2])
+def drafting(request, tmp_path_factory):
+    """Trained for seconds on a text, so that some drafts are right and some are wrong: its folder, and the model."""
+    torch.manual_seed(0)
+    folder, modules = tmp_path_factory.mktemp('drafting'), request.param
     text = 'the cat sat on the mat; the dog lay on the log; a cat and a dog met at the gate; ' * 3
     letters = sorted(set(text))
     stoi = {ch: i for i, ch in enumerate(letters)}
@@ -207,18 +210,29 @@ def test_drafts_there_are_accepted_as_here(tmp_path, modules):
         optimizer.step()
         optimizer.zero_grad()
         model.update_balance(model.stats['load'])
-    model.eval()
-    write_checkpoint(tmp_path / 'out', model, meta={'vocab_size': len(letters), 'stoi': stoi,
-                                                    'itos': dict(enumerate(letters))})
-    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
-    loaded, _ = load(DeepseekV3ForCausalLM, tmp_path / 'hf', model.config)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    write_checkpoint(folder / 'out', model, meta={'vocab_size': len(letters), 'stoi': stoi,
+                                                  'itos': dict(enumerate(letters))})
+    return folder, model.eval()
+
+
+@pytest.mark.parametrize('fp8', [False, True])
+def test_drafts_there_are_accepted_as_here(tmp_path, drafting, fp8):
+    """In FP8 too: transformers reads the MTP modules' weights without their factors, so they stay as they are."""
+    (out, model), hf = drafting, tmp_path / 'hf'
+    stoi = torch.load(out / 'out/ckpt.pt', weights_only=True)['meta']['stoi']
+    letters, modules = list(stoi), model.config.num_nextn_predict_layers
+    convert.export_folder(str(out / 'out'), str(hf), fp8=fp8)
+    if fp8:
+        model = GPT.from_pretrained(str(hf)).eval()
+    loaded, _ = load(DeepseekV3ForCausalLM, hf, model.config)
+    tokenizer = AutoTokenizer.from_pretrained(hf)
     prompt = tokenizer('the cat ', return_tensors='pt').input_ids
     assert prompt.tolist() == [[stoi[ch] for ch in 'the cat ']]
     plain = loaded.generate(prompt, max_new_tokens=100, do_sample=False)
     tokens, drafts, accepted = counted_drafts(loaded, prompt, 100)
     assert torch.equal(tokens, plain) and tokenizer.decode(plain[0]) == ''.join(letters[i] for i in plain[0])
-    assert torch.equal(model.generate(prompt, 100, temperature=0, speculative=True), plain)
+    ours = model.generate(prompt, 100, temperature=0, speculative=True)
+    assert fp8 or torch.equal(ours, plain)  # what leaves FP8 is bf16 here and fp32 there
     # the first pass there drafts nothing; the last one's acceptance is cut at the length
     made = [n for n, d in zip(accepted, drafts) if d == modules]
     rate = sum(made[:-1]) / (modules * len(made[:-1]))
@@ -299,24 +313,90 @@ def test_export_in_fp8(tmp_path, whole):
     tensors = load_file(tmp_path / 'hf/model.safetensors')
     in_fp8 = {name for name, t in tensors.items() if t.dtype == torch.float8_e4m3fn}
     assert {name for name in tensors if name.endswith('_scale_inv')} == {f'{name}_scale_inv' for name in in_fp8}
-    plain = {'embed_tokens', 'lm_head', 'head', 'gate', 'eh_proj'}
+    plain = {'embed_tokens', 'lm_head', 'gate'}
     ragged = set() if whole else {'kv_a_proj_with_mqa', 'kv_b_proj'}  # 224 rows, 192 columns
     for name, t in tensors.items():
         if t.dim() == 2 and not name.endswith('_scale_inv'):
-            assert (name in in_fp8) == (name.split('.')[-2] not in plain | ragged), name
+            whole_layer = name.split('.')[-2] not in plain | ragged and 'layers.2.' not in name
+            assert (name in in_fp8) == whole_layer, name
     settings = json.loads((tmp_path / 'hf/config.json').read_text())['quantization_config']
-    assert settings.pop('modules_to_not_convert', []) == sorted(ragged)
+    left = settings.pop('modules_to_not_convert')
+    assert left == ['lm_head', *sorted(ragged), 'model.layers.2']
+    for name in ('lm_head', 'model.layers.2.mlp.up_proj', *(f'model.layers.0.self_attn.{layer}' for layer in ragged)):
+        assert not should_convert_module(name, left)
+    for name in ('model.layers.1.self_attn.o_proj', 'model.layers.0.mlp.up_proj', 'model.layers.21.self_attn.o_proj'):
+        assert should_convert_module(name, left)
     assert settings == V3_671B['quantization_config']
 
     back = GPT.from_pretrained(str(tmp_path / 'hf')).eval()
     for (name, p), q in zip(model.named_parameters(), back.parameters()):
-        kept = p.dim() < 2 or any(layer in name.split('.') for layer in ('wte', 'lm_head', 'gate', 'eh_proj', *ragged))
+        kept = p.dim() < 2 or any(layer in name.split('.') for layer in ('wte', 'lm_head', 'gate', 'mtp', *ragged))
         assert torch.equal(p, q) == kept and (p - q).norm() < 0.04 * p.norm(), name
     hf, _ = load(DeepseekV3ForCausalLM, tmp_path / 'hf', model.config, dtype=torch.float32,
                  quantization_config=FineGrainedFP8Config(dequantize=True))
     for p in [*back.parameters(), *hf.parameters()]:
         p.data = p.data.bfloat16().float()  # here, what leaves FP8 is bf16
     same_model(back, hf)
+
+
+@pytest.fixture
+def in_fp8(tmp_path):
+    """A folder in FP8 whose factors are rounded up to powers of two, and its weights multiplied out."""
+    model = ours(n_embd=128, num_nextn_predict_layers=0)
+    stoi = {chr(i): i for i in range(61)}
+    write_checkpoint(tmp_path / 'out', model, meta={'vocab_size': 61, 'stoi': stoi, 'itos': dict(enumerate(stoi))})
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'), fp8=True)
+    tensors = load_file(tmp_path / 'hf/model.safetensors')
+    for name in [name for name in tensors if name.endswith('_scale_inv')]:
+        tensors[name] = torch.exp2(torch.log2(tensors[name]).ceil())
+    save_file(tensors, tmp_path / 'hf/model.safetensors')
+    return tmp_path, tensors
+
+
+def train_from(folder, clone, script, ok=True):
+    data = clone / 'data/ascii'
+    data.mkdir(exist_ok=True)
+    for split in ('train', 'val'):
+        torch.randint(61, (2000,), dtype=torch.uint16).numpy().tofile(data / f'{split}.bin')
+    return script('train.py', '--dataset=ascii', '--device=cpu', '--compile=False', '--dtype=float32', '--batch_size=2',
+                  '--eval_iters=1', '--gradient_accumulation_steps=1', '--block_size=96', '--max_iters=1',
+                  '--warmup_iters=0', f'--init_from={folder}', f'--out_dir={folder.parent}/tuned', ok=ok, root=clone)
+
+
+def test_factors_of_one_byte_are_read_as_those_of_four(in_fp8, clone, script):
+    """UE8M0: powers of two, as scale_fmt says, in F8_E8M0; by every script that reads such a folder."""
+    tmp_path, tensors = in_fp8
+    wide = GPT.from_pretrained(str(tmp_path / 'hf'))
+    save_file({name: tensor.to(torch.float8_e8m0fnu) if name.endswith('_scale_inv') else tensor
+               for name, tensor in tensors.items()}, tmp_path / 'hf/model.safetensors')
+    config = json.loads((tmp_path / 'hf/config.json').read_text())
+    config['quantization_config']['scale_fmt'] = 'ue8m0'
+    (tmp_path / 'hf/config.json').write_text(json.dumps(config))
+    for a, b in zip(wide.parameters(), GPT.from_pretrained(str(tmp_path / 'hf')).parameters()):
+        assert torch.equal(a, b)
+    script('convert.py', 'import', f'--hf_dir={tmp_path}/hf', f'--out_dir={tmp_path}/back')
+    state = torch.load(tmp_path / 'back/ckpt.pt', weights_only=True)['model']
+    assert all(torch.equal(state[name].float(), p) for name, p in wide.state_dict().items())
+    script('sample.py', f'--init_from={tmp_path}/hf', '--device=cpu', '--num_samples=1', '--max_new_tokens=2')
+    assert 'step 0: train loss' in train_from(tmp_path / 'hf', clone, script)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda w, scale: (w, scale.to(torch.int8)), 'weight_scale_inv is I8 of the shape [1, 1]'),
+    (lambda w, scale: (w, scale.flatten()), 'weight_scale_inv is F32 of the shape [1]'),
+    (lambda w, scale: (w, scale.repeat(2, 1)), 'weight_scale_inv is F32 of the shape [2, 1]'),
+    (lambda w, scale: (w.float().to(torch.float8_e5m2), scale), 'weight is in F8_E5M2'),
+    (lambda w, scale: (w, None), 'weight_scale_inv is missing'),
+])
+def test_numbers_that_are_not_read_get_one_line_in_every_script(in_fp8, clone, script, change, message):
+    tmp_path, tensors = in_fp8
+    name = 'model.layers.0.self_attn.o_proj.weight'                                              # (128, 128)
+    tensors[name], tensors[f'{name}_scale_inv'] = change(tensors[name], tensors[f'{name}_scale_inv'])
+    save_file({name: t for name, t in tensors.items() if t is not None}, tmp_path / 'hf/model.safetensors')
+    assert message in script('convert.py', 'import', f'--hf_dir={tmp_path}/hf', f'--out_dir={tmp_path}/back', ok=False)
+    assert message in script('sample.py', f'--init_from={tmp_path}/hf', '--device=cpu', ok=False)
+    assert message in train_from(tmp_path / 'hf', clone, script, ok=False)
+    assert not (tmp_path / 'back').exists() and not (tmp_path / 'tuned').exists()
 
 
 def test_groups_of_softmax_scores_are_ranked_by_their_best():
@@ -419,19 +499,13 @@ def exported(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script():
     """What a script prints; with ok=False the one line that it ends with."""
     def run(name, *args, ok=True, root=ROOT):
-        monkeypatch.setattr(sys, 'argv', [name, *args])
-        capsys.readouterr()
-        if ok:
-            runpy.run_path(str(root / name), run_name='__main__')
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(root / name), run_name='__main__')
-        said = capsys.readouterr().err
-        assert end.value.code == 2 and said.count('\n') == 1
-        return said
+        code, out, err = run_inside(str(root / name), *args, cwd=os.getcwd())
+        assert code == (0 if ok else 2), err
+        assert ok or err.count('\n') == 1
+        return out if ok else err
     return run
 
 
@@ -521,9 +595,9 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path):
     write_checkpoint(tmp_path / 'out', model)
     with pytest.raises(ValueError, match='bias_update_speed=0'):
         convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
-    (tmp_path / 'out/tokenizer.json').mkdir()  # a folder where a file should be: copying it fails
+    (tmp_path / 'out/tokenizer.json').mkdir()  # a folder where a file should be
     write_checkpoint(tmp_path / 'out', ours())
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match='cannot be read'):
         convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
 

@@ -266,6 +266,23 @@ def test_the_start_up_check(monkeypatch):
     assert fp8.fault_of_hardware(recipe, device) == 'the hardware gives another y'
 
 
+@needs_cuda_build
+@pytest.mark.parametrize('capability, tried', [((9, 0), True), ((8, 9), False), ((10, 0), False), ((10, 3), False)])
+def test_the_grouped_kernel_is_tried_on_hopper_alone(monkeypatch, capability, tried):
+    """Where it traps, the trial itself would end the run. No kernel is launched here, there is no GPU."""
+    from torch._subclasses import FakeTensorMode
+
+    trials = []
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+    monkeypatch.setattr(fp8, 'fault_of_hardware', lambda recipe, device: trials.append(recipe) or '')
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, _ = on_fake_cuda(tiny_model())
+        torch.set_autocast_enabled('cuda', False)
+        said = fp8.enable(model, fp8.Recipe('row'))
+    assert [recipe.grouped for recipe in trials] == [False, True][:1 + tried]
+    assert said.endswith('experts scaled_grouped_mm' if tried else 'experts multiplied out and by grouped_mm')
+
+
 def cublas(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype=None, **_):
     """scaled_mm as cuBLAS documents it, slowly: an assertion where it would refuse or misread its arguments.
 

@@ -1,0 +1,314 @@
+"""sample.py, and which tokenizer a checkpoint speaks."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+import torch
+from conftest import ROOT, run_inside, tiny_model
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
+
+import convert
+import tokenizer
+
+FEW = ['--device=cpu', '--dtype=float32', '--num_samples=1', '--max_new_tokens=20', '--temperature=0', '--start=1+2']
+CHARS = {chr(i): i for i in range(61)}
+
+
+def write_checkpoint(folder, stoi=CHARS, **overrides):
+    model = tiny_model(**{'num_nextn_predict_layers': 1, 'mtp_n_layer': 1, **overrides})
+    folder.mkdir()
+    torch.save({'model': model.state_dict(), 'optimizer': None, 'model_args': dataclasses.asdict(model.config),
+                'iter_num': 7, 'best_val_loss': 1.5, 'config': {'dataset': 'letters'},
+                'meta': {'stoi': stoi, 'itos': dict(enumerate(stoi))} if stoi else {}}, folder / 'ckpt.pt')
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """Checkpoints of 61 characters, without MTP modules, of many tokens and of nanoGPT; and an export of the first."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('made')
+    write_checkpoint(folder / 'out')
+    write_checkpoint(folder / 'plain', num_nextn_predict_layers=0)
+    write_checkpoint(folder / 'many', stoi={}, num_nextn_predict_layers=0, vocab_size=60000)
+    convert.export_folder(str(folder / 'out'), str(folder / 'hf'))
+    (folder / 'nanogpt').mkdir()
+    torch.save({'model': {f'transformer.{name}.weight': torch.zeros(4, 8) for name in ('wte', 'wpe')},
+                'model_args': dict(n_layer=1, n_head=1, n_embd=8, block_size=4, bias=False, vocab_size=4, dropout=0.0),
+                'optimizer': {}, 'iter_num': 5, 'best_val_loss': 3.0, 'config': {}}, folder / 'nanogpt/ckpt.pt')
+    (folder / 'prompt.txt').write_text('1+2')
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path):
+    return shutil.copytree(made, tmp_path / 'here')
+
+
+def ends(cwd, script, *args):
+    """The one line that a script ends with; it leaves the folder as it was."""
+    before = sorted(cwd.rglob('*'))
+    code, _, said = run_inside(str(ROOT / script), *args, cwd=cwd)
+    assert code == 2 and said.count('\n') == 1, said
+    assert sorted(cwd.rglob('*')) == before
+    return said
+
+
+def text(cwd, *args):
+    code, out, err = run_inside(str(ROOT / 'sample.py'), *FEW, *args, cwd=cwd)
+    assert code == 0, err
+    lines = out.splitlines(keepends=True)
+    start = max(i for i, line in enumerate(lines) if line.startswith('Overriding')) + 1
+    return ''.join(lines[start:lines.index('---------------\n', start)])[:-1]
+
+
+# -----------------------------------------------------------------------------
+# mistakes
+
+@pytest.mark.parametrize('flags, message', [
+    (['--out_dir=plain', '--speculative=True'], 'needs MTP modules'),
+    (['--out_dir=nanogpt'], 'this is a nanoGPT (GPT-2) checkpoint'),
+    (['--out_dir=many'], 'a vocabulary of 60000 tokens is not GPT-2'),
+    (['--out_dir='], 'out_dir is empty'), (['--init_from='], "init_from='' must be"),
+    (['--num_samples=1000000000', '--max_new_tokens=500'], 'GB of memory'),
+    (['--num_samples=' + '9' * 30], 'GB of memory'), (['--max_new_tokens=1000000000000000'], 'GB of memory'),
+    (['--start=file:prompt.txt'], 'write FILE:prompt.txt'), (['--start=File:prompt.txt'], 'write FILE:prompt.txt'),
+    (['--seed=' + '1' * 23], 'must fit in 64 bits'), (['--device=meta'], "device='meta' cannot be used"),
+    (['--init_from=out'], 'config.json cannot be read'), (['--start=\udcff'], "characters '\\udcff'"),
+    (['--init_from=hf', '--start=\udcff'], 'does not know all of'),
+])
+def test_mistakes(made, flags, message):
+    assert message in ends(made, 'sample.py', *FEW, *flags)
+
+
+@pytest.mark.parametrize('name, data, message', [
+    ('tokenizer.json', b'', 'tokenizer.json cannot be read'),
+    ('tokenizer.json', b'[1]', 'tokenizer.json cannot be read'),
+    ('tokenizer_config.json', b'', 'tokenizer_config.json cannot be read'),
+    ('tokenizer_config.json', b'[1]', 'it holds no table'), ('config.json', b'', 'config.json cannot be read'),
+    ('config.json', b'null', 'it holds no table'), ('config.json', b'\xff', 'config.json cannot be read'),
+    ('model.safetensors', b'', 'damaged or missing'), ('model.safetensors.index.json', b'[]', 'it holds no table'),
+])
+def test_damaged_files_of_a_folder(here, name, data, message):
+    (here / 'hf' / name).write_bytes(data)
+    assert message in ends(here, 'sample.py', *FEW, '--init_from=hf')
+    assert message in ends(here, 'convert.py', 'import', '--hf_dir=hf', '--out_dir=new')
+
+
+def test_a_prompt_that_fails_fails_before_the_weights_are_read(here, monkeypatch):
+    monkeypatch.setattr('model.GPT.from_pretrained', lambda *_: pytest.fail('read'))
+    for flags in (['--start=é'], ['--start=FILE:nowhere'], ['--start='], ['--dtype=int8'], ['--temperature=-1']):
+        ends(here, 'sample.py', *FEW, '--init_from=hf', *flags)
+    (here / 'hf/tokenizer.json').unlink()
+    assert 'has no tokenizer.json' in ends(here, 'sample.py', *FEW, '--init_from=hf')
+
+
+def test_a_characters_table_that_does_not_fit(here):
+    saved = torch.load(here / 'out/ckpt.pt', weights_only=True)
+    saved['meta'] = {'stoi': {**CHARS, '1': 99}, 'itos': {99: '1'}}
+    torch.save(saved, here / 'out/ckpt.pt')
+    assert 'the prompt has the token 99, the vocabulary 61' in ends(here, 'sample.py', *FEW)
+    saved['meta'] = {'stoi': CHARS}
+    torch.save(saved, here / 'out/ckpt.pt')
+    assert 'its characters are no tables' in ends(here, 'sample.py', *FEW)
+
+
+@pytest.mark.parametrize('script, flags', [
+    ('train.py', ['--init_from=resume', '--out_dir=nanogpt', '--dataset=abc', '--device=cpu', '--block_size=8']),
+    ('sample.py', ['--out_dir=nanogpt', '--device=cpu']),
+    ('convert.py', ['export', '--out_dir=nanogpt', '--hf_dir=new']),
+])
+def test_a_nanogpt_checkpoint_is_called_one(here, small, script, flags):
+    shutil.copytree(here / 'nanogpt', small / 'nanogpt')
+    code, _, said = run_inside(script, *flags, cwd=small)
+    assert code == 2 and said.count('\n') == 1 and 'this is a nanoGPT (GPT-2) checkpoint' in said, said
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['import', '--fp8', '--hf_dir=hf', '--out_dir=new'], '--fp8 belongs to export'),
+    (['import', '--hf_dir=', '--out_dir=new'], '--hf_dir is empty'),
+    (['export', '--hf_dir=new', '--out_dir='], '--out_dir is empty'),
+    (['export', '--out_dir=many', '--hf_dir=new'], 'a vocabulary of 60000 tokens is not GPT-2'),
+    (['import', '--hf_dir=hf', '--out_dir=hf'], 'tokenizer.json exists already'),
+])
+def test_mistakes_of_convert(made, flags, message):
+    assert message in ends(made, 'convert.py', *flags)
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(vocab_size=10 ** 30), 'sizes that no model has'), (dict(hidden_size='x'), 'n_embd must be int'),
+    (dict(rope_scaling='yarn'), 'cannot be read'), (dict(architectures={'a': 1}), 'cannot be read'),
+    (dict(rope_parameters=dict(rope_type='yarn', original_max_position_embeddings=0)), 'cannot be read'),
+])
+def test_odd_settings(here, settings, message):
+    path = here / 'hf/config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert message in ends(here, 'convert.py', 'import', '--hf_dir=hf', '--out_dir=new')
+
+
+# -----------------------------------------------------------------------------
+# sampling
+
+def test_a_temperature_next_to_zero_is_zero(made):
+    assert text(made, '--temperature=1e-300', '--seed=3') == text(made, '--temperature=0')
+    assert text(made, '--temperature=1e300', '--seed=3') != text(made, '--temperature=0')
+
+
+def test_the_stop_token_is_the_checkpoints_or_the_tokenizers(here):
+    """config.json's eos_token_id goes first, then the eos_token of tokenizer_config.json."""
+    whole = text(here, '--init_from=hf')
+    places = [i for i in range(4, len(whole)) if whole[i] not in whole[3:i]]  # where a character comes first
+    (first, *_, second), places = (whole[i] for i in places), (places[0], places[-1])
+    settings = json.loads((here / 'hf/tokenizer_config.json').read_text())
+    (here / 'hf/tokenizer_config.json').write_text(json.dumps(settings | {'eos_token': {'content': second}}))
+    assert text(here, '--init_from=hf') == whole[:places[1]]
+    config = json.loads((here / 'hf/config.json').read_text())
+    (here / 'hf/config.json').write_text(json.dumps(config | {'eos_token_id': CHARS[first]}))
+    assert text(here, '--init_from=hf') == whole[:places[0]]
+
+
+def start(*args, cwd, **kwargs):
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', **kwargs})
+
+
+def test_a_reader_that_leaves(made):
+    """`| head -1` ends it without a traceback."""
+    process = start(ROOT / 'sample.py', *FEW, '--num_samples=3', '--max_new_tokens=400', cwd=made)
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == -signal.SIGPIPE and said == b''
+
+
+@pytest.mark.parametrize('args', [['sample.py', *FEW], ['convert.py', 'export', '--out_dir=out', '--hf_dir=new']])
+def test_ctrl_c_in_the_first_seconds(made, tmp_path, args):
+    """While torch is imported: a torch.py in its place says that it is, and waits."""
+    (tmp_path / 'torch.py').write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = start(ROOT / args[0], *args[1:], cwd=made, PYTHONPATH=str(tmp_path))
+    assert process.stdout.readline() == b'importing\n'
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and said == b''
+
+
+def test_ctrl_c_while_converting_leaves_nothing_half_written(here, monkeypatch):
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr('safetensors.torch.save_file', interrupted)
+    monkeypatch.setattr('model.save_checkpoint', interrupted)
+    before = sorted(here.rglob('*'))
+    for args in (['export', '--out_dir=out', '--hf_dir=new'], ['import', '--hf_dir=hf', '--out_dir=plain/new']):
+        code, out, said = run_inside(str(ROOT / 'convert.py'), *args, cwd=here)
+        assert code == 130 and said == ''
+    shutil.rmtree(here / 'plain/new')  # an empty folder
+    assert sorted(here.rglob('*')) == before
+
+
+def test_a_terminal_without_the_characters(tmp_path):
+    write_checkpoint(tmp_path / 'out', stoi={chr(0x3040 + i): i for i in range(61)})
+    process = start(ROOT / 'sample.py', *FEW[:-1], '--start=\u3041', cwd=tmp_path, PYTHONIOENCODING='ascii')
+    out, said = process.communicate(timeout=100)
+    assert process.returncode == 0 and said == b'' and b'?' * 21 in out
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+def write_tokenizer(folder, post=None, **settings):
+    """A byte-level BPE as DeepSeek's: <s> and </s>, 256 bytes, two merges; a template that adds what `post` says."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ['<s>', '</s>', *bytes_, 'th', 'the']
+    bpe = tokenizers.Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)},
+                                          merges=[('t', 'h'), ('th', 'e')]))
+    bpe.add_special_tokens([AddedToken('<s>'), AddedToken('</s>')])
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if post == 'byte level':
+        bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    elif post:
+        bpe.post_processor = processors.TemplateProcessing(single=post, special_tokens=[('<s>', 0), ('</s>', 1)])
+    bpe.enable_truncation(4)  # what a tokenizer.json may hold, and AutoTokenizer does not heed
+    bpe.enable_padding(length=9, pad_token='</s>', pad_id=1)
+    folder.mkdir(exist_ok=True)
+    bpe.save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '</s>', **settings}))
+    (folder / 'config.json').write_text(json.dumps({'model_type': 'deepseek_v3'}))
+
+
+BOS = {'__type': 'AddedToken', 'content': '<s>', 'lstrip': False, 'normalized': True, 'rstrip': False,
+       'single_word': False}
+
+
+@pytest.mark.parametrize('kind', ['LlamaTokenizerFast', 'PreTrainedTokenizerFast', None])
+@pytest.mark.parametrize('bos', ['<s>', BOS, None], ids=['text', 'table', 'none'])
+@pytest.mark.parametrize('post', [None, 'byte level', '<s> $A'])
+@pytest.mark.parametrize('add', [True, False, None])
+def test_prompts_are_those_of_autotokenizer(tmp_path, kind, bos, post, add):
+    settings = {'tokenizer_class': kind, 'bos_token': bos, 'add_bos_token': add}
+    write_tokenizer(tmp_path / 'hf', post, **{name: value for name, value in settings.items() if value is not None})
+    # transformers 5 reads add_bos_token from its caller, not from the folder, as transformers 4 did
+    theirs = AutoTokenizer.from_pretrained(tmp_path / 'hf', **({'add_bos_token': True} if add and bos else {}))
+    ours = tokenizer.from_folder(tmp_path / 'hf')
+    for said in ('the cat', ' 東京\n</s>the', '<s>the', ''):
+        ids = ours.begin + ours.encode(said)
+        assert ids == theirs(said).input_ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.begin == ([0] if post == '<s> $A' or add and bos else [])
+    assert ours.end == theirs.eos_token_id == 1 and ours.vocab_size == len(theirs)
+
+
+def test_a_template_that_ends_texts_too(tmp_path):
+    """A prompt does not end with the end of the text."""
+    write_tokenizer(tmp_path / 'hf', '<s> $A </s>', bos_token='<s>')
+    assert tokenizer.from_folder(tmp_path / 'hf').begin == [0]
+    write_tokenizer(tmp_path / 'hf', '$A </s>', bos_token='<s>', add_bos_token=True)
+    assert tokenizer.from_folder(tmp_path / 'hf').begin == [0]
+
+
+def test_sampling_begins_with_the_bos(tmp_path):
+    """The folder, and what is imported from it: the model sees the ids that transformers would give it."""
+    write_checkpoint(tmp_path / 'out', stoi={}, vocab_size=260)
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    config = (tmp_path / 'hf/config.json').read_text()
+    seen = {}
+    for name, add in (('with', True), ('without', False)):
+        shutil.copytree(tmp_path / 'hf', tmp_path / name)
+        write_tokenizer(tmp_path / name, bos_token=BOS, add_bos_token=add)
+        (tmp_path / name / 'config.json').write_text(config)
+        convert.import_folder(str(tmp_path / name), str(tmp_path / f'{name}-back'))
+        seen[name] = text(tmp_path, '--start=the', f'--init_from={name}')
+        assert seen[name] == text(tmp_path, '--start=the', f'--out_dir={name}-back')
+        assert seen[name].startswith('the')
+    assert seen['with'] != seen['without']
+
+
+@pytest.mark.parametrize('size, gpt2', [(50256, False), (50257, True), (50304, True), (51200, True), (102400, False),
+                                        (129280, False), (163840, False)])
+def test_gpt2s_tokenizer_is_for_gpt2s_vocabulary(tmp_path, tiktoken_cache, monkeypatch, size, gpt2):
+    """Moonlight's folder has tiktoken.model and no tokenizer.json."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))
+    (tmp_path / 'config.json').write_text(json.dumps({'vocab_size': size}))
+    (tmp_path / 'tiktoken.model').write_text('')
+    for known in (size, None):
+        if gpt2:
+            assert tokenizer.of_checkpoint(tmp_path, {}, known).end == 50256
+        else:
+            with pytest.raises(ValueError, match='tiktoken.model is not read'):
+                tokenizer.of_checkpoint(tmp_path, {}, known)
+
+
+def test_an_import_without_a_tokenizer_says_so(here):
+    (here / 'hf/tokenizer.json').unlink()
+    code, out, _ = run_inside(str(ROOT / 'convert.py'), 'import', '--hf_dir=hf', '--out_dir=new', cwd=here)
+    assert code == 0 and 'left out: the tokenizer, because hf has no tokenizer.json' in out
+    assert math.isinf(torch.load(here / 'new/ckpt.pt', weights_only=True)['best_val_loss'])
+    assert "a vocabulary of 61 tokens is not GPT-2's" in ends(here, 'sample.py', *FEW, '--out_dir=new')
