@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def main_config():
 # sizes and settings
 
 def test_main_config_has_the_published_sizes():
+    """Exact counts, which lie within 1% of the design's 113.72M, 9.45M and 7.08M."""
     names, config = main_config()
     with torch.device('meta'):
         model = GPT(config)
@@ -31,13 +33,32 @@ def test_main_config_has_the_published_sizes():
     size = sum(p.numel() for p in block.parameters())
     expert = 3 * config.n_embd * config.moe_intermediate_size
     active = size - (config.n_routed_experts - config.num_experts_per_tok) * expert
-    assert model.get_num_params() == pytest.approx(113.72e6, rel=0.01)
-    assert size == pytest.approx(9.45e6, rel=0.01)
-    assert active == pytest.approx(7.08e6, rel=0.01)
-    assert names['batch_size'] * names['gradient_accumulation_steps'] * names['block_size'] == 491520
+    assert (model.get_num_params(), size, active) == (114_438_912, 9_448_896, 7_089_600)
+    assert (model.get_num_params(), size, active) == pytest.approx((113.72e6, 9.45e6, 7.08e6), rel=0.01)
     assert (config.n_layer, len(model.mtp), len(model.mtp[0].h), len(model.moe_layers())) == (8, 2, 2, 12)
     idle = len(model.moe_layers()) * (config.n_routed_experts - config.num_experts_per_tok) * expert
-    assert model.get_num_active_params() == model.get_num_params() - idle
+    assert model.get_num_active_params() == model.get_num_params() - idle == 86_127_360
+
+    # README's table of sizes, to its digits
+    section = (ROOT / 'README.md').read_text().split('## Sizes of `config/train_deepseek.py`')[1].split('\n## ')[0]
+    rows = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', section, re.M))
+    cache = config.kv_lora_rank + config.qk_rope_head_dim
+    tokens = names['batch_size'] * names['gradient_accumulation_steps'] * names['block_size']
+    assert rows == {
+        'blocks': f'{config.n_layer} main + {len(model.mtp)} MTP modules of {config.mtp_n_layer}, all with experts',
+        'width, heads, context, vocabulary': f'{config.n_embd}, {config.n_head}, {config.block_size:,}, '
+        f'{config.vocab_size:,} (embedding and head tied: {model.lm_head.weight.numel() / 1e6:.2f}M)',
+        'attention': f'queries through {config.q_lora_rank}; keys and values through {config.kv_lora_rank}; per head '
+        f'{config.qk_nope_head_dim} without and {config.qk_rope_head_dim} with RoPE, values {config.v_head_dim}',
+        'cache': f'{config.kv_lora_rank} + {config.qk_rope_head_dim} = {cache} numbers per token and layer; plain '
+        f'attention with these heads: {config.n_head * 2 * config.v_head_dim:,}',
+        'experts': f'{config.n_shared_experts} shared + {config.n_routed_experts} routed of width '
+        f'{config.moe_intermediate_size}, {config.num_experts_per_tok} routed ones per token',
+        'parameters without embedding and head': f'{model.get_num_params() / 1e6:.2f}M, of which a token uses '
+        f'{model.get_num_active_params() / 1e6:.2f}M',
+        'per block': f'{size / 1e6:.2f}M, of which a token uses {active / 1e6:.2f}M',
+        'tokens per iteration': f'{names["batch_size"]} x {names["gradient_accumulation_steps"]} x '
+        f'{names["block_size"]:,} = {tokens:,}'}
 
 
 def test_sizes_derive_from_nanogpts_flags():
@@ -292,7 +313,9 @@ def test_gates_are_unbiased_scores_and_a_single_gate_is_not_normalised():
 
 
 def test_sequence_wise_balance_loss_equals_its_equation():
+    """f counts the K best of the scores themselves, whatever the balance bias makes the router choose."""
     moe = tiny_model().transformer.h[0].mlp
+    moe.e_score_correction_bias[:] = torch.linspace(-2, 2, 8)
     B, T, E, K = 3, 7, 8, 3
     x = torch.randn(B, T, 32)
     _, got, _ = moe(x)

@@ -1,6 +1,7 @@
 """train.py, sample.py and plot.py as users run them: in processes of their own, on small data."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -10,7 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run
+from conftest import ROOT, SMALL, run, run_inside
+
+import model
 
 
 def train(clone, *flags, **kwargs):
@@ -241,3 +244,46 @@ def test_nanogpts_laptop_command(tmp_path, clone):
     command = next(p for p in (ROOT / 'README.md').read_text().replace('\\\n', ' ').splitlines() if '--n_embd=128' in p)
     printed = run(*command.split()[1:], cwd=clone, timeout=1200, OMP_NUM_THREADS=os.cpu_count())
     assert min(float(v) for v in re.findall(r'val loss (\S+)', printed)) <= 1.80
+
+
+# what changes over a run
+
+def test_the_rate_warms_up_and_decays_as_a_cosine(small):
+    """Of each step, in the log and in the optimizer that took it."""
+    flags = ['--max_iters=14', '--warmup_iters=3', '--lr_decay_iters=10', '--learning_rate=3e-3', '--min_lr=4e-4']
+
+    def rate(step):
+        if step < 3:
+            return 3e-3 * (step + 1) / 4
+        return 4e-4 + (3e-3 - 4e-4) * (1 + math.cos(math.pi * min(1, (step - 3) / 7))) / 2
+
+    code, _, said = run_inside('train.py', *SMALL, *flags, '--eval_interval=14', cwd=small)
+    assert code == 0, said
+    logged = [r['lr'] for r in log(small) if 'loss' in r]
+    assert logged == pytest.approx([rate(step) for step in range(14)])
+    assert logged[2] < logged[3] == 3e-3 and min(logged[3:7]) > 1.5e-3 and logged[10:] == [4e-4] * 4
+    for decay, last in ((True, rate(6)), (False, 3e-3)):
+        flags += ['--max_iters=6', f'--decay_lr={decay}']
+        code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
+        assert code == 0, said
+        optimizer = torch.load(small / 'out/ckpt.pt', weights_only=True)['optimizer']
+        assert [group['lr'] for group in optimizer['param_groups']] == pytest.approx([last] * 2)
+
+
+@pytest.mark.parametrize('early, weights', [(0.3, [0.3] * 5 + [0.1] * 2), (0.05, [0.05] * 7)])
+def test_the_mtp_weight_falls_late_in_the_run(small, monkeypatch, early, weights):
+    """The weight that the loss shows, in each iteration: 0.1 from 0.67 of 7 iterations on, but never a larger one."""
+    forward, seen = model.GPT.forward, []
+
+    def spy(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if self.training:
+            losses = self.stats['losses']
+            seen.append(((out[1] - losses[0]) / losses[1:].mean()).item())
+        return out
+
+    monkeypatch.setattr(model.GPT, 'forward', spy)
+    flags = ['--max_iters=7', f'--mtp_lambda={early}', '--aux_loss_alpha=0.0', '--gradient_accumulation_steps=1']
+    code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
+    assert code == 0, said
+    assert seen == pytest.approx(weights, rel=1e-4)
