@@ -1,11 +1,18 @@
-"""Readiness for CUDA, shown without a GPU: a forward traced at full size, and an audit of a real step's operations."""
+"""Readiness for CUDA, shown without a GPU: a forward traced at full size, and an audit of train.py's operations."""
+
+import linecache
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import SMALL, run_inside
 from test_model import main_config
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
 from model import GPT
 
 
@@ -55,16 +62,16 @@ def test_full_size_forward_traces_on_fake_cuda_tensors(training):
 
     _, config = main_config()
     with FakeTensorMode():
-        model, idx = on_fake_cuda(GPT(config).train(training))
+        gpt, idx = on_fake_cuda(GPT(config).train(training))
         try:
             if training:
-                _, loss = model(idx, idx)
-                model.update_balance(model.stats['load'])
-                assert model.stats['load'].shape == (12, config.n_routed_experts)
+                _, loss = gpt(idx, idx)
+                gpt.update_balance(gpt.stats['load'])
+                assert gpt.stats['load'].shape == (12, config.n_routed_experts)
             else:
-                logits, loss = model(idx, idx)
+                logits, loss = gpt(idx, idx)
                 assert logits.shape == (4, config.block_size, config.vocab_size)
-                out = model.generate(idx[:, :7], 3, top_k=50)
+                out = gpt.generate(idx[:, :7], 3, top_k=50)
                 assert out.shape == (4, 10) and out.device.type == 'cuda'
         finally:
             torch.set_autocast_enabled('cuda', False)
@@ -72,62 +79,101 @@ def test_full_size_forward_traces_on_fake_cuda_tensors(training):
 
 
 class Audit(TorchDispatchMode):
-    """Records the operations that would make the host wait for the GPU, and every grouped_mm that CUDA would refuse."""
+    """Counts the operations that would make the host wait for the GPU, by the project's line that asked for them.
+
+    And every grouped_mm that CUDA would refuse.
+    """
     SYNCS = ('_local_scalar_dense', 'nonzero', 'bincount', 'masked_select', 'unique', 'item', 'equal', 'is_nonzero',
              'repeat_interleave')
 
     def __init__(self):
         super().__init__()
-        self.syncs, self.faults, self.grouped = [], [], 0
+        self.syncs, self.faults, self.grouped = Counter(), [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in self.SYNCS or any(name.startswith(s + '_') for s in ('unique', 'nonzero')):
-            self.syncs.append(name)
+        sync = name in self.SYNCS or any(name.startswith(s + '_') for s in ('unique', 'nonzero'))
         if name in ('index', 'index_put', 'index_put_') and any(
                 i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
-            self.syncs.append(name + ' with a mask')
+            sync, name = True, name + ' with a mask'
+        if sync:
+            self.syncs[f'{name}: {projects_line()}'] += 1
         if name == '_grouped_mm':
             self.grouped += 1
             self.faults += grouped_mm_faults([*args, *((kwargs or {}).values())])
         return func(*args, **(kwargs or {}))
 
 
-def audited_step(model, idx, kind='adamw'):
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', kind)
-    with Audit() as audit:
-        with torch.autocast('cpu', torch.bfloat16):
-            _, loss = model(idx[:, :-1], idx[:, 1:])
-        (loss / 2).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        bad = ~(norm + model.stats['losses'].sum()).isfinite()
-        optimizer.found_inf = bad.float()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.update_balance(model.stats['load'].masked_fill(bad, 0))
+class HostCopies(TorchFunctionMode):
+    """For an Audit, the calls that wait for a GPU and on the CPU dispatch nothing."""
+
+    def __init__(self, audit):
+        super().__init__()
+        self.audit = audit
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__name__', '') in ('tolist', 'numpy', 'cpu'):
+            self.audit.syncs[f'{func.__name__}: {projects_line()}'] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def projects_line():
+    """The line of train.py, model.py or another script that is being run."""
+    frame = sys._getframe()
+    while frame and Path(frame.f_code.co_filename).name not in ('train.py', 'model.py', 'fp8.py', 'syncing.py'):
+        frame = frame.f_back
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() if frame else '?'
+
+
+def audited_run(folder, iterations, *flags, script='train.py'):
+    """train.py in bf16, which evaluates before its first iteration and after its last, and logs the first alone."""
+    with Audit() as audit, HostCopies(audit):
+        code, _, said = run_inside(script, *SMALL, '--dtype=bfloat16', '--log_interval=1000', '--eval_interval=1000',
+                                   '--dropout=0.1', '--first_k_dense_replace=1', '--num_nextn_predict_layers=1',
+                                   f'--max_iters={iterations}', *flags, cwd=folder)
+    assert code == 0, said
     return audit
 
 
-@pytest.mark.parametrize('kind', ['adamw', 'muon'])
-def test_a_bf16_step_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(kind):
-    model = tiny_model(dropout=0.1, n_group=4, topk_group=2, first_k_dense_replace=1)
-    audit = audited_step(model, torch.randint(61, (2, 33)), kind)
-    assert audit.syncs == []
-    assert audit.faults == []
-    assert audit.grouped == 2 * 3 * len(model.moe_layers())  # each projection: forward, and two gradients
+def what_three_iterations_add(folder, *flags, script='train.py'):
+    """Of syncs, by their lines, and of grouped_mm: what grows from a run of 2 iterations to one of 5."""
+    short, long = (audited_run(folder, n, *flags, script=script) for n in (2, 5))
+    return long.syncs - short.syncs, long.grouped - short.grouped, short.faults + long.faults
 
 
-def test_the_audit_sees_what_it_should():
-    model = tiny_model()
-    forward = model.transformer.h[0].mlp.forward
+@pytest.mark.parametrize('flags', [
+    [], ['--optimizer=muon', '--n_group=2', '--topk_group=1'],
+    ['--fp8=True', '--scoring_func=softmax'], ['--fp8=True', '--fp8_scaling=row', '--grad_clip=0.0'],
+    ['--fp8=True', '--fp8_scaling=tensor', '--bf16_moments=True']], ids=' '.join)
+def test_the_training_loop_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(small, flags):
+    """train.py itself, in bf16. The one line that waits each time asks for a number that lies on the host anyway."""
+    syncs, grouped, faults = what_three_iterations_add(small, *flags)
+    assert [line for line in syncs if 'signalled' not in line] == [] and sum(syncs.values()) == 3
+    assert faults == []
+    # 2 micro-batches, 2 layers with experts; of two projections the forward and two gradients
+    assert grouped == 3 * 2 * 2 * (2 * 3)
 
-    def syncing(x):
-        x[x.new_zeros(x.shape, dtype=torch.bool)]
-        x.sum().item()
-        return forward(x)
 
-    model.transformer.h[0].mlp.forward = syncing
-    audit = audited_step(model, torch.randint(61, (2, 33)))
-    assert any('mask' in s or 'nonzero' in s for s in audit.syncs) and '_local_scalar_dense' in audit.syncs
+@pytest.mark.parametrize('planted, after', [
+    ('loss.item()', '_, loss = model(x, y)'), ('x[x > 3]', '_, loss = model(x, y)'), ('bool(bad)', 'iters_logged += 1'),
+    ('norm.tolist()', 'iters_logged += 1')])
+def test_the_audit_sees_a_sync_in_the_loop(small, planted, after):
+    """One line more in train.py."""
+    lines = (small / 'train.py').read_text().splitlines()
+    place, = (i for i, line in enumerate(lines) if line.strip() == after)
+    indent = lines[place][:lines[place].index(after)]
+    (small / 'syncing.py').write_text('\n'.join([*lines[:place + 1], indent + planted, *lines[place + 1:]]))
+    syncs, _, _ = what_three_iterations_add(small, script='syncing.py')
+    seen = {line.split(': ', 1)[1]: n for line, n in syncs.items() if 'signalled' not in line}
+    assert seen == {planted: 3 * 2 if after.startswith('_, loss') else 3}
+
+
+def test_the_audit_sees_a_grouped_mm_that_cuda_refuses(small, monkeypatch):
+    """Rows that begin at an odd address, which the CPU's takes."""
+    grouped_linear = model.grouped_linear
+    monkeypatch.setattr(model, 'grouped_linear', lambda x, *args: grouped_linear(
+        x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x), *args))
+    assert 'unaligned' in audited_run(small, 1).faults
     odd = torch.zeros(4, 12, dtype=torch.bfloat16)
-    assert grouped_mm_faults([odd, odd, torch.zeros(1)]) != []
+    faults = grouped_mm_faults([odd, odd, torch.zeros(1)])
+    assert [fault.split()[0] for fault in faults] == ['strides', 'strides', 'offsets']

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from conftest import SMALL, run, run_inside, tiny_model
-from test_cuda import audited_step, needs_cuda_build, on_fake_cuda
+from test_cuda import needs_cuda_build, on_fake_cuda
 from test_model import main_config
 from torch.nn.functional import ScalingType as S
 
@@ -244,15 +244,6 @@ def test_train_without_the_file(small, flag):
     (small / 'fp8.py').unlink()
     code, _, said = run_inside('train.py', *SMALL, f'--{flag}=True', cwd=small)
     assert code == 2 and said == f'{flag}=True needs fp8.py beside train.py\n'
-
-
-@pytest.mark.parametrize('scaling', ['tile', 'row', 'tensor'])
-def test_a_bf16_step_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(scaling):
-    model = tiny_model(n_group=4, topk_group=2, first_k_dense_replace=1)
-    fp8.enable(model, fp8.Recipe(scaling))
-    audit = audited_step(model, torch.randint(61, (2, 33)))
-    assert audit.syncs == [] and audit.faults == []
-    assert audit.grouped == 2 * 3 * len(model.moe_layers())
 
 
 def test_the_start_up_check(monkeypatch):

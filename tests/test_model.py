@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def main_config():
 # sizes and settings
 
 def test_main_config_has_the_published_sizes():
+    """Exact counts, which lie within 1% of the design's 113.72M, 9.45M and 7.08M."""
     names, config = main_config()
     with torch.device('meta'):
         model = GPT(config)
@@ -31,13 +33,32 @@ def test_main_config_has_the_published_sizes():
     size = sum(p.numel() for p in block.parameters())
     expert = 3 * config.n_embd * config.moe_intermediate_size
     active = size - (config.n_routed_experts - config.num_experts_per_tok) * expert
-    assert model.get_num_params() == pytest.approx(113.72e6, rel=0.01)
-    assert size == pytest.approx(9.45e6, rel=0.01)
-    assert active == pytest.approx(7.08e6, rel=0.01)
-    assert names['batch_size'] * names['gradient_accumulation_steps'] * names['block_size'] == 491520
+    assert (model.get_num_params(), size, active) == (114_438_912, 9_448_896, 7_089_600)
+    assert (model.get_num_params(), size, active) == pytest.approx((113.72e6, 9.45e6, 7.08e6), rel=0.01)
     assert (config.n_layer, len(model.mtp), len(model.mtp[0].h), len(model.moe_layers())) == (8, 2, 2, 12)
     idle = len(model.moe_layers()) * (config.n_routed_experts - config.num_experts_per_tok) * expert
-    assert model.get_num_active_params() == model.get_num_params() - idle
+    assert model.get_num_active_params() == model.get_num_params() - idle == 86_127_360
+
+    # README's table of sizes, to its digits
+    section = (ROOT / 'README.md').read_text().split('## Sizes of `config/train_deepseek.py`')[1].split('\n## ')[0]
+    rows = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', section, re.M))
+    cache = config.kv_lora_rank + config.qk_rope_head_dim
+    tokens = names['batch_size'] * names['gradient_accumulation_steps'] * names['block_size']
+    assert rows == {
+        'blocks': f'{config.n_layer} main + {len(model.mtp)} MTP modules of {config.mtp_n_layer}, all with experts',
+        'width, heads, context, vocabulary': f'{config.n_embd}, {config.n_head}, {config.block_size:,}, '
+        f'{config.vocab_size:,} (embedding and head tied: {model.lm_head.weight.numel() / 1e6:.2f}M)',
+        'attention': f'queries through {config.q_lora_rank}; keys and values through {config.kv_lora_rank}; per head '
+        f'{config.qk_nope_head_dim} without and {config.qk_rope_head_dim} with RoPE, values {config.v_head_dim}',
+        'cache': f'{config.kv_lora_rank} + {config.qk_rope_head_dim} = {cache} numbers per token and layer; plain '
+        f'attention with these heads: {config.n_head * 2 * config.v_head_dim:,}',
+        'experts': f'{config.n_shared_experts} shared + {config.n_routed_experts} routed of width '
+        f'{config.moe_intermediate_size}, {config.num_experts_per_tok} routed ones per token',
+        'parameters without embedding and head': f'{model.get_num_params() / 1e6:.2f}M, of which a token uses '
+        f'{model.get_num_active_params() / 1e6:.2f}M',
+        'per block': f'{size / 1e6:.2f}M, of which a token uses {active / 1e6:.2f}M',
+        'tokens per iteration': f'{names["batch_size"]} x {names["gradient_accumulation_steps"]} x '
+        f'{names["block_size"]:,} = {tokens:,}'}
 
 
 def test_sizes_derive_from_nanogpts_flags():
@@ -270,9 +291,12 @@ def test_dispatch_and_combine_are_each_others_transpose():
 
 def test_group_limited_routing():
     moe = tiny_model(n_group=4, topk_group=2, num_experts_per_tok=3).transformer.h[0].mlp
-    moe.e_score_correction_bias[:] = torch.randn(8) - 2.0            # below zero: a group masked with 0 would win
+    moe.e_score_correction_bias[:] = torch.randn(8) / 4 - 2.0        # below zero: a group masked with 0 would win
     x = torch.randn(50, 32)
     scores, gates, experts = moe.route(x)
+    choice = (scores + moe.e_score_correction_bias).view(50, 4, 2)
+    by_best = choice.amax(dim=2).topk(2).indices.sort(dim=1).values   # V2's rule gives other groups
+    assert (by_best != choice.sum(dim=2).topk(2).indices.sort(dim=1).values).any()
     for t in range(50):
         choice = (scores[t] + moe.e_score_correction_bias).view(4, 2)
         groups = choice.sum(1).topk(2).indices.tolist()
@@ -292,7 +316,9 @@ def test_gates_are_unbiased_scores_and_a_single_gate_is_not_normalised():
 
 
 def test_sequence_wise_balance_loss_equals_its_equation():
+    """f counts the K best of the scores themselves, whatever the balance bias makes the router choose."""
     moe = tiny_model().transformer.h[0].mlp
+    moe.e_score_correction_bias[:] = torch.linspace(-2, 2, 8)
     B, T, E, K = 3, 7, 8, 3
     x = torch.randn(B, T, 32)
     _, got, _ = moe(x)
@@ -330,6 +356,19 @@ def test_balance_bias_moves_against_the_load_and_only_when_told():
     assert all(not m.e_score_correction_bias.requires_grad for m in model.moe_layers())
 
 
+def test_a_layer_without_a_load_keeps_its_bias():
+    """As after an iteration that is skipped: bit for bit, and the others move."""
+    model = tiny_model(bias_update_speed=0.01)
+    for moe in model.moe_layers():
+        moe.e_score_correction_bias.normal_()                        # not centred
+    before = [moe.e_score_correction_bias.clone() for moe in model.moe_layers()]
+    load = torch.zeros(4, 8, dtype=torch.long)
+    load[2, :4] = 5
+    model.update_balance(load)
+    same = [torch.equal(a, moe.e_score_correction_bias) for a, moe in zip(before, model.moe_layers())]
+    assert same == [True, True, False, True]
+
+
 def test_a_skewed_router_is_balanced_within_300_steps():
     moe_model = tiny_model(n_layer=1, num_nextn_predict_layers=0, num_experts_per_tok=2, bias_update_speed=0.01,
                            aux_loss_alpha=0.0)
@@ -346,6 +385,26 @@ def test_a_skewed_router_is_balanced_within_300_steps():
             moe_model.update_balance(moe(x)[2][None])
     assert start > 1.0
     assert max_vio() < 0.3
+
+
+# dropout
+
+@pytest.mark.parametrize('place', ['drop', 'resid_dropout', 'dropout', 'attention'])
+def test_each_dropout_acts_in_training_alone(place):
+    """With the other three turned off, two training forwards differ, and in eval the model is one without dropout."""
+    model = tiny_model(dropout=0.5)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and name.split('.')[-1] != place:
+            module.p = 0.0
+        if isinstance(module, model_file.MLA) and place != 'attention':
+            module.dropout = 0.0
+    plain = tiny_model().eval()
+    plain.load_state_dict(model.state_dict())
+    idx = torch.randint(61, (2, 20))
+    a, b = (model(idx, idx)[1].item() for _ in range(2))
+    assert a != b
+    model.eval()
+    assert torch.equal(model(idx, idx)[0], plain(idx, idx)[0])
 
 
 # multi-token prediction
@@ -422,6 +481,18 @@ def test_mtp_loss_counts_the_right_targets():
     torch.testing.assert_close(loss, want)
 
 
+def test_a_module_joins_the_embedding_and_the_state_in_the_released_order():
+    """eh_proj's first half takes the embedding, through enorm, and its second the state, through hnorm."""
+    module = tiny_model().mtp[0]
+    for norm in (module.enorm, module.hnorm):
+        norm.weight.data = 0.5 + torch.rand(32)
+    emb, h = torch.randn(2, 3, 7, 32)
+    parts = [x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+             for x, norm in ((emb, module.enorm), (h, module.hnorm))]
+    left, right = module.eh_proj.weight.split(32, dim=1)
+    torch.testing.assert_close(module.combine(emb, h), parts[0] @ left.T + parts[1] @ right.T)
+
+
 def test_eval_does_not_depend_on_mtp():
     model = tiny_model()
     idx = torch.randint(61, (2, 20))
@@ -432,7 +503,11 @@ def test_eval_does_not_depend_on_mtp():
     again, loss_again = model(idx, idx)
     assert torch.equal(logits, again) and torch.equal(loss, loss_again)
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), idx.flatten()))
-    none, chunked = model(idx, idx, return_logits=False)
+    targets = idx.clone()
+    targets[0, :15] = -1                                             # they count in no mean
+    _, loss = model(idx, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1))
+    none, chunked = model(idx, targets, return_logits=False)
     assert none is None
     torch.testing.assert_close(chunked, loss)
 
@@ -446,6 +521,22 @@ def test_all_blocks_see_one_residual_dtype():
     with torch.autocast('cpu', torch.bfloat16):
         model(*torch.randint(61, (2, 2, 16)))
     assert seen == [torch.float32] * 4
+
+
+def test_norms_and_router_compute_in_fp32_under_autocast():
+    """bf16 has 8 bits: a norm's weight, and scores that are near each other, would be lost in them."""
+    model = tiny_model()
+    norm, moe = model.transformer.h[0].attn.kv_a_layernorm, model.transformer.h[0].mlp
+    norm.weight.data = 1 + torch.rand_like(norm.weight) / 100
+    x = torch.randn(5, len(norm.weight))
+    want = x.bfloat16().float()
+    want = want / (want.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    h = torch.randn(50, 32)
+    scores, gates, experts = moe.route(h)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(norm(x.bfloat16()), want.bfloat16())
+        again = moe.route(h)
+    assert all(torch.equal(a, b) for a, b in zip(again, (scores, gates, experts))) and again[0].dtype == torch.float32
 
 
 def test_sequences_shorter_than_the_modules_offsets():
@@ -562,6 +653,26 @@ def test_flops_are_counted_from_the_structure():
     scores = 4 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) * c.block_size
     norms = 3 * 32
     assert model.flops_per_token() == 6 * (attn + ffn + 8 * 32 + norms + 61 * 32 + scores)
+
+
+def test_mfu_is_the_share_of_the_peak(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(model_file, 'peak_tflops', lambda name: 312)
+    share = model.flops_per_token() * model.config.block_size * 4 / 0.5 / 312e12
+    assert model.estimate_mfu(fwdbwd_per_iter=4, dt=0.5) == pytest.approx(share)
+
+
+def test_checkpoints_of_a_compiled_model_and_of_one_that_knows_no_yarn(tmp_path):
+    """torch.compile's prefix is taken off the names; a context is extended from the one that was trained."""
+    model = tiny_model().eval()
+    args = dataclasses.asdict(model.config)
+    del args['rope_original_max_position_embeddings']
+    torch.save({'model': {f'_orig_mod.{k}': v for k, v in model.state_dict().items()}, 'model_args': args},
+               tmp_path / 'ckpt.pt')
+    idx = torch.randint(61, (1, 9))
+    assert torch.equal(GPT.from_checkpoint(tmp_path / 'ckpt.pt')[0].eval()(idx)[0], model(idx)[0])
+    longer, _ = GPT.from_checkpoint(tmp_path / 'ckpt.pt', block_size=96, rope_factor=4.0)
+    assert longer.config.rope_original_max_position_embeddings == 32 and longer.rope_cos.shape[0] == 96
 
 
 def test_state_dict_round_trip_and_types():

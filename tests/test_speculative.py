@@ -98,6 +98,19 @@ def test_verify_keeps_the_distribution():
     assert chi_square(torch.bincount(d1, minlength=V).float(), p1 * n)[0] > 100
 
 
+def test_a_row_that_is_done_holds_no_other_back():
+    """Its drafts are impossible, the other row's are certain: all of those are taken, and they alone are counted."""
+    certain = torch.eye(4)[[1, 2, 3]].unsqueeze(0)                   # p: tokens 1, 2, 3 in turn
+    p, q = certain.repeat(2, 1, 1), certain[:, :2].repeat(2, 1, 1)
+    drafts = torch.tensor([[1, 2], [0, 0]])
+    q[1] = torch.eye(4)[[0, 0]]
+    tokens, reached, accepted = verify(drafts, q, p, torch.tensor([[False], [True]]))
+    assert tokens[0].tolist() == [1, 2, 3]
+    assert reached.tolist() == accepted.tolist() == [1, 1]
+    tokens, reached, accepted = verify(drafts, q, p, torch.tensor([[False], [False]]))
+    assert tokens.tolist() == [[1], [1]] and reached.tolist() == [2, 1] and accepted.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize('rows', [1, 3])
 def test_sampled_output_of_a_model_keeps_the_distribution(rows):
     """Third token after a fixed prompt, 600 samples plain and speculative: a two-sample chi-square."""

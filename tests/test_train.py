@@ -1,6 +1,7 @@
 """train.py, sample.py and plot.py as users run them: in processes of their own, on small data."""
 
 import json
+import math
 import os
 import pickle
 import re
@@ -11,7 +12,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run
+from conftest import ROOT, SMALL, run, run_inside
+
+import model
 
 
 def train(clone, *flags, **kwargs):
@@ -129,12 +132,20 @@ def test_compile_falls_back_to_eager_in_one_line(small):
 
 @pytest.mark.parametrize('kept', [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_compiled_blocks_train_like_eager_ones(small, kept):
+    """On two ranks too, with DDP around the blocks: those find the first run's code in Inductor's cache."""
     short = ['--max_iters=2', '--eval_interval=2', '--n_layer=1', '--num_nextn_predict_layers=1', '--dtype=bfloat16']
-    printed = train(small, *short, '--compile=True', f'--activation_memory={kept}', '--out_dir=compiled')
+    code, _, said = run_inside('train.py', *SMALL, *short, cwd=small)
+    assert code == 0, said
+    short += ['--compile=True', f'--activation_memory={kept}']
+    printed = train(small, *short, '--out_dir=one') + torchrun(small, 2, *short, '--out_dir=two')
     assert 'without torch.compile' not in printed
-    train(small, *short)
-    for a, b in zip(losses(log(small, 'compiled')).values(), losses(log(small)).values()):
-        assert a == pytest.approx(b, rel=0.02)
+    eager, one, two = (losses(log(small, out)) for out in ('out', 'one', 'two'))
+    assert list(eager) == list(one) == list(two) == [0, 1]
+    for step in eager:
+        assert one[step] == pytest.approx(eager[step], rel=0.02)
+        assert two[step] == pytest.approx(one[step], rel=1e-3)     # only the order of the sums differs
+    ranks = [torch.load(small / f'rank{r}', weights_only=True) for r in range(2)]
+    assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
 
 
 def test_wandb_offline(small):
@@ -243,3 +254,46 @@ def test_nanogpts_laptop_command(tmp_path, clone):
     command = next(p for p in (ROOT / 'README.md').read_text().replace('\\\n', ' ').splitlines() if '--n_embd=128' in p)
     printed = run(*command.split()[1:], cwd=clone, timeout=1200, OMP_NUM_THREADS=os.cpu_count())
     assert min(float(v) for v in re.findall(r'val loss (\S+)', printed)) <= 1.80
+
+
+# what changes over a run
+
+def test_the_rate_warms_up_and_decays_as_a_cosine(small):
+    """Of each step, in the log and in the optimizer that took it."""
+    flags = ['--max_iters=14', '--warmup_iters=3', '--lr_decay_iters=10', '--learning_rate=3e-3', '--min_lr=4e-4']
+
+    def rate(step):
+        if step < 3:
+            return 3e-3 * (step + 1) / 4
+        return 4e-4 + (3e-3 - 4e-4) * (1 + math.cos(math.pi * min(1, (step - 3) / 7))) / 2
+
+    code, _, said = run_inside('train.py', *SMALL, *flags, '--eval_interval=14', cwd=small)
+    assert code == 0, said
+    logged = [r['lr'] for r in log(small) if 'loss' in r]
+    assert logged == pytest.approx([rate(step) for step in range(14)])
+    assert logged[2] < logged[3] == 3e-3 and min(logged[3:7]) > 1.5e-3 and logged[10:] == [4e-4] * 4
+    for decay, last in ((True, rate(6)), (False, 3e-3)):
+        flags += ['--max_iters=6', f'--decay_lr={decay}']
+        code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
+        assert code == 0, said
+        optimizer = torch.load(small / 'out/ckpt.pt', weights_only=True)['optimizer']
+        assert [group['lr'] for group in optimizer['param_groups']] == pytest.approx([last] * 2)
+
+
+@pytest.mark.parametrize('early, weights', [(0.3, [0.3] * 5 + [0.1] * 2), (0.05, [0.05] * 7)])
+def test_the_mtp_weight_falls_late_in_the_run(small, monkeypatch, early, weights):
+    """The weight that the loss shows, in each iteration: 0.1 from 0.67 of 7 iterations on, but never a larger one."""
+    forward, seen = model.GPT.forward, []
+
+    def spy(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if self.training:
+            losses = self.stats['losses']
+            seen.append(((out[1] - losses[0]) / losses[1:].mean()).item())
+        return out
+
+    monkeypatch.setattr(model.GPT, 'forward', spy)
+    flags = ['--max_iters=7', f'--mtp_lambda={early}', '--aux_loss_alpha=0.0', '--gradient_accumulation_steps=1']
+    code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
+    assert code == 0, said
+    assert seen == pytest.approx(weights, rel=1e-4)
