@@ -32,6 +32,7 @@ import torch._functorch.config
 from torch.nn import functional as F
 
 from common import autocast, default_device, device_type_of, stop
+from extras.decode import for_decoding
 from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_line
 
 here = os.path.dirname(os.path.abspath(__file__))
@@ -217,10 +218,9 @@ def bytes_read(config, batch):
 def decode(name):
     torch.manual_seed(0)
     model, _ = build(name)
-    model.eval()
     idx = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), device=device)
     ours = isinstance(model, GPT)
-    model.to(getattr(torch, dtype))
+    model = for_decoding(model, getattr(torch, dtype)) if ours else model.eval().to(getattr(torch, dtype))
     starts = []
     (model.transformer.h[0] if ours else model).register_forward_pre_hook(lambda *_: starts.append(clock()))
     if ours and compile:

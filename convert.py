@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model import GPT, GPTConfig, first_line, save_checkpoint
-from tokenizer import of_checkpoint, read_table
+from tokenizer import from_folder, of_checkpoint, read_table
 
 # -----------------------------------------------------------------------------
 # the settings: GPTConfig's fields and config.json's
@@ -273,6 +273,14 @@ def read_weights(tensors, config, state):
             view.copy_(read(tensors, part))
 
 
+def load_folder(hf_dir, overrides=None):
+    """The model of a folder of the DeepSeek-V2 or V3 family, in fp32; overrides: keywords of GPTConfig."""
+    args, tensors = open_folder(hf_dir)
+    model = GPT(GPTConfig(**(args | (overrides or {}))))
+    read_weights(tensors, model.config, model.state_dict())
+    return model
+
+
 def dtype_here(tensors, name):
     """The dtype that a released tensor has after read()."""
     code = tensors[name].get_slice(name).get_dtype()
@@ -359,6 +367,23 @@ def write_tokenizer(out_dir, folder, meta, vocab_size):
     return speaks.end, speaks.name
 
 
+def check_vocabulary(folder, meta, data_dir):
+    """ValueError where a data set, by its meta.pkl, has other tokens than the tokenizer.json of a folder."""
+    path = os.path.join(folder, 'tokenizer.json')
+    if not os.path.exists(path):
+        if os.environ.get('RANK', '0') == '0':
+            print(f'note: {folder} has no tokenizer.json: nothing tells whether the tokens of {data_dir} are its own')
+        return
+    if 'stoi' in meta:
+        same = read_table(path).get('model', {}).get('vocab') == meta['stoi']
+    elif 'tokenizer' in meta:
+        same = from_folder(folder).sha256 == meta['tokenizer']
+    else:
+        same = from_folder(folder).encode('<|endoftext|>') == [50256]  # GPT-2's
+    if not same:
+        raise ValueError(f'{data_dir} has other tokens than {path}: prepare the data with --tokenizer={folder}')
+
+
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
 
 
@@ -436,7 +461,7 @@ def quantise_weights(tensors, n_layer):
     without their factors, and a weight that ends within a block: transformers divides a side by its number of blocks.
     Returns config.json's quantization_config.
     """
-    from fp8 import quantise
+    from extras.fp8 import quantise
     left = set()
     for name, tensor in list(tensors.items()):
         module, layer = '.'.join(name.split('.')[:3]), name.split('.')[-2]  # model.layers.4, o_proj

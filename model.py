@@ -2,6 +2,8 @@
 A small DeepSeek-V3 behind nanoGPT's interface: Multi-head Latent Attention, DeepSeekMoE with
 loss-free balancing, and multi-token prediction, in one file that needs torch alone.
 
+The model comes first, from its config to generate(); below the double rule stands the machinery that it calls.
+
 Papers: V2 = arXiv 2405.04434, V3 = arXiv 2412.19437, loss-free balancing = arXiv 2408.15664.
 Equation numbers in the comments are V3's unless they say otherwise.
 
@@ -20,6 +22,7 @@ import re
 import shutil
 import zipfile
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -30,22 +33,7 @@ from torch.nn import functional as F
 class GPTConfig:
     """nanoGPT's fields, then DeepSeek's under their names in the released configs.
 
-    -1 (or -1.0) asks for the derived size, so that nanoGPT's own flags describe a whole model.
-    With C = n_embd and d = n_embd / n_head:
-
-    | field                     | derived as                                                    |
-    |---------------------------|---------------------------------------------------------------|
-    | q_lora_rank               | C / 2 (0: no query compression)                               |
-    | kv_lora_rank              | 3C / 8                                                        |
-    | v_head_dim                | d                                                             |
-    | qk_rope_head_dim          | d / 2, made even                                              |
-    | qk_nope_head_dim          | d - qk_rope_head_dim, so q, k and v heads have one size       |
-    | moe_intermediate_size     | C / 2, up to a multiple of 8                                  |
-    | routed_scaling_factor     | sqrt(K): K gates of 1/K then sum to the size of one expert    |
-    | intermediate_size         | (n_shared_experts + K) moe_intermediate_size: the active width |
-    | mtp_n_layer               | 2 from 8 main blocks on, else 1                               |
-    | initializer_range         | 0.5 / sqrt(C): V3's 0.006 at its 7168, 0.022 at 512           |
-    | rope_original_...         | block_size / rope_factor                                      |
+    -1 (or -1.0) asks for a derived size, so that nanoGPT's own flags describe a whole model: see __post_init__.
     """
     block_size: int = 1024          # context length in tokens
     vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64
@@ -58,10 +46,10 @@ class GPTConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = -1.0  # standard deviation of the initial weights
     # Multi-head Latent Attention
-    q_lora_rank: int = -1
-    kv_lora_rank: int = -1
-    qk_nope_head_dim: int = -1
-    qk_rope_head_dim: int = -1
+    q_lora_rank: int = -1           # width of the queries' latent; 0: no query compression
+    kv_lora_rank: int = -1          # width of the latent that is cached
+    qk_nope_head_dim: int = -1      # per head, the part of q and k without RoPE
+    qk_rope_head_dim: int = -1      # ... and with it; its key is shared by all heads, and cached
     v_head_dim: int = -1
     rope_theta: float = 10000.0
     rope_factor: float = 1.0        # YaRN: how many times longer the context is than the original one; 1: off
@@ -74,87 +62,42 @@ class GPTConfig:
     n_routed_experts: int = 8       # 0: a dense model
     n_shared_experts: int = 1
     num_experts_per_tok: int = 3
-    moe_intermediate_size: int = -1
+    moe_intermediate_size: int = -1  # width of an expert
     intermediate_size: int = -1     # width of the dense FFN
     first_k_dense_replace: int = 0  # the first k main blocks are dense
-    n_group: int = 1
-    topk_group: int = 1
+    n_group: int = 1                # the experts are in so many groups,
+    topk_group: int = 1             # and a token's come from so many of them
     scoring_func: str = 'sigmoid'   # or 'softmax' (V2)
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = -1.0
+    norm_topk_prob: bool = True     # a token's gates sum to 1
+    routed_scaling_factor: float = -1.0  # the gates are multiplied by it
     bias_update_speed: float = 0.001  # loss-free balancing, per optimizer step; 0: off
     aux_loss_alpha: float = 0.0001    # sequence-wise balance loss; 0: off
     # multi-token prediction
     num_nextn_predict_layers: int = 2  # MTP modules; 0: none
     mtp_n_layer: int = -1              # blocks in each
     mtp_lambda: float = 0.3            # weight of their mean loss
-    eos_token_id: int = -1             # ends a document: no module is trained to see beyond it; -1: not known
+    eos_token_id: int = -1             # ends a document: MTP targets never cross it; -1: not known
 
     def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            self._check(fits, f'{field.name} must be {kind.__name__}, not {value!r}')
-            self._check(kind is not float or math.isfinite(value), f'{field.name}={value} must be finite')
-        C, K = self.n_embd, self.num_experts_per_tok
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            self._check(getattr(self, name) > 0, f'{name} must be positive')
-        self._check(C % self.n_head == 0, f'n_head={self.n_head} must divide n_embd={C}')
-        d = C // self.n_head
+        check_types(self)
+        C, d, K = self.n_embd, self.n_embd // self.n_head, self.num_experts_per_tok
 
-        self._derive('q_lora_rank', max(1, C // 2))
-        self._derive('kv_lora_rank', max(1, 3 * C // 8))
-        self._derive('v_head_dim', d)
-        self._derive('qk_rope_head_dim', max(2, d // 4 * 2))
-        self._derive('qk_nope_head_dim', max(1, d - self.qk_rope_head_dim))
-        self._derive('moe_intermediate_size', (C // 2 + 7) // 8 * 8)
-        self._derive('intermediate_size', (self.n_shared_experts + K) * self.moe_intermediate_size)
-        self._derive('routed_scaling_factor', math.sqrt(max(K, 0)))
-        self._derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
-        self._derive('initializer_range', 0.5 / math.sqrt(C))
-        self._check(self.rope_factor >= 1, 'rope_factor must be at least 1 (1: no YaRN)')
-        self._derive('rope_original_max_position_embeddings', max(1, int(self.block_size / self.rope_factor)))
+        def derive(name, value):
+            if getattr(self, name) == -1:
+                setattr(self, name, value)
 
-        for name in ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size',
-                     'mtp_n_layer', 'rope_original_max_position_embeddings'):
-            self._check(getattr(self, name) > 0, f'{name} must be positive, or -1 to derive it')
-        for name in ('q_lora_rank', 'n_routed_experts', 'n_shared_experts', 'first_k_dense_replace',
-                     'num_nextn_predict_layers', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda',
-                     'rope_mscale', 'rope_mscale_all_dim', 'routed_scaling_factor'):
-            self._check(getattr(self, name) >= 0, f'{name} must not be negative')
-        for name in ('rms_norm_eps', 'rope_theta', 'rope_beta_fast', 'rope_beta_slow', 'initializer_range'):
-            self._check(getattr(self, name) > 0, f'{name} must be positive')
-        self._check(self.first_k_dense_replace <= self.n_layer, f'first_k_dense_replace must lie in 0..{self.n_layer}')
-        self._check(-1 <= self.eos_token_id < self.vocab_size,
-                    f'eos_token_id={self.eos_token_id} must be a token below vocab_size={self.vocab_size}, or -1')
-        self._check(self.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
-        self._check(0 <= self.dropout < 1, 'dropout must lie in [0, 1)')
-        self._check(self.scoring_func in ('sigmoid', 'softmax'), "scoring_func must be 'sigmoid' or 'softmax'")
-        E = self.n_routed_experts
-        if E > 0:
-            self._check(0 < K <= E, f'num_experts_per_tok must lie in 1..n_routed_experts={E}')
-            self._check(self.n_group > 0 and E % self.n_group == 0, f'n_group must divide n_routed_experts={E}')
-            self._check(0 < self.topk_group <= self.n_group, f'topk_group must lie in 1..n_group={self.n_group}')
-            self._check(K <= self.topk_group * (E // self.n_group),
-                        f'num_experts_per_tok={K} does not fit in topk_group={self.topk_group} groups of '
-                        f'{E // self.n_group} experts')
-            self._check(C % 8 == 0 and self.moe_intermediate_size > 0 and self.moe_intermediate_size % 8 == 0,
-                        'n_embd and moe_intermediate_size must be multiples of 8 (grouped_mm wants rows of 16 bytes)')
-
-    def _derive(self, name, value):
-        if getattr(self, name) == -1:
-            setattr(self, name, value)
-
-    @staticmethod
-    def _check(ok, message):
-        if not ok:
-            raise ValueError(f'GPTConfig: {message}')
-
-
-def compute_dtype(x):
-    """The dtype matrix products run in: autocast's where it is on, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        derive('initializer_range', 0.5 / math.sqrt(C))           # V3's 0.006 at its 7168, 0.022 at 512
+        derive('q_lora_rank', max(1, C // 2))
+        derive('kv_lora_rank', max(1, 3 * C // 8))
+        derive('v_head_dim', d)
+        derive('qk_rope_head_dim', max(2, d // 4 * 2))
+        derive('qk_nope_head_dim', max(1, d - self.qk_rope_head_dim))  # q, k and v heads of one size
+        derive('rope_original_max_position_embeddings', max(1, int(self.block_size / self.rope_factor)))
+        derive('moe_intermediate_size', (C // 2 + 7) // 8 * 8)
+        derive('intermediate_size', (self.n_shared_experts + K) * self.moe_intermediate_size)  # a token's share
+        derive('routed_scaling_factor', math.sqrt(K))             # K gates of 1/K: the size of one expert's output
+        derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
+        check_sizes(self)
 
 
 class RMSNorm(nn.Module):
@@ -166,36 +109,6 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # in fp32 whatever x is; F.rms_norm leaves its fused path when the dtypes of x and weight differ
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-def yarn_mscale(factor, mscale):
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def rope_table(config):
-    """cos and sin of position * theta^(-2i/r), each (block_size, r/2), fp32; with YaRN where rope_factor > 1.
-
-    YaRN (arXiv 2309.00071, section 3.2): pairs that turn many times within the original context keep their frequency,
-    pairs that hardly turn are slowed by the factor, and a ramp over the pairs lies between.
-    """
-    r, factor = config.qk_rope_head_dim, config.rope_factor
-    freq = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)              # (r/2,)
-    scale = 1.0
-    if factor > 1:
-        def pair(turns):  # which pair makes so many turns within the original context
-            return r * math.log(config.rope_original_max_position_embeddings / (turns * 2 * math.pi)) / (
-                2 * math.log(config.rope_theta))
-
-        low = max(math.floor(pair(config.rope_beta_fast)), 0)
-        high = min(math.ceil(pair(config.rope_beta_slow)), r - 1)
-        slowed = ((torch.arange(r // 2) - low) / (high - low or 0.001)).clamp(0, 1)            # (r/2,): 0 to 1
-        freq = freq * (1 - slowed) + freq / factor * slowed
-        # with both mscales the correction is the softmax scale's, in MLA; here is what they differ by
-        scale = yarn_mscale(factor, 1.0)
-        if config.rope_mscale > 0 and config.rope_mscale_all_dim > 0:
-            scale = yarn_mscale(factor, config.rope_mscale) / yarn_mscale(factor, config.rope_mscale_all_dim)
-    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), freq)
-    return (angle.cos() * scale).float(), (angle.sin() * scale).float()
 
 
 def apply_rope(x, cos, sin):
@@ -294,78 +207,24 @@ class MLA(nn.Module):
         return torch.einsum('bhtc,hvc->bhtv', latent, w_uv.to(latent.dtype))
 
 
+def swiglu(x, gates=None):
+    """[gate, up] (..., 2h) -> silu(gate) * up (..., h), times gates where they are given"""
+    gate, up = x.chunk(2, dim=-1)
+    hidden = F.silu(gate) * up
+    return hidden if gates is None else hidden * gates
+
+
 class MLP(nn.Module):
-    """SwiGLU: the dense FFN, and the shared experts as one FFN of their joint width."""
+    """The dense FFN, and the shared experts as one FFN of their joint width."""
 
     def __init__(self, config, width):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.n_embd, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, config.n_embd, bias=False)
+        self.swiglu = swiglu  # FP8 has its own
 
     def forward(self, x):
         return self.down_proj(self.swiglu(self.gate_up_proj(x)))
-
-    def swiglu(self, x):
-        """(..., 2 width) -> (..., width)"""
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-
-class Dispatch(torch.autograd.Function):
-    """(N, C) -> (M, C): row i becomes token[i]'s.
-
-    A plain x[token] would add up its gradient with atomics; `place` (where the K copies of each token went)
-    turns that into a gather and a sum, which is faster and adds in one fixed order. Combine is the transpose.
-    """
-
-    @staticmethod
-    def forward(ctx, x, token, place):
-        ctx.save_for_backward(token, place)
-        return x.index_select(0, token)
-
-    @staticmethod
-    def backward(ctx, grad):
-        token, place = ctx.saved_tensors
-        return Combine.apply(grad, token, place), None, None
-
-
-class Combine(torch.autograd.Function):
-    """(M, C) -> (N, C): the sum over each token's K rows."""
-
-    @staticmethod
-    def forward(ctx, y, token, place):
-        ctx.save_for_backward(token, place)
-        N, K = place.shape
-        return y.index_select(0, place.view(-1)).view(N, K, -1).sum(dim=1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        token, place = ctx.saved_tensors
-        return Dispatch.apply(grad.contiguous(), token, place), None, None
-
-
-def grouped_linear(x, weight, offsets):
-    """Rows offsets[e-1]..offsets[e] of x (M, in) times weight[e] (E, out, in), transposed. -> (M, out)
-
-    What the rows beyond the last offset become is not defined.
-    """
-    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    return grouped_linear_uncompiled(x, weight, offsets)
-
-
-@torch.compiler.disable
-def grouped_linear_uncompiled(x, weight, offsets):
-    if x.dtype == torch.float32 and x.device.type == 'cpu':  # where grouped_mm takes fp32 too
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    return grouped_linear_loop(x, weight, offsets)
-
-
-def grouped_linear_loop(x, weight, offsets):
-    """grouped_linear for any dtype and device, at the price of a host sync."""
-    ends = offsets.tolist()
-    parts = [F.linear(x[start:end], w) for start, end, w in zip([0, *ends], ends, weight)]
-    return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.size(1))])
 
 
 class MoE(nn.Module):
@@ -387,74 +246,27 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config, config.n_shared_experts * h) if config.n_shared_experts > 0 else None
         # b of eq. 16: moved by GPT.update_balance after an optimizer step, never by a gradient
         self.register_buffer('e_score_correction_bias', torch.zeros(E))
+        self.swiglu, self.grouped_linear = swiglu, grouped_linear           # FP8 has its own
 
     def forward(self, x):
-        """(B, T, C) -> the layer's output (B, T, C), its balance loss (scalar), its load (E,); None, None in eval."""
+        """(B, T, C) -> (B, T, C), and in training its balance loss (scalar) and load (E,), else None."""
         B, T, C = x.shape
         flat = x.view(-1, C)                                                # (N, C)
         scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
-        N = len(flat)
-        if not self.training and N <= 16 and self.n_experts <= 2 * N * self.top_k:
-            out, load = self.all_experts(flat, gates, experts), None
+        if not self.training and is_few(len(flat), self.top_k, self.n_experts):
+            out = all_experts(flat, gates, experts, self.experts_gate_up, self.experts_down)
         else:
-            out, load = self.chosen_experts(flat, gates, experts)
+            rows = sort_by_expert(experts, gates, self.n_experts)           # which token each of M rows is of
+            hidden = Dispatch.apply(flat.to(compute_dtype(x)), rows.token, rows.place)  # (M, C)
+            hidden = self.grouped_linear(hidden, self.experts_gate_up, rows.offsets)    # (M, 2h)
+            # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
+            hidden = self.swiglu(hidden, rows.gates.to(hidden.dtype))                   # (M, h)
+            hidden = self.grouped_linear(hidden, self.experts_down, rows.offsets)       # (M, C)
+            out = Combine.apply(hidden, rows.token, rows.place)                         # (N, C)
         out = out.view(B, T, C)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        if not self.training:
-            return out, None, None
-        return out, self.balance_loss(scores.view(B, T, -1)), load
-
-    def all_experts(self, x, gates, experts):
-        """The routed part for few tokens: every expert of every token, unchosen ones with gate 0. (N, C) -> (N, C)
-
-        Reading the experts' weights is what decoding waits for. A few tokens meet most experts anyway, and two
-        batched products read them faster than one product per expert does.
-        """
-        dtype = compute_dtype(x)
-        gates = gates.new_zeros(len(x), self.n_experts).scatter(1, experts, gates)          # (N, E)
-        gate, up = (x.to(dtype) @ self.experts_gate_up.to(dtype).transpose(1, 2)).chunk(2, dim=-1)  # (E, N, h)
-        hidden = F.silu(gate) * up * gates.t().unsqueeze(-1).to(dtype)
-        return (hidden @ self.experts_down.to(dtype).transpose(1, 2)).sum(dim=0)            # (E, N, C) -> (N, C)
-
-    def chosen_experts(self, x, gates, experts):
-        """The routed part: each expert for its own tokens. (N, C) -> (N, C), and the tokens that each one got (E,).
-
-        The N*K assignments are sorted by expert, and each expert's rows begin at a multiple of `align`: kernels meet
-        few different shapes, and the padding is a few percent. Rows that are nobody's hold some token, with gate 0.
-        """
-        dtype = compute_dtype(x)
-        align = self.row_alignment(experts.numel())
-        expert, order = experts.view(-1).sort(stable=True)                  # (N*K,)
-        ends = torch.searchsorted(expert, torch.arange(self.n_experts, device=x.device), right=True)
-        load = ends.diff(prepend=ends.new_zeros(1))                         # (E,)
-        padded = (load + align - 1) // align * align
-        offsets = padded.cumsum(0)                                          # (E,): where each expert's rows end
-        shift = (offsets - padded) - (ends - load)                          # (E,): how far its rows move
-        position = torch.arange(order.numel(), device=x.device)
-        place = torch.empty_like(order).scatter_(0, order, position + shift[expert])  # (N*K,): the row of each choice
-        M = order.numel() + self.n_experts * (align - 1)                    # rows that suffice, however they fall
-        token = place.new_zeros(M).scatter_(0, place, position // self.top_k)         # (M,): the token of each row
-        gates = gates.new_zeros(M).scatter(0, place, gates.view(-1))        # (M,)
-        place, offsets = place.view(-1, self.top_k), offsets.int()          # (N, K), (E,)
-
-        rows = Dispatch.apply(x.to(dtype), token, place)                    # (M, C)
-        hidden = self.grouped_linear(rows, self.experts_gate_up, offsets)   # (M, 2h)
-        hidden = self.swiglu(hidden, gates.to(dtype).unsqueeze(-1))         # (M, h)
-        out = self.grouped_linear(hidden, self.experts_down, offsets)       # (M, C)
-        return Combine.apply(out, token, place), load
-
-    def grouped_linear(self, x, weight, offsets):
-        return grouped_linear(x, weight.to(x.dtype), offsets)
-
-    def swiglu(self, x, gates):
-        """(M, 2h), (M, 1) -> (M, h). The gate g of eq. 12 is applied here, where rows are h wide; W_down is linear."""
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up * gates
-
-    def row_alignment(self, n):
-        """The largest power of two, up to 64, that adds no more than a 16th to an expert's mean share of n rows."""
-        return 1 << min(6, max(1, n // self.n_experts // 8).bit_length() - 1)
+            out = out + self.shared_experts(x)                              # eq. 12
+        return out, (self.balance_loss(scores.view(B, T, -1)), rows.load) if self.training else None
 
     def route(self, x):
         """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
@@ -493,14 +305,13 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None, pos=0):
-        """(B, T, C) -> (B, T, C), and of an MoE block its balance loss and load, of a dense one None, None."""
+        """(B, T, C) -> (B, T, C), and in training the balance loss and load of an MoE block, else None."""
         x = x + self.attn(self.input_layernorm(x), cos, sin, cache, pos)
-        h = self.post_attention_layernorm(x)
+        y, routing = self.post_attention_layernorm(x), None
+        y = self.mlp(y)
         if isinstance(self.mlp, MoE):
-            y, balance, load = self.mlp(h)
-        else:
-            y, balance, load = self.mlp(h), None, None
-        return x + self.dropout(y), balance, load
+            y, routing = y
+        return x + self.dropout(y), routing
 
 
 class MTP(nn.Module):
@@ -519,126 +330,6 @@ class MTP(nn.Module):
         """eq. 21, in the released order: the embedding first. Both (B, T, C)."""
         x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))
         return x.to(emb.dtype)  # autocast or not, the residual stream has the embedding's dtype
-
-
-def cross_entropy_rows(logits, target, row_weight):
-    """Each row's loss (n,), fp32; its gradient replaces the logits (n, V). target, row_weight: (n,)"""
-    target = target.clamp(min=0).unsqueeze(-1)
-    weight = row_weight.unsqueeze(-1)
-    z = logits.float()
-    lse = z.logsumexp(dim=-1, keepdim=True)
-    log_p = z.gather(-1, target) - lse                                      # (n, 1)
-    logits.copy_(z.sub_(lse).exp_().mul_(weight))                           # weight * softmax, and at the target
-    logits.scatter_(-1, target, (log_p.expm1() * weight).to(logits.dtype))  # weight * (softmax - 1)
-    return -log_p.squeeze(-1)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """sum_i row_weight_i * cross_entropy(h_i @ weight.T, target_i), without ever holding all the logits.
-
-    The gradient is made in the forward, while a chunk's logits are at hand, so that nothing of the vocabulary's
-    width is kept or computed twice. h: (N, C), weight: (V, C), target: (N,), row_weight: (N,), 0 where a row does
-    not count. Returns the weighted sum and, without a gradient, each row's loss (N,).
-    """
-    CHUNK = 2048  # rows whose gradients are held at a time: fewer make the weight's gradient slower
-    SLICE = 512   # rows that go from logits to gradients together, while caches hold some of them
-
-    @staticmethod
-    def forward(ctx, h, weight, target, row_weight, rows_fn, with_grad):
-        dtype = compute_dtype(h)
-        x, w = h.to(dtype), weight.to(dtype)
-        if not with_grad:
-            parts = zip(x.split(LinearCrossEntropy.SLICE), target.split(LinearCrossEntropy.SLICE))
-            losses = torch.cat([F.cross_entropy((part @ w.t()).float(), t, ignore_index=-1, reduction='none')
-                                for part, t in parts])
-            return (losses * row_weight).sum(), losses
-        unit = row_weight.max().clamp(min=1e-20)  # gradients stay of order 1 inside: fp16 would lose them
-        share = row_weight / unit
-        held = x.new_empty(min(len(x), LinearCrossEntropy.CHUNK), len(w))   # (chunk, V): logits, then gradients
-        losses, grad_x, grad_w = [], torch.empty_like(x), torch.zeros_like(weight)
-        for start in range(0, len(x), LinearCrossEntropy.CHUNK):
-            chunk = slice(start, start + LinearCrossEntropy.CHUNK)
-            grad = held[:len(x[chunk])]
-            for part, out, t, r in zip(*(a.split(LinearCrossEntropy.SLICE)
-                                         for a in (x[chunk], grad, target[chunk], share[chunk]))):
-                torch.mm(part, w.t(), out=out)
-                losses.append(rows_fn(out, t, r))
-            torch.mm(grad, w, out=grad_x[chunk])
-            grad_w += grad.t() @ x[chunk]
-        losses = torch.cat(losses)
-        ctx.save_for_backward(grad_x.to(h.dtype), grad_w, unit)
-        ctx.mark_non_differentiable(losses)
-        return (losses * row_weight).sum(), losses
-
-    @staticmethod
-    def backward(ctx, grad_out, _):
-        grad_h, grad_w, unit = ctx.saved_tensors
-        scale = grad_out * unit
-        return grad_h * scale, grad_w * scale, None, None, None, None
-
-
-def orthogonalise(G, steps=5):
-    """Newton-Schulz towards the nearest semi-orthogonal matrix, for each matrix of G (..., m, n) by itself."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # singular values end between 0.7 and 1.2
-    X = G if G.device.type == 'cpu' else G.bfloat16()
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if G.size(-2) > G.size(-1):
-        return orthogonalise(G.transpose(-2, -1), steps).transpose(-2, -1)
-    for _ in range(steps):
-        A = X @ X.transpose(-2, -1)                                         # (..., m, m)
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.to(G.dtype)
-
-
-class Muon(torch.optim.AdamW):
-    """Muon (kellerjordan.github.io/posts/muon) for the groups marked muon=True, AdamW for the others.
-
-    torch.optim.Muon's update, with its adjust_lr_fn='match_rms_adamw' (arXiv 2502.16982), so that one learning rate
-    serves both; for the matrices of a 3-D weight each by itself, and for all matrices of one shape in one batch.
-    """
-    MOMENTUM = 0.95
-
-    def __init__(self, groups, **kwargs):
-        super().__init__(groups, **kwargs)
-        self._step_supports_amp_scaling = False  # a GradScaler shall skip the whole step, not AdamW's half of it
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group.get('muon')]
-        try:
-            loss = super().step(closure)
-        finally:
-            self.param_groups = groups
-        for group in groups:
-            if group.get('muon'):
-                self._muon(group, getattr(self, 'found_inf', None))
-        return loss
-
-    def _muon(self, group, found_inf):
-        """found_inf: as fused AdamW reads it; where this tensor is 1, the step changes nothing, without a host sync."""
-        by_shape = {}
-        for p in group['params']:
-            if p.grad is not None:
-                by_shape.setdefault(p.shape[-2:], []).append(p)
-        for (m, n), params in by_shape.items():
-            for p in params:
-                if 'momentum_buffer' not in self.state[p]:
-                    # AdamW's load_state_dict looks for a step in every state
-                    self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
-            grads = [p.grad for p in params]
-            momenta = [self.state[p]['momentum_buffer'] for p in params]
-            decay, keep = 1 - group['lr'] * group['weight_decay'], 1
-            if found_inf is not None:
-                grads = [torch.where(found_inf > 0, m, g) for g, m in zip(grads, momenta)]  # leaves the momenta alone
-                keep = 1 - found_inf
-                decay = torch.where(found_inf > 0, 1.0, decay)
-            torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
-            nesterov = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
-            update = orthogonalise(torch.cat([g.view(-1, m, n) for g in nesterov])) * keep    # (matrices, m, n)
-            updates = [u.view_as(p) for u, p in zip(update.split([p.numel() // (m * n) for p in params]), params)]
-            torch._foreach_mul_(params, decay)
-            torch._foreach_add_(params, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(m, n)))
 
 
 class GPT(nn.Module):
@@ -669,7 +360,6 @@ class GPT(nn.Module):
         self.register_buffer('rope_cos', cos, persistent=False)
         self.register_buffer('rope_sin', sin, persistent=False)
         self.stats = {}  # of the last training forward: see forward()
-        self.speculation = {}  # of the last generate()
         self.rows_fn = cross_entropy_rows
 
         for name, p in self.named_parameters():
@@ -691,10 +381,10 @@ class GPT(nn.Module):
         T = x.size(1)
         routing = []
         for i, block in enumerate(blocks):
-            x, balance, load = block(x, self.rope_cos[pos:pos + T], self.rope_sin[pos:pos + T],
-                                     None if cache is None else cache[i], pos)
-            if load is not None:
-                routing.append((balance, load))
+            x, balance_and_load = block(x, self.rope_cos[pos:pos + T], self.rope_sin[pos:pos + T],
+                                        None if cache is None else cache[i], pos)
+            if balance_and_load is not None:
+                routing.append(balance_and_load)
         return x, routing
 
     def main_stack(self, idx, cache=None, pos=0):
@@ -780,6 +470,45 @@ class GPT(nn.Module):
             moved = bias + delta
             bias.copy_(torch.where(idle, bias, moved - moved.mean()))
 
+    def make_cache(self, batch_size, length, blocks=None):
+        """An empty latent cache, a row of kv_lora_rank + qk_rope_head_dim numbers per position and main block:
+        (blocks, B, length, c + r). blocks: for so many of blocks(), rather than the main ones.
+        """
+        cfg, w = self.config, self.lm_head.weight
+        return torch.zeros(blocks or cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
+                           dtype=compute_dtype(w), device=w.device)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
+        """Append max_new_tokens to each row of idx (B, T). temperature 0: the likeliest token, always.
+
+        Past block_size the last block_size tokens are the context, as in nanoGPT, and nothing is cached. With a
+        stop_token, a row that produced it is filled up with it, and generation ends when every row has.
+        """
+        B, T = idx.shape
+        if T == 0:
+            raise ValueError('generate needs a prompt of at least one token')
+        block_size = self.config.block_size
+        cache, cached = self.make_cache(B, min(T + max_new_tokens, block_size)), 0
+        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        for step in range(max_new_tokens):
+            if idx.size(1) <= block_size:
+                logits, _ = self(idx[:, cached:], cache=cache, pos=cached)                   # (B, 1, V)
+                cached = idx.size(1)
+            else:
+                logits, _ = self(idx[:, -block_size:])
+            token = draw(probabilities(logits[:, -1], temperature, top_k))                   # (B, 1)
+            if stop_token is not None:
+                token = token.masked_fill(done, stop_token)
+                done |= token == stop_token
+            idx = torch.cat((idx, token), dim=1)
+            if stop_token is not None and step % 16 == 15 and done.all():  # a host sync: not at every token
+                break
+        return idx
+
+    # =================================================================================================================
+    # The machinery: first the rest of GPT's methods, then the functions that the model above calls.
+
     def compile(self, **kwargs):
         """Compile block by block (equal blocks share one graph) and the loss, rather than the whole model at once."""
         for block in self.blocks():
@@ -856,121 +585,280 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        """The model of a local Hugging Face folder of the DeepSeek-V2 or V3 family: convert.py reads it."""
-        if not os.path.isdir(model_type):
-            raise ValueError(f"cannot load {model_type!r}: no such folder, and GPT-2's weights do not fit this "
-                             'architecture (MLA, MoE). What fits: a local folder with a DeepSeek-V2 or V3 family '
-                             'checkpoint (config.json and *.safetensors)')
-        try:
-            import convert
-        except ImportError as e:
-            raise ValueError(f'reading {model_type} needs convert.py beside model.py, and pip install safetensors: '
-                             f'{first_line(e)}') from None
-        model_args, tensors = convert.open_folder(model_type)
-        model = cls(GPTConfig(**(model_args | (override_args or {}))))
-        convert.read_weights(tensors, model.config, model.state_dict())
-        return model
+        """nanoGPT loads GPT-2 here, whose weights do not fit: always a ValueError, which says what does."""
+        raise ValueError(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). "
+                         'What fits is a local folder of the DeepSeek-V2 or V3 family in Hugging Face format: '
+                         'convert.load_folder(folder), or --init_from=FOLDER')
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, optimizer='adamw'):
-        """AdamW, fused where it exists; matrices, 2-D and 3-D, decay, norms and biases do not.
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """AdamW, fused where it exists; matrices, 2-D and 3-D, decay, norms and biases do not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+                  {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
 
-        optimizer='muon': Muon for the matrices but for the embedding, the head and the routers, which stay AdamW's.
-        """
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        apart = ('wte.weight', 'lm_head.weight', 'gate.weight')
-        muon = [p for name, p in named if optimizer == 'muon' and p.dim() >= 2 and not name.endswith(apart)]
-        ids = {id(p) for p in muon}
-        rest = [p for _, p in named if id(p) not in ids]
-        groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
-                  {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-        fused = device_type in ('cuda', 'cpu')
-        if optimizer == 'muon':
-            groups.append({'params': muon, 'weight_decay': weight_decay, 'muon': True})
-            return Muon(groups, lr=learning_rate, betas=betas, fused=fused)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def make_cache(self, batch_size, length, speculative=False):
-        """An empty latent cache: (blocks, B, length, kv_lora_rank + qk_rope_head_dim).
+# config checks
 
-        For the n_layer main blocks; with speculative for the MTP modules' blocks too, after them.
-        """
-        cfg, w = self.config, self.lm_head.weight
-        layers = len(self.blocks()) if speculative else cfg.n_layer
-        return torch.zeros(layers, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
-                           dtype=compute_dtype(w), device=w.device)
+def check(ok, message):
+    if not ok:
+        raise ValueError(f'GPTConfig: {message}')
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
-        """Append max_new_tokens to each row of idx (B, T). temperature 0: the likeliest token, always.
 
-        The latent cache is used up to block_size; past it the last block_size tokens are the context, as in nanoGPT.
-        With a stop_token, a row that produced it is filled up with it, and generation ends when every row has.
-        speculative: the D MTP modules draft D tokens, and one pass of the main stack verifies them all (V3 section
-        5.4.3): the same tokens at temperature 0, the same distribution otherwise. All rows go on in step: as many
-        drafts count as every row accepts. Leaves in `speculation` the number of `passes` that verified drafts, of
-        `tokens` that they gave to a row and, as tensors (D,), how many `drafts` of each module had all before them
-        accepted, and how many were `accepted` too.
-        """
-        B, T = idx.shape
-        if T == 0:
-            raise ValueError('generate needs a prompt of at least one token')
-        D = len(self.mtp) if speculative else 0
-        if speculative and D == 0:
-            raise ValueError('speculative decoding needs MTP modules, and this model has none')
-        block_size, total = self.config.block_size, T + max_new_tokens
-        # behind the tokens lie the drafts: unverified tokens, written over by the verified ones
-        out = torch.cat((idx, idx.new_zeros(B, max_new_tokens + 2 * D)), dim=1)
-        cache = self.make_cache(B, min(out.size(1), block_size), speculative)
-        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        counts = torch.zeros(2, D, dtype=torch.long, device=idx.device)
-        passes, verified, since_check, draft_probs = 0, 0, 0, None
-        known, cached, drafted = T, 0, 0  # tokens that are certain; positions in the cache; drafts behind the tokens
-        state = None                      # (B, up to D - 1, C): main states before position `cached`
-        while known < total:
-            if known > block_size:
-                h, _ = self.main_stack(out[:, known - block_size:known])
-            else:
-                h, _ = self.main_stack(out[:, cached:known + drafted], cache, cached)
-            probs = probabilities(self.lm_head(h[:, -1 - drafted:]), temperature, top_k)     # (B, 1 + drafted, V)
-            if drafted:
-                drafts = out[:, known:known + drafted]                                       # (B, D)
-                new, reached, accepted = verify(drafts, draft_probs, probs, done)
-                passes += 1
-                verified += new.size(1)
-                counts += torch.stack((reached, accepted))
-            else:
-                new = draw(probs[:, 0])                                                      # (B, 1)
-            if stop_token is not None:
-                for i in range(new.size(1)):
-                    new[:, i:i + 1].masked_fill_(done, stop_token)
-                    done |= new[:, i:i + 1] == stop_token
-            n = new.size(1)
-            out[:, known:known + n] = new
-            known += n
-            since_check += n
-            if stop_token is not None and since_check >= 16:  # a host sync: not at every token
-                since_check = 0
-                if done.all():
-                    break
-            if known - 1 <= block_size:
-                first, cached = cached, known - 1  # rejected drafts lie beyond `cached`: they are written over
-                drafted = D if D > 0 and known + D <= min(block_size, total + D) else 0
-            if drafted:
-                # What module k wrote at its last k - 1 positions rested on drafts: it begins that much earlier.
-                h = h[:, :cached - first]
-                state = h if state is None else torch.cat((state, h), dim=1)                 # (B, positions, C)
-                start = cached - state.size(1)
-                h, layer, draft_probs = state, self.config.n_layer, []
-                for k, module in enumerate(self.mtp, start=1):
-                    h, _ = self.mtp_module(module, out[:, start + k:cached + k], h, cache[layer:], start)
-                    layer += len(module.h)
-                    draft_probs.append(probabilities(self.lm_head(h[:, -1:]), temperature, top_k))  # (B, 1, V)
-                    out[:, cached + k:cached + k + 1] = draw(draft_probs[-1][:, 0])
-                draft_probs = torch.cat(draft_probs, dim=1)                                  # (B, D, V)
-                state = state[:, state.size(1) - (D - 1):] if D > 1 else None
-        self.speculation = {'passes': passes, 'tokens': verified, 'drafts': counts[0], 'accepted': counts[1]}
-        return out[:, :min(known, total)]
+def check_types(config):
+    """Types, and what the derived sizes divide by."""
+    for field in fields(config):
+        value, kind = getattr(config, field.name), type(field.default)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        check(fits, f'{field.name} must be {kind.__name__}, not {value!r}')
+        check(kind is not float or math.isfinite(value), f'{field.name}={value} must be finite')
+    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+        check(getattr(config, name) > 0, f'{name} must be positive')
+    check(config.n_embd % config.n_head == 0, f'n_head={config.n_head} must divide n_embd={config.n_embd}')
+    check(config.num_experts_per_tok >= 0, 'num_experts_per_tok must not be negative')
+    check(config.rope_factor >= 1, 'rope_factor must be at least 1 (1: no YaRN)')
 
+
+def check_sizes(config):
+    """Every size, now that none is left to derive."""
+    for name in ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size',
+                 'mtp_n_layer', 'rope_original_max_position_embeddings'):
+        check(getattr(config, name) > 0, f'{name} must be positive, or -1 to derive it')
+    for name in ('q_lora_rank', 'n_routed_experts', 'n_shared_experts', 'first_k_dense_replace',
+                 'num_nextn_predict_layers', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda',
+                 'rope_mscale', 'rope_mscale_all_dim', 'routed_scaling_factor'):
+        check(getattr(config, name) >= 0, f'{name} must not be negative')
+    for name in ('rms_norm_eps', 'rope_theta', 'rope_beta_fast', 'rope_beta_slow', 'initializer_range'):
+        check(getattr(config, name) > 0, f'{name} must be positive')
+    check(config.first_k_dense_replace <= config.n_layer, f'first_k_dense_replace must lie in 0..{config.n_layer}')
+    check(-1 <= config.eos_token_id < config.vocab_size,
+          f'eos_token_id={config.eos_token_id} must be a token below vocab_size={config.vocab_size}, or -1')
+    check(config.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
+    check(0 <= config.dropout < 1, 'dropout must lie in [0, 1)')
+    check(config.scoring_func in ('sigmoid', 'softmax'), "scoring_func must be 'sigmoid' or 'softmax'")
+    E, K, group = config.n_routed_experts, config.num_experts_per_tok, config.n_group
+    if E > 0:
+        check(0 < K <= E, f'num_experts_per_tok must lie in 1..n_routed_experts={E}')
+        check(group > 0 and E % group == 0, f'n_group must divide n_routed_experts={E}')
+        check(0 < config.topk_group <= group, f'topk_group must lie in 1..n_group={group}')
+        check(K <= config.topk_group * (E // group),
+              f'num_experts_per_tok={K} does not fit in topk_group={config.topk_group} groups of {E // group} experts')
+        check(config.n_embd % 8 == 0 and config.moe_intermediate_size > 0 and config.moe_intermediate_size % 8 == 0,
+              'n_embd and moe_intermediate_size must be multiples of 8 (grouped_mm wants rows of 16 bytes)')
+
+
+# dtype and RoPE's table
+
+def compute_dtype(x):
+    """The dtype matrix products run in: autocast's where it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def yarn_mscale(factor, mscale):
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rope_table(config):
+    """cos and sin of position * theta^(-2i/r), each (block_size, r/2), fp32; with YaRN where rope_factor > 1.
+
+    YaRN (arXiv 2309.00071, section 3.2): pairs that turn many times within the original context keep their frequency,
+    pairs that hardly turn are slowed by the factor, and a ramp over the pairs lies between.
+    """
+    r, factor = config.qk_rope_head_dim, config.rope_factor
+    freq = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)              # (r/2,)
+    scale = 1.0
+    if factor > 1:
+        def pair(turns):  # which pair makes so many turns within the original context
+            return r * math.log(config.rope_original_max_position_embeddings / (turns * 2 * math.pi)) / (
+                2 * math.log(config.rope_theta))
+
+        low = max(math.floor(pair(config.rope_beta_fast)), 0)
+        high = min(math.ceil(pair(config.rope_beta_slow)), r - 1)
+        slowed = ((torch.arange(r // 2) - low) / (high - low or 0.001)).clamp(0, 1)            # (r/2,): 0 to 1
+        freq = freq * (1 - slowed) + freq / factor * slowed
+        # with both mscales the correction is the softmax scale's, in MLA; here is what they differ by
+        scale = yarn_mscale(factor, 1.0)
+        if config.rope_mscale > 0 and config.rope_mscale_all_dim > 0:
+            scale = yarn_mscale(factor, config.rope_mscale) / yarn_mscale(factor, config.rope_mscale_all_dim)
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), freq)
+    return (angle.cos() * scale).float(), (angle.sin() * scale).float()
+
+
+# the experts' rows
+
+class Rows(NamedTuple):
+    """The N*K choices of experts as M rows, each expert's together. Padding rows repeat an arbitrary token with gate 0.
+    """
+    token: torch.Tensor    # (M,): the token of each row
+    place: torch.Tensor    # (N, K): the row of each choice
+    gates: torch.Tensor    # (M, 1)
+    offsets: torch.Tensor  # (E,) int32: where each expert's rows end
+    load: torch.Tensor     # (E,): how many tokens each expert got
+
+
+def sort_by_expert(experts, gates, n_experts):
+    """experts, gates (N, K) -> Rows. No loop, no host sync, no shape that depends on the data.
+
+    Each expert's rows begin at a multiple of `align`: kernels meet few different shapes, and the padding is a few
+    percent.
+    """
+    K = experts.size(1)
+    align = row_alignment(experts.numel(), n_experts)
+    expert, order = experts.view(-1).sort(stable=True)                      # (N*K,)
+    ends = torch.searchsorted(expert, torch.arange(n_experts, device=expert.device), right=True)
+    load = ends.diff(prepend=ends.new_zeros(1))                             # (E,)
+    padded = (load + align - 1) // align * align
+    offsets = padded.cumsum(0)                                              # (E,)
+    shift = (offsets - padded) - (ends - load)                              # (E,): how far its rows move
+    position = torch.arange(order.numel(), device=order.device)
+    place = torch.empty_like(order).scatter_(0, order, position + shift[expert])  # (N*K,)
+    M = order.numel() + n_experts * (align - 1)                             # rows that suffice, however they fall
+    token = place.new_zeros(M).scatter_(0, place, position // K)            # (M,)
+    row_gates = gates.new_zeros(M).scatter(0, place, gates.view(-1))        # (M,)
+    return Rows(token, place.view(-1, K), row_gates.unsqueeze(-1), offsets.int(), load)
+
+
+def row_alignment(n, n_experts):
+    """The largest power of two, up to 64, that adds no more than a 16th to an expert's mean share of n rows."""
+    return 1 << min(6, max(1, n // n_experts // 8).bit_length() - 1)
+
+
+class Dispatch(torch.autograd.Function):
+    """(N, C) -> (M, C): row i becomes token[i]'s.
+
+    A plain x[token] would add up its gradient with atomics; `place` (where the K copies of each token went)
+    turns that into a gather and a sum, which is faster and adds in one fixed order. Combine is the transpose.
+    """
+
+    @staticmethod
+    def forward(ctx, x, token, place):
+        ctx.save_for_backward(token, place)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, grad):
+        token, place = ctx.saved_tensors
+        return Combine.apply(grad, token, place), None, None
+
+
+class Combine(torch.autograd.Function):
+    """(M, C) -> (N, C): the sum over each token's K rows."""
+
+    @staticmethod
+    def forward(ctx, y, token, place):
+        ctx.save_for_backward(token, place)
+        N, K = place.shape
+        return y.index_select(0, place.view(-1)).view(N, K, -1).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        token, place = ctx.saved_tensors
+        return Dispatch.apply(grad.contiguous(), token, place), None, None
+
+
+def grouped_linear(x, weight, offsets):
+    """Rows offsets[e-1]..offsets[e] of x (M, in) times weight[e] (E, out, in), transposed. -> (M, out)
+
+    What the rows beyond the last offset become is not defined.
+    """
+    weight = weight.to(x.dtype)
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return grouped_linear_uncompiled(x, weight, offsets)
+
+
+@torch.compiler.disable
+def grouped_linear_uncompiled(x, weight, offsets):
+    if x.dtype == torch.float32 and x.device.type == 'cpu':  # where grouped_mm takes fp32 too
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    return grouped_linear_loop(x, weight, offsets)
+
+
+def grouped_linear_loop(x, weight, offsets):
+    """grouped_linear for any dtype and device, at the price of a host sync."""
+    ends = offsets.tolist()
+    parts = [F.linear(x[start:end], w) for start, end, w in zip([0, *ends], ends, weight)]
+    return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.size(1))])
+
+
+def is_few(n, top_k, n_experts):
+    """Are n tokens so few, and the experts not too many, that all_experts() is the faster way?"""
+    return n <= 16 and n_experts <= 2 * n * top_k
+
+
+def all_experts(x, gates, experts, gate_up, down):
+    """The routed part for few tokens: every expert of every token, unchosen ones with gate 0. (N, C) -> (N, C)
+
+    Reading the experts' weights is what decoding waits for. A few tokens meet most experts anyway, and two batched
+    products read them faster than one product per expert does.
+    """
+    dtype = compute_dtype(x)
+    gates = gates.new_zeros(len(x), len(down)).scatter(1, experts, gates)                    # (N, E)
+    hidden = x.to(dtype) @ gate_up.to(dtype).transpose(1, 2)                                 # (E, N, 2h)
+    hidden = swiglu(hidden, gates.t().unsqueeze(-1).to(dtype))                               # (E, N, h)
+    return (hidden @ down.to(dtype).transpose(1, 2)).sum(dim=0)                              # (E, N, C) -> (N, C)
+
+
+# the loss
+
+def cross_entropy_rows(logits, target, row_weight):
+    """Each row's loss (n,), fp32; its gradient replaces the logits (n, V). target, row_weight: (n,)"""
+    target = target.clamp(min=0).unsqueeze(-1)
+    weight = row_weight.unsqueeze(-1)
+    z = logits.float()
+    lse = z.logsumexp(dim=-1, keepdim=True)
+    log_p = z.gather(-1, target) - lse                                      # (n, 1)
+    logits.copy_(z.sub_(lse).exp_().mul_(weight))                           # weight * softmax, and at the target
+    logits.scatter_(-1, target, (log_p.expm1() * weight).to(logits.dtype))  # weight * (softmax - 1)
+    return -log_p.squeeze(-1)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_i row_weight_i * cross_entropy(h_i @ weight.T, target_i), without ever holding all the logits.
+
+    The gradient is made in the forward, while a chunk's logits are at hand, so that nothing of the vocabulary's
+    width is kept or computed twice. h: (N, C), weight: (V, C), target: (N,), row_weight: (N,), 0 where a row does
+    not count. Returns the weighted sum and, without a gradient, each row's loss (N,).
+    """
+    CHUNK = 2048  # rows whose gradients are held at a time: fewer make the weight's gradient slower
+    SLICE = 512   # rows that go from logits to gradients together, while caches hold some of them
+
+    @staticmethod
+    def forward(ctx, h, weight, target, row_weight, rows_fn, with_grad):
+        dtype = compute_dtype(h)
+        x, w = h.to(dtype), weight.to(dtype)
+        if not with_grad:
+            parts = zip(x.split(LinearCrossEntropy.SLICE), target.split(LinearCrossEntropy.SLICE))
+            losses = torch.cat([F.cross_entropy((part @ w.t()).float(), t, ignore_index=-1, reduction='none')
+                                for part, t in parts])
+            return (losses * row_weight).sum(), losses
+        unit = row_weight.max().clamp(min=1e-20)  # gradients stay of order 1 inside: fp16 would lose them
+        share = row_weight / unit
+        held = x.new_empty(min(len(x), LinearCrossEntropy.CHUNK), len(w))   # (chunk, V): logits, then gradients
+        losses, grad_x, grad_w = [], torch.empty_like(x), torch.zeros_like(weight)
+        for start in range(0, len(x), LinearCrossEntropy.CHUNK):
+            chunk = slice(start, start + LinearCrossEntropy.CHUNK)
+            grad = held[:len(x[chunk])]
+            for part, out, t, r in zip(*(a.split(LinearCrossEntropy.SLICE)
+                                         for a in (x[chunk], grad, target[chunk], share[chunk]))):
+                torch.mm(part, w.t(), out=out)
+                losses.append(rows_fn(out, t, r))
+            torch.mm(grad, w, out=grad_x[chunk])
+            grad_w += grad.t() @ x[chunk]
+        losses = torch.cat(losses)
+        ctx.save_for_backward(grad_x.to(h.dtype), grad_w, unit)
+        ctx.mark_non_differentiable(losses)
+        return (losses * row_weight).sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        grad_h, grad_w, unit = ctx.saved_tensors
+        scale = grad_out * unit
+        return grad_h * scale, grad_w * scale, None, None, None, None
+
+
+# decoding
 
 def probabilities(logits, temperature, top_k):
     """(..., V) -> (..., V), fp32. At temperature 0 all of it is the likeliest token's."""
@@ -987,30 +875,6 @@ def probabilities(logits, temperature, top_k):
 def draw(probs):
     """(B, V), not necessarily summing to 1 -> (B, 1)"""
     return torch.multinomial(probs, num_samples=1)
-
-
-def verify(drafts, q, p, done):
-    """Speculative sampling (arXiv 2211.17192): tokens distributed as p's, though the drafts were drawn from q.
-
-    drafts (B, D); q (B, D, V); p (B, D + 1, V); done (B, 1): rows whose tokens do not matter.
-    -> the tokens (B, a + 1): the a drafts that every row accepts, and one more; and of each draft in how many rows all
-    before it were accepted, and in how many it was too: (D,), (D,).
-    """
-    D = drafts.size(1)
-    at_draft = [x.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p[:, :D], q)]       # (B, D) each
-    accept = (torch.rand_like(at_draft[1]) * at_draft[1] < at_draft[0]) | done               # with probability p / q
-    run = accept.long().cumprod(dim=1)                                                       # (B, D): all up to here
-    a = int(run.sum(dim=1).min())  # the one host sync of a pass
-    rest = p[:, a]
-    if a < D:  # in a row that rejects draft a + 1: from what p has and q has not; in the others, the draft itself
-        rest = (rest - q[:, a]).clamp(min=0)
-        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p[:, a])
-        last = torch.where(run[:, a:a + 1] > 0, drafts[:, a:a + 1], draw(rest))
-    else:
-        last = draw(rest)
-    alive = (~done).long()
-    reached = F.pad(run[:, :-1], (1, 0), value=1)
-    return torch.cat((drafts[:, :a], last), dim=1), (reached * alive).sum(dim=0), (run * alive).sum(dim=0)
 
 
 # dense bf16 tensor-core peak in TFLOP/s (fp16 for those without bf16), by the words of the device's name

@@ -20,8 +20,9 @@ if __name__ == '__main__':  # Ctrl-C, and a reader that leaves as `head` does, e
 
 import torch
 
-from common import autocast, default_device, device_type_of, stop
-from model import GPT, MoE, first_line
+from common import default_device, device_type_of, stop
+from extras import decode
+from model import GPT, first_line
 from tokenizer import of_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -50,8 +51,9 @@ if num_samples <= 0 or min(max_new_tokens, temperature, top_k) < 0:
     stop('num_samples must be positive; max_new_tokens, temperature and top_k must not be negative')
 if not -2 ** 63 <= seed < 2 ** 64:
     stop(f'seed={seed} must fit in 64 bits')
-device_type = device_type_of(device)
-autocast(device_type, dtype or 'float32')
+device_type_of(device)
+if dtype not in ('', 'float32', 'bfloat16', 'float16'):
+    stop(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'")
 if start.startswith('FILE:'):
     try:
         with open(start[5:], encoding='utf-8') as f:
@@ -71,6 +73,7 @@ try:
         if type(config) is not dict:
             stop(f'{ckpt_path} is no checkpoint of this model: its config is no table')
     else:
+        import convert
         tokenizer, config = of_checkpoint(init_from), {}
     try:
         prompt = tokenizer.begin + tokenizer.encode(start)
@@ -79,7 +82,7 @@ try:
     if not prompt:
         stop('start: an empty prompt; there must be at least one token')
     if init_from != 'resume':
-        model = GPT.from_pretrained(init_from)
+        model = convert.load_folder(init_from)
     model.eval().to(device)
 except ValueError as e:
     stop(str(e))
@@ -92,22 +95,17 @@ if speculative and len(model.mtp) == 0:
     stop('speculative=True needs MTP modules, and this model has none')
 
 dtype = dtype or config.get('dtype') or 'float32'
-ctx = autocast(device_type, dtype)
-for module in model.modules():  # once, rather than at every token; autocast sees to the rest
-    if isinstance(module, MoE):
-        module.experts_gate_up.data = module.experts_gate_up.data.to(getattr(torch, dtype))
-        module.experts_down.data = module.experts_down.data.to(getattr(torch, dtype))
+model = decode.for_decoding(model, getattr(torch, dtype))
 if compile:
     model.compile()
     try:
-        with torch.no_grad(), ctx:
-            model.generate(torch.zeros(1, 2, dtype=torch.long, device=device), 2)
+        model.generate(torch.zeros(1, 2, dtype=torch.long, device=device), 2)
     except Exception as e:
         model.uncompile()
         print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
 
 total = len(prompt) + max_new_tokens
-cache = model.make_cache(1, min(total, model.config.block_size), speculative)
+cache = model.make_cache(1, min(total, model.config.block_size), len(model.blocks()) if speculative else None)
 needed = num_samples * (cache.nbytes + 8 * total + 16 * model.config.vocab_size)  # ... token ids, one position's logits
 try:
     torch.empty(needed, dtype=torch.uint8, device=device)
@@ -118,9 +116,11 @@ torch.manual_seed(seed)
 x = torch.tensor(prompt, device=device).expand(num_samples, -1)  # (num_samples, T)
 stop_token = model.config.eos_token_id if model.config.eos_token_id >= 0 else tokenizer.end
 t0 = time.time()
-with torch.no_grad(), ctx:
-    y = model.generate(x, max_new_tokens, temperature=temperature if temperature >= 1e-6 else 0.0, top_k=top_k,
-                       stop_token=stop_token, speculative=speculative)
+temperature = temperature if temperature >= 1e-6 else 0.0
+if speculative:
+    y, speculation = decode.generate(model, x, max_new_tokens, temperature, top_k, stop_token)
+else:
+    y = model.generate(x, max_new_tokens, temperature, top_k, stop_token)
 rows = y.tolist()
 dt = time.time() - t0
 made = 0
@@ -134,8 +134,7 @@ for row in rows:
     print('---------------')
 print(f'{made} tokens in {dt:.2f} s: {made / dt:.1f} tokens/s')
 if speculative:
-    drafts, accepted = (model.speculation[key].tolist() for key in ('drafts', 'accepted'))
+    passes, tokens, drafts, accepted = speculation
     rates = ', '.join(f'module {k} {100 * made / max(drafted, 1):.0f}%'
-                      for k, (made, drafted) in enumerate(zip(accepted, drafts), start=1))
-    passes, tokens = model.speculation['passes'], model.speculation['tokens']
+                      for k, (made, drafted) in enumerate(zip(accepted.tolist(), drafts.tolist()), start=1))
     print(f'accepted drafts: {rates}; {tokens / max(passes, 1):.2f} tokens per sample in each of {passes} passes')

@@ -15,7 +15,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop has its own handl
 
 import contextlib
 import dataclasses
-import hashlib
+import importlib
 import json
 import math
 import os
@@ -59,7 +59,7 @@ gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all ran
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024
 # optimizer
-optimizer = 'adamw'  # or 'muon': Muon for the blocks' matrices, AdamW for the rest
+optimizer = 'adamw'  # or 'muon': Muon for the blocks' matrices, AdamW for the rest; needs extras/optim.py
 learning_rate = 6e-4
 max_iters = 600000
 weight_decay = 1e-1
@@ -81,11 +81,11 @@ backend = 'nccl'  # between GPUs; CPUs use gloo
 device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': bfloat16 where the device computes in it
 compile = True  # torch.compile, block by block
-fp8 = False  # the products of the linear layers and the experts in FP8, as in V3 section 3.3; needs fp8.py
+fp8 = False  # the products of the linear layers and the experts in FP8, as in V3 section 3.3; needs extras/fp8.py
 fp8_scaling = 'tile'  # or 'row' or 'tensor': what shares a scale
 fp8_grad = 'e4m3'  # or 'e5m2': the format of the gradients
 fp8_power_of_two = False  # scales that are powers of two
-bf16_moments = False  # AdamW's moments in bfloat16, as V3 keeps them; needs fp8.py
+bf16_moments = False  # AdamW's moments in bfloat16, as V3 keeps them; needs extras/optim.py
 activation_memory = 1.0  # with compile: share of a block's activations that is kept; the backward recomputes the rest
 # -----------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -140,9 +140,14 @@ RANGES = [  # settings, the values that they may have, and these in words
      "be 'scratch', 'resume' or a folder with a DeepSeek-V2 or V3 family checkpoint: GPT-2's weights do not fit this "
      'architecture'),
     ('out_dir', lambda x: x != '', 'name a folder'),
-    ('fp8 bf16_moments', lambda x: not x or os.path.exists(os.path.join(here, 'fp8.py')),
-     'have fp8.py beside train.py'),
 ]
+
+
+def beside(path, what):
+    """A module of this repository that a flag asks for, such as extras/fp8.py."""
+    if not os.path.exists(os.path.join(here, path)):
+        raise ValueError(f'{what} needs {path} beside train.py')
+    return importlib.import_module(path.removesuffix('.py').replace('/', '.'))
 
 
 def check_settings():
@@ -165,29 +170,25 @@ def check_settings():
 
 def connect():
     """This rank's device, and a random name of the run, which all ranks share and torchrun's restarts keep."""
-    place = device
-    if ddp and device.startswith('cuda'):
-        place = f'cuda:{local_rank}'
-        if torch.cuda.device_count() < int(os.environ['LOCAL_WORLD_SIZE']):
-            raise ValueError(f'{os.environ["LOCAL_WORLD_SIZE"]} ranks need as many GPUs; here are '
-                             f'{torch.cuda.device_count()}')
+    global hosts
+    place = f'cuda:{local_rank}' if ddp and device.startswith('cuda') else device
+    if place != device and torch.cuda.device_count() < int(os.environ['LOCAL_WORLD_SIZE']):
+        raise ValueError(f'{os.environ["LOCAL_WORLD_SIZE"]} ranks need as many GPUs; here are '
+                         f'{torch.cuda.device_count()}')
     try:
-        device_type = torch.device(place).type
         torch.zeros(1, device=place).item()
     except Exception as e:  # torch raises RuntimeError, AssertionError and others
         raise ValueError(f'device={device!r} cannot be used here: {first_line(e)}') from None
     if not ddp:
         return place, uuid.uuid4().hex
-    if device_type == 'cuda':
+    if place != device:
         torch.cuda.set_device(place)
     try:
         store, _, _ = next(dist.rendezvous('env://'))
         # torchrun's store outlives a restart, with the addresses of the ranks that were lost
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        groups = dist.PrefixStore(f'attempt{attempt}', store)
-        check_host_names(groups)
-        dist.init_process_group(backend if device_type == 'cuda' else 'gloo', store=groups, rank=rank, world_size=world)
-        global hosts
+        attempt = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        check_host_names(attempt)
+        dist.init_process_group(backend if place != device else 'gloo', store=attempt, rank=rank, world_size=world)
         hosts = dist.new_group(backend='gloo')
     except (ValueError, RuntimeError) as e:
         raise ValueError(f'the ranks cannot be connected: {first_line(e)}') from None
@@ -195,7 +196,7 @@ def connect():
 
 
 def check_host_names(store):
-    """gloo listens where this machine's name points to; on many it is 127.0.1.1, which no other machine can reach."""
+    """gloo listens where a machine's name points to; on many it is 127.0.1.1, which no other machine can reach."""
     machines = int(os.environ.get('GROUP_WORLD_SIZE', 1))
     if machines == 1 or 'GLOO_SOCKET_IFNAME' in os.environ:
         return
@@ -203,13 +204,12 @@ def check_host_names(store):
         try:
             address = socket.gethostbyname(socket.gethostname())
         except OSError:
-            address = '127.0.0.1'
-        store.set('host' + os.environ['GROUP_RANK'], f'{socket.gethostname()} {address}')
-    for machine in range(machines):
-        name, address = store.get(f'host{machine}').decode().split()
-        if address.startswith('127.'):
-            raise ValueError(f'the host name {name} means {address}, where no other machine reaches it: set '
-                             'GLOO_SOCKET_IFNAME to the network interface, such as eth0, on every machine')
+            address = '127.0.0.1'  # what gloo takes then
+        store.set('host' + os.environ['GROUP_RANK'], address)
+    addresses = [store.get(f'host{machine}').decode() for machine in range(machines)]
+    if any(address.startswith('127.') for address in addresses):
+        raise ValueError(f'by their names the machines are {", ".join(addresses)}, and no other reaches 127...: '
+                         'set GLOO_SOCKET_IFNAME to the network interface, such as eth0, on every machine')
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM, group=None):
@@ -251,82 +251,55 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype 
 data_dir = os.path.join(here, 'data', dataset)
 
 
-class PlainUnpickler(pickle._Unpickler):
-    """Reads a pickle of dicts, strings and numbers, and refuses one that names a class or a function.
-
-    Python's own unpickler rather than the one in C, whose memo lets a few bytes ask for gigabytes.
-    """
+class PlainUnpickler(pickle.Unpickler):
+    """Reads a pickle of dicts, strings and numbers, and refuses one that names a class or a function."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
 
 
 def load_meta(path):
-    """What prepare.py says of its tokens: vocab_size, and where they differ from GPT-2's uint16, stoi and itos, dtype,
-    row_length (a sequence begins at a multiple of it), tokenizer (the SHA-256 of the tokenizer.json that made them).
+    """What prepare.py says of its tokens, where they are not GPT-2's: vocab_size; stoi and itos, of characters; dtype;
+    row_length, of which a sequence's start is a multiple; tokenizer, the SHA-256 of the tokenizer.json they are of.
     """
+    kinds = {'vocab_size': int, 'stoi': dict, 'itos': dict, 'dtype': str, 'row_length': int, 'tokenizer': str}
     if not os.path.exists(path):
         return {}
     try:
         with open(path, 'rb') as f:
             meta = PlainUnpickler(f).load()
-        if type(meta['vocab_size']) is not int or meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
-            raise ValueError('its vocab_size must be an int, its dtype uint16 or uint32')
-        stoi, itos = meta.get('stoi', {}), meta.get('itos', {})
-        if {(type(k), type(v)) for k, v in [*stoi.items(), *((ch, i) for i, ch in itos.items())]} - {(str, int)}:
-            raise ValueError('its stoi and itos must map characters to ints and back')
-        if type(meta.get('row_length', 1)) is not int or meta.get('row_length', 1) < 1:
-            raise ValueError('its row_length must be a positive int')
-        if type(meta.get('tokenizer', '')) is not str:
-            raise ValueError('its tokenizer must be a string')
-    except EOFError:
-        raise ValueError(f'{path} cannot be used: it is empty, or cut short: run prepare.py again') from None
+        odd = [name for name in ('vocab_size', *meta) if name in kinds and type(meta[name]) is not kinds[name]]
+        if odd or meta.get('dtype', 'uint16') not in ('uint16', 'uint32') or meta.get('row_length', 1) < 1:
+            raise ValueError(f'{odd or "dtype or row_length"} must fit {kinds}')
     except Exception as e:  # an unpickler meets damage in many ways
-        raise ValueError(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}') from None
+        raise ValueError(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}: run prepare.py again') from None
     return meta
 
 
-def data_sets():
-    """In words, the data sets there are."""
-    found = [os.path.relpath(folder, os.path.join(here, 'data')) for folder, _, files in
-             os.walk(os.path.join(here, 'data')) if 'train.bin' in files]
-    return f'prepared are: {", ".join(sorted(found))}' if found else 'none is prepared yet'
-
-
-def open_tokens(split, token_dtype):
-    path = os.path.join(data_dir, f'{split}.bin')
+def open_tokens(split):
+    """The tokens of a split, and where prepare.py wrote one, its mask: 0 for a token that counts in no loss."""
+    path, mask_path = (os.path.join(data_dir, name) for name in (f'{split}.bin', f'{split}_mask.bin'))
+    kind = np.dtype(meta.get('dtype', 'uint16'))
     if not os.path.isfile(path):
-        raise ValueError(f'{path} is missing: run python data/{dataset}/prepare.py first, or name another data set; '
-                         f'{data_sets()}')
-    if os.path.getsize(path) % token_dtype.itemsize != 0:
-        raise ValueError(f'{path} is cut short, or does not hold {token_dtype}: run prepare.py again')
-    if os.path.getsize(path) <= block_size * token_dtype.itemsize:
+        sets = sorted(os.path.relpath(folder, os.path.join(here, 'data'))
+                      for folder, _, files in os.walk(os.path.join(here, 'data')) if 'train.bin' in files)
+        raise ValueError(f'{path} is missing: run python data/{dataset}/prepare.py first, or name a data set that is '
+                         f'prepared: {", ".join(sets) or "there is none yet"}')
+    size = os.path.getsize(path)
+    if size % kind.itemsize != 0:
+        raise ValueError(f'{path} is cut short, or does not hold {kind}: run prepare.py again')
+    if size <= block_size * kind.itemsize:
         raise ValueError(f'{path} holds too few tokens for block_size={block_size}')
-    try:
-        tokens = np.memmap(path, dtype=token_dtype, mode='r')
-    except OSError as e:
-        raise ValueError(f'{path} cannot be read: {e.strerror}') from None
-    head = tokens[:4096]
-    if token_dtype == np.uint16 and len(head) >= 64 and head[0::2].any() and not head[1::2].any():
-        raise ValueError(f'{path} holds numbers wider than uint16, by its zeros: write uint16, or name the dtype in '
-                         'meta.pkl')
-    return tokens
-
-
-def open_mask(split, length):
-    """A byte for each token, where prepare.py wrote them: 0 for one that counts in no loss (a prompt's)."""
-    path = os.path.join(data_dir, f'{split}_mask.bin')
-    if not os.path.exists(path):
-        return None
-    if os.path.getsize(path) != length:
-        raise ValueError(f'{path} must hold a byte for each token of {split}.bin: run prepare.py again')
-    return np.memmap(path, dtype=np.uint8, mode='r')
+    if os.path.exists(mask_path) and os.path.getsize(mask_path) != size // kind.itemsize:
+        raise ValueError(f'{mask_path} must hold a byte for each token of {split}.bin: run prepare.py again')
+    mask = np.memmap(mask_path, dtype=np.uint8, mode='r') if os.path.exists(mask_path) else None
+    return np.memmap(path, dtype=kind, mode='r'), mask
 
 
 def check_tokens(vocab_size):
     """All of them, each rank its share: a token beyond the vocabulary would be an odd error much later."""
-    for split, data in tokens.items():
-        top = most(np.array_split(data, world)[rank].max(initial=0))
+    for split, (tokens, _) in data.items():
+        top = most(np.array_split(tokens, world)[rank].max(initial=0))
         if top >= vocab_size:
             raise ValueError(f'{data_dir}/{split}.bin holds the token {top}, beyond vocab_size={vocab_size}')
         if split == 'train' and top < 256 and not meta and not config['vocab_size'] and init_from == 'scratch':
@@ -336,12 +309,12 @@ def check_tokens(vocab_size):
 
 def get_batch(split, stream, index):
     """The micro-batch number `index` of a stream of random batches: x, y, each (batch_size, block_size)."""
-    data, mask = tokens[split], masks[split]
+    tokens, mask = data[split]
     rng = np.random.default_rng((seed, {'train': 0, 'val': 1}[split], stream, index))
     step = meta.get('row_length', 1)  # where the data are rows, a sequence begins where one of them does
-    starts = step * rng.integers((len(data) - block_size - 1) // step + 1, size=batch_size)
+    starts = step * rng.integers((len(tokens) - block_size - 1) // step + 1, size=batch_size)
     places = starts[:, None] + np.arange(block_size + 1)
-    rows = data[places].astype(np.int64)                                          # (B, T + 1)
+    rows = tokens[places].astype(np.int64)                                        # (B, T + 1)
     targets = rows if mask is None else np.where(mask[places], rows, -1)
     xy = torch.from_numpy(np.stack((rows[:, :-1], targets[:, 1:])))               # (2, B, T)
     if device_type == 'cuda':
@@ -353,9 +326,8 @@ def get_batch(split, stream, index):
 
 try:
     meta = load_meta(os.path.join(data_dir, 'meta.pkl'))
-    tokens = {split: open_tokens(split, np.dtype(meta.get('dtype', 'uint16'))) for split in ('train', 'val')}
-    masks = {split: open_mask(split, len(tokens[split])) for split in tokens}
-except ValueError as e:
+    data = {split: open_tokens(split) for split in ('train', 'val')}
+except (ValueError, OSError) as e:
     stop(e)
 
 # -----------------------------------------------------------------------------
@@ -396,7 +368,7 @@ def resumed_model():
         raise ValueError(f'the ranks hold checkpoints of different iterations: {out_dir} must be one folder for all '
                          'machines')
     if not checkpoint.get('optimizer'):  # converted: it has no meta either
-        check_tokenizer(out_dir, model.config.vocab_size)
+        beside('convert.py', 'a converted checkpoint').check_vocabulary(out_dir, meta, data_dir)
     elif any((trained_on or {}).get(key) != meta.get(key) for key in ('stoi', 'tokenizer')):
         raise ValueError(f'{data_dir} has another vocabulary than {path} was trained on: resume with its dataset, or '
                          'restore its meta.pkl')
@@ -415,31 +387,6 @@ def is_own_checkpoint(path):
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('run') == run
     except Exception:  # it is missing or damaged
         return False
-
-
-def check_tokenizer(folder, vocab_size):
-    """The data's tokens must be those of the tokenizer.json of an imported checkpoint."""
-    path = os.path.join(folder, 'tokenizer.json')
-    if not os.path.exists(path):
-        if master and not ('stoi' not in meta and 50257 <= vocab_size <= 50304):
-            print(f'note: {folder} has no tokenizer.json, so nothing tells whether the data has its tokens')
-        return
-    try:
-        with open(path, 'rb') as f:
-            text = f.read()
-        table = json.loads(text)
-        vocab = table['model']['vocab']
-        added = {token['content']: token['id'] for token in table.get('added_tokens', [])}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f'{path} cannot be read: {first_line(e)}') from None
-    if 'stoi' in meta:
-        same = vocab == meta['stoi']
-    elif 'tokenizer' in meta:
-        same = hashlib.sha256(text).hexdigest() == meta['tokenizer']
-    else:
-        same = added.get('<|endoftext|>') == 50256  # GPT-2's
-    if not same:
-        raise ValueError(f'{data_dir} has other tokens than {path}: prepare it with --tokenizer={folder}')
 
 
 def check_fit(model):
@@ -462,8 +409,9 @@ def build_model():
     elif init_from == 'resume':
         model, checkpoint = resumed_model()
     else:
-        model = GPT.from_pretrained(init_from, overrides())
-        check_tokenizer(init_from, model.config.vocab_size)
+        convert = beside('convert.py', f'init_from={init_from}')
+        convert.check_vocabulary(init_from, meta, data_dir)
+        model = convert.load_folder(init_from, overrides())
     if init_from != 'scratch':
         check_fit(model)
     check_tokens(model.config.vocab_size)
@@ -472,20 +420,22 @@ def build_model():
 
 def build_optimizer(model, checkpoint):
     betas = (beta1, beta2)
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, device_type, config['optimizer'])
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    if optimizer == 'muon':
+        made = beside('extras/optim.py', 'optimizer=muon').muon(model, weight_decay, learning_rate, betas, device_type)
+    else:
+        made = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
     if bf16_moments:
-        from fp8 import AdamW16
-        optimizer = AdamW16(optimizer.param_groups, fused=True)
+        made = beside('extras/optim.py', 'bf16_moments=True').AdamW16(made.param_groups, fused=True)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
         try:
-            optimizer.load_state_dict(checkpoint['optimizer'])
+            made.load_state_dict(checkpoint['optimizer'])
             if checkpoint.get('scaler'):
                 scaler.load_state_dict(checkpoint['scaler'])
         except Exception as e:  # a dict of another shape fails in many ways
-            raise ValueError(f'the optimizer in {resume_path()} does not fit optimizer={config["optimizer"]!r}: '
+            raise ValueError(f'the optimizer in {resume_path()} does not fit optimizer={optimizer!r}: '
                              f'{first_line(e)}') from None
-    return optimizer, scaler
+    return made, scaler
 
 
 def is_out_of_memory(e):
@@ -523,9 +473,9 @@ try:
         init_from = 'resume'  # torchrun lost a rank and starts all of them again
     raw_model, checkpoint = build_model()
     if fp8:
-        from fp8 import Recipe, enable
         grad_dtype = {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad]
-        execution = enable(raw_model, Recipe(fp8_scaling, grad_dtype, fp8_power_of_two))
+        file = beside('extras/fp8.py', 'fp8=True')
+        execution = file.enable(raw_model, file.Recipe(fp8_scaling, grad_dtype, fp8_power_of_two))
         if master:
             print(execution)
     optimizer, scaler = build_optimizer(raw_model, checkpoint)
@@ -646,18 +596,14 @@ def header():
             f'{platform.machine()} {device_type}, {os.cpu_count()} cores', 'git_commit': git_commit()}
 
 
-def write_log(record):
+def log(record):
+    # JSON has no nan and no infinity
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     try:
         log_file.write(json.dumps(record).encode() + b'\n')
     except OSError as e:
         stop(f'{log_path} could not be written: {e.strerror}')
-
-
-def log(record):
-    # JSON has no nan and no infinity
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    write_log(record)
-    if wandb_log:
+    if wandb_log and 'step' in record:
         wandb.log({k: v for k, v in record.items() if v is not None}, step=record['step'])
 
 
@@ -670,7 +616,7 @@ if master:
         log_file = open_log()
     except ValueError as e:
         stop(e)
-    write_log(header())
+    log(header())
     print(f'parameters without embedding and head: {raw_model.get_num_params() / 1e6:.2f}M, of which a token uses '
           f'{raw_model.get_num_active_params() / 1e6:.2f}M')
     print(f'tokens per iteration: {tokens_per_iter:,}; device: {device}, {dtype}')

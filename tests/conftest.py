@@ -15,13 +15,14 @@ import pytest
 
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one process a core: threads beside it would only fight for it
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import GPT, GPTConfig  # noqa: E402
+from extras import optim
+from model import GPT, GPTConfig
 
 TINY = dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32, n_routed_experts=8, num_experts_per_tok=3)
 
@@ -34,6 +35,11 @@ def seeded():
 def tiny_model(std=0.2, **overrides):
     """A model whose logits are far from flat, so that a wrong path cannot hide in their noise."""
     return GPT(GPTConfig(**{**TINY, 'initializer_range': std, **overrides}))
+
+
+def optimizer_of(model, kind, *args):
+    """As train.py builds it: kind 'adamw' or 'muon'; args: weight_decay, learning_rate, betas, device_type."""
+    return (optim.muon if kind == 'muon' else GPT.configure_optimizers)(model, *args)
 
 
 @pytest.fixture(scope='session')
@@ -89,7 +95,6 @@ def run_inside(script, *args, cwd):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     os.chdir(cwd)
     sys.argv = [script, *map(str, args)]
-    common = sys.modules.pop('common', None)  # there are two: data/ has one of its own
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -105,9 +110,6 @@ def run_inside(script, *args, cwd):
     finally:
         os.chdir(before[0])
         sys.argv, sys.path[:] = before[1], before[2]
-        sys.modules.pop('common', None)
-        if common:
-            sys.modules['common'] = common
         for n, handler in handlers.items():
             signal.signal(n, handler)
     return code, out.getvalue(), err.getvalue()

@@ -199,8 +199,8 @@ def test_ctrl_c_at_any_time(clone, tmp_path, script, module, code, tiktoken_cach
     assert not list((clone / 'data').glob('docs/*'))
 
 
-def test_importing_common_leaves_the_signals_alone():
-    script = 'import signal, sys; sys.path.insert(0, "data"); import common; print(signal.getsignal(signal.SIGINT))'
+def test_importing_dataset_leaves_the_signals_alone():
+    script = 'import signal, sys; sys.path.insert(0, "data"); import dataset; print(signal.getsignal(signal.SIGINT))'
     assert 'default_int_handler' in run('-c', script, cwd=ROOT)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import re
 
@@ -12,8 +13,8 @@ from test_cuda import needs_cuda_build, on_fake_cuda
 from test_model import main_config
 from torch.nn.functional import ScalingType as S
 
-import fp8
-from model import GPT
+from extras import fp8, optim
+from model import GPT, MoE
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -170,11 +171,11 @@ def test_moments_in_bf16():
     params = [torch.nn.Parameter(torch.randn(5, 40, generator=torch.Generator().manual_seed(0))) for _ in range(3)]
     start = params[0].detach().clone()
     kwargs = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    ours, torchs, resumed = fp8.AdamW16(params[:1], **kwargs), torch.optim.AdamW(params[1:2], **kwargs), None
+    ours, torchs, resumed = optim.AdamW16(params[:1], **kwargs), torch.optim.AdamW(params[1:2], **kwargs), None
     for step in range(40):
         grad = torch.randn(5, 40) + (math.nan if step == 7 else 0.0)
         if step == 20:
-            resumed = fp8.AdamW16(params[2:], **kwargs)
+            resumed = optim.AdamW16(params[2:], **kwargs)
             params[2].data.copy_(params[0].data)
             resumed.load_state_dict(copy.deepcopy(ours.state_dict()))
         for optimizer in (ours, torchs, resumed):
@@ -239,11 +240,14 @@ def test_mistakes(small, flags):
     assert flags[0][2:].split('=')[0] in said or flags[1][2:].split('=')[0] in said
 
 
-@pytest.mark.parametrize('flag', ['fp8', 'bf16_moments'])
+FILES = {'fp8': 'extras/fp8.py', 'bf16_moments': 'extras/optim.py'}
+
+
+@pytest.mark.parametrize('flag', FILES)
 def test_train_without_the_file(small, flag):
-    (small / 'fp8.py').unlink()
+    (small / FILES[flag]).unlink()
     code, _, said = run_inside('train.py', *SMALL, f'--{flag}=True', cwd=small)
-    assert code == 2 and said == f'{flag}=True needs fp8.py beside train.py\n'
+    assert code == 2 and said == f'{flag}=True needs {FILES[flag]} beside train.py\n'
 
 
 def test_the_start_up_check(monkeypatch):
@@ -343,8 +347,10 @@ def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeyp
     recipe = fp8.Recipe(scaling, hardware=True, grouped=scaling == 'row')
     linear = [m for m in model.modules() if isinstance(m, fp8.Linear)]
     for module in model.modules():
-        if isinstance(module, (fp8.Linear, fp8.MoE)):
+        if isinstance(module, fp8.Linear):
             module.recipe = recipe
+        elif isinstance(module, MoE):
+            module.grouped_linear = functools.partial(fp8.grouped_linear, recipe=recipe)
     monkeypatch.setattr(fp8.F, 'scaled_mm', checked)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, idx = on_fake_cuda(model.train())

@@ -3,7 +3,8 @@
 import torch
 from conftest import tiny_model
 
-from model import Muon, orthogonalise
+from extras import optim
+from extras.optim import Muon, orthogonalise
 
 LR, WD = 0.02, 0.1
 
@@ -51,7 +52,7 @@ def test_orthogonalise_flattens_the_singular_values():
 
 def test_every_parameter_is_in_one_group_and_only_the_blocks_matrices_are_muons():
     model = tiny_model()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), 'cpu', 'muon')
+    optimizer = optim.muon(model, 0.1, 1e-3, (0.9, 0.99), 'cpu')
     held = [id(p) for group in optimizer.param_groups for p in group['params']]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
@@ -74,7 +75,7 @@ def test_a_resumed_muon_goes_on_exactly():
     def new():
         torch.manual_seed(1)
         model = tiny_model().train()
-        return model, model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), 'cpu', 'muon')
+        return model, optim.muon(model, 0.1, 1e-2, (0.9, 0.99), 'cpu')
 
     whole = new()
     train(*whole, data)

@@ -9,10 +9,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, tiny_model
+from conftest import ROOT, SMALL, optimizer_of, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from extras import decode
 from model import GPT, GPTConfig
 
 settings.register_profile('steady', deadline=None, derandomize=True, print_blob=False, database=None,
@@ -86,7 +87,7 @@ def test_a_config_is_refused_or_trains_a_step_and_generates():
         torch.manual_seed(0)
         model = GPT(config).train()
         before = [p.detach().clone() for p in model.parameters()]
-        optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu', kind)
+        optimizer = optimizer_of(model, kind, 0.1, 1e-2, (0.9, 0.95), 'cpu')
         idx = torch.randint(config.vocab_size, (2, config.block_size + 1))
         _, loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
@@ -97,7 +98,9 @@ def test_a_config_is_refused_or_trains_a_step_and_generates():
         assert all(p.isfinite().all() for p in model.parameters())
         assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before))
         model.eval()
-        out = model.generate(idx[:, :1], 3, speculative=config.num_nextn_predict_layers > 0)
+        out = model.generate(idx[:, :1], 3)
+        if config.num_nextn_predict_layers > 0:
+            out, _ = decode.generate(model, idx[:, :1], 3)
         assert out.shape == (2, 4) and 0 <= out.min() and out.max() < config.vocab_size
         assert torch.equal(out[:, :1], idx[:, :1])
 
@@ -130,7 +133,7 @@ def test_batches_lie_within_the_data(loader, data):
     names['batch_size'] = data.draw(st.integers(1, 9), 'batch_size')
     names['seed'] = data.draw(st.integers(0, 2**31), 'seed')
     dtype = data.draw(st.sampled_from([np.uint16, np.uint32]), 'dtype')
-    names['tokens'] = {'train': np.arange(n, dtype=dtype), 'val': np.arange(n, dtype=dtype)}
+    names['data'] = {split: (np.arange(n, dtype=dtype), None) for split in ('train', 'val')}
     where = data.draw(st.tuples(st.sampled_from(['train', 'val']), st.integers(0, 1), st.integers(0, 2**40)), 'batch')
     x, y = get_batch(*where)
     assert x.shape == y.shape == (names['batch_size'], block_size) and x.dtype == y.dtype == torch.int64
@@ -141,7 +144,7 @@ def test_batches_lie_within_the_data(loader, data):
 
 def test_every_start_is_drawn(loader):
     get_batch, names = loader
-    names['tokens'] = {'train': np.arange(22, dtype=np.uint16)}
+    names['data'] = {'train': (np.arange(22, dtype=np.uint16), None)}
     starts = {int(s) for index in range(40) for s in get_batch('train', 0, index)[0][:, 0]}
     assert starts == set(range(22 - names['block_size']))
 
@@ -167,8 +170,8 @@ def test_caches_are_right_after_any_acceptance(D, B, T, new, accepted, seed):
         zeros = torch.zeros(D, dtype=torch.long)
         return torch.cat((drafts[:, :a], p[:, a].argmax(dim=-1, keepdim=True)), dim=1), zeros, zeros
 
-    with mock.patch('model.verify', chance), torch.no_grad():
-        out = model.generate(idx, new, temperature=0, speculative=True)
+    with mock.patch('extras.decode.verify', chance), torch.no_grad():
+        out, _ = decode.generate(model, idx, new, temperature=0)
         assert torch.equal(out[:, :T], idx) and out.shape == (B, T + new)
 
         def likeliest(h):

@@ -13,7 +13,7 @@ import uuid
 import pytest
 import soak
 import torch
-from conftest import SMALL, run_inside, tiny_model
+from conftest import SMALL, optimizer_of, run_inside, tiny_model
 
 from model import GPT
 
@@ -328,7 +328,7 @@ def test_found_inf_of_zero_changes_no_bit():
         for found_inf in (None, torch.zeros(())):
             torch.manual_seed(0)
             model = tiny_model().train()
-            optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.99), 'cpu', kind)
+            optimizer = optimizer_of(model, kind, 0.1, 1e-2, (0.9, 0.99), 'cpu')
             optimizer.found_inf = found_inf
             for _ in range(3):
                 idx = torch.randint(61, (2, 17))

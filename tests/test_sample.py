@@ -104,7 +104,7 @@ def test_damaged_files_of_a_folder(here, name, data, message):
 
 
 def test_a_prompt_that_fails_fails_before_the_weights_are_read(here, monkeypatch):
-    monkeypatch.setattr('model.GPT.from_pretrained', lambda *_: pytest.fail('read'))
+    monkeypatch.setattr('convert.load_folder', lambda *_: pytest.fail('read'))
     for flags in (['--start=é'], ['--start=FILE:nowhere'], ['--start='], ['--dtype=int8'], ['--temperature=-1']):
         ends(here, 'sample.py', *FEW, '--init_from=hf', *flags)
     (here / 'hf/tokenizer.json').unlink()

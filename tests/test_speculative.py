@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from model import draw, probabilities, verify
+from extras import decode
+from extras.decode import verify
+from model import draw, probabilities
 
 COUNTING = 11  # t_{i+1} = t_i + 1 modulo this: every offset is predictable
 
@@ -30,18 +32,18 @@ def test_greedy_output_is_the_same_up_to_block_size_and_beyond(overrides, prompt
     idx = torch.randint(61, (3, prompt))
     for n in (0, 1, 2, 40):
         plain = model.generate(idx, n, temperature=0)
-        assert torch.equal(model.generate(idx, n, temperature=0, speculative=True), plain)
+        assert torch.equal(decode.generate(model, idx, n, temperature=0)[0], plain)
 
 
 @pytest.mark.parametrize('modules', [1, 2, 3])
 def test_drafts_of_a_model_that_knows_its_text_are_all_accepted(modules):
     model = counting_model(num_nextn_predict_layers=modules)
     idx = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8]])
-    out = model.generate(idx, 24, temperature=0, speculative=True)
+    out, speculation = decode.generate(model, idx, 24, temperature=0)
     assert torch.equal(out, (idx[:, :1] + torch.arange(28)) % COUNTING)
-    drafts, accepted = model.speculation['drafts'], model.speculation['accepted']
+    drafts, accepted = speculation.drafts, speculation.accepted
     assert torch.equal(drafts, accepted) and len(drafts) == modules
-    assert model.speculation['passes'] <= -(-24 // (modules + 1))
+    assert speculation.passes <= -(-24 // (modules + 1))
 
 
 def test_states_from_the_modules_caches_equal_those_of_whole_forwards():
@@ -56,7 +58,7 @@ def test_states_from_the_modules_caches_equal_those_of_whole_forwards():
         return out
 
     model.mtp_module = spy
-    out = model.generate(torch.randint(61, (2, 5)), 20, temperature=0.3, speculative=True)
+    out, _ = decode.generate(model, torch.randint(61, (2, 5)), 20, temperature=0.3)
     assert len(calls) >= 30
     for i in range(0, len(calls), 3):
         _, start, state = calls[i]
@@ -122,11 +124,13 @@ def test_sampled_output_of_a_model_keeps_the_distribution(rows):
         count = torch.zeros(COUNTING)
         accepted = drafts = 0
         for _ in range(600 // rows):
-            out = model.generate(idx, 3, temperature=4.0, top_k=8, speculative=speculative)
-            count += torch.bincount(out[:, -1], minlength=COUNTING)
             if speculative:
-                accepted += model.speculation['accepted'].sum().item()
-                drafts += model.speculation['drafts'].sum().item()
+                out, told = decode.generate(model, idx, 3, temperature=4.0, top_k=8)
+                accepted += told.accepted.sum().item()
+                drafts += told.drafts.sum().item()
+            else:
+                out = model.generate(idx, 3, temperature=4.0, top_k=8)
+            count += torch.bincount(out[:, -1], minlength=COUNTING)
         counts.append(count)
     assert 0 < accepted < drafts
     a, b = counts
@@ -141,7 +145,7 @@ def test_stop_token_ends_rows_as_in_plain_decoding():
     idx = torch.tensor([[0, 1], [5, 6]])
     for stop in (8, 3):
         plain = model.generate(idx, 20, temperature=0, stop_token=stop)
-        out = model.generate(idx, 20, temperature=0, stop_token=stop, speculative=True)
+        out, _ = decode.generate(model, idx, 20, temperature=0, stop_token=stop)
         n = min(plain.size(1), out.size(1))
         assert torch.equal(plain[:, :n], out[:, :n])
         assert (plain[:, n:] == stop).all() and (out[:, n:] == stop).all()
@@ -149,7 +153,7 @@ def test_stop_token_ends_rows_as_in_plain_decoding():
 
 def test_a_model_without_modules_says_so():
     with pytest.raises(ValueError, match='MTP'):
-        tiny_model(num_nextn_predict_layers=0).eval().generate(torch.zeros(1, 1, dtype=torch.long), 1, speculative=True)
+        decode.generate(tiny_model(num_nextn_predict_layers=0).eval(), torch.zeros(1, 1, dtype=torch.long), 1)
 
 
 def test_probabilities_at_temperature_0_are_all_at_the_likeliest():

@@ -186,7 +186,7 @@ def test_it_runs_from_any_folder(small, tmp_path):
 
 def test_the_two_files_alone_suffice(small, tmp_path):
     """The drop-in: nothing of this project but model.py, train.py and a configurator."""
-    for name in ('sample.py', 'plot.py', 'data/common.py', 'Makefile'):
+    for name in ('sample.py', 'plot.py', 'data/dataset.py', 'Makefile'):
         (small / name).unlink()
     train(small, '--max_iters=1')
 

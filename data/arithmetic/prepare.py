@@ -29,7 +29,7 @@ import sys
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
-import common
+import dataset
 
 CHARS = sorted('\n +,-0123456789:<=>orst')  # of all tasks alike; the newline, the stop token, is number 0
 PROMPTS = {'train': 50000, 'val': 1000, 'test': 1000}
@@ -95,12 +95,12 @@ def read_traces(path, questions):
         with open(path, encoding='utf-8') as f:
             lines = f.read().splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as e:
-        common.stop(f'--traces={path} cannot be read as text: {e}')
+        dataset.stop(f'--traces={path} cannot be read as text: {e}')
     for line in lines:
         if line.partition('=')[0] + '=' not in questions or not set(line) <= set(CHARS) or not line.endswith('\n'):
-            common.stop(f'--traces={path}: {line!r} is no line about a training prompt of this task')
+            dataset.stop(f'--traces={path}: {line!r} is no line about a training prompt of this task')
     if not lines:
-        common.stop(f'--traces={path}: no lines in it')
+        dataset.stop(f'--traces={path}: no lines in it')
     return lines
 
 
@@ -121,15 +121,15 @@ def main():
     args = parser.parse_args()
     task = re.fullmatch(r'(add|sub|sort)([2-8])', args.task)
     if not task:
-        common.stop(f'--task={args.task}: a family (add, sub, sort) and 2 to 8 digits, such as add3')
+        dataset.stop(f'--task={args.task}: a family (add, sub, sort) and 2 to 8 digits, such as add3')
     name = args.task if args.name is None else args.name
     if not re.fullmatch(r'[\w-]+', name):
-        common.stop(f'--name={name}: letters, digits, _ and - alone, and one at least')
+        dataset.stop(f'--name={name}: letters, digits, _ and - alone, and one at least')
     if not 0 <= args.terse <= 1:
-        common.stop(f'--terse={args.terse} must lie in 0..1')
+        dataset.stop(f'--terse={args.terse} must lie in 0..1')
     questions = make_questions(task[1], int(task[2]))
     if not 0 < args.examples <= len(questions['train']):
-        common.stop(f'--examples={args.examples} must lie in 1..{len(questions["train"])} for {args.task}')
+        dataset.stop(f'--examples={args.examples} must lie in 1..{len(questions["train"])} for {args.task}')
 
     rng = random.Random(0)
     lines = {split: [f'{prompt}<{"" if rng.random() < args.terse else work(prompt)}>{answer}\n'
@@ -140,18 +140,18 @@ def main():
     longest = max(map(len, lines['train'] + lines['val']))
     length = -(-longest // 8) * 8 if args.length is None else args.length
     if not longest <= length <= 4096:
-        common.stop(f'--length={length} must lie in {longest}..4096')
+        dataset.stop(f'--length={length} must lie in {longest}..4096')
     itos = dict(enumerate(CHARS))
     stoi = {ch: i for i, ch in itos.items()}
-    train, train_mask = common.rows(examples(lines['train']), stoi, length)
-    val, val_mask = common.rows(examples(lines['val']), stoi, length)
+    train, train_mask = dataset.rows(examples(lines['train']), stoi, length)
+    val, val_mask = dataset.rows(examples(lines['val']), stoi, length)
 
     folder = os.path.join(here, name)
     os.makedirs(folder, exist_ok=True)
-    common.write_files(folder, {f'{split}_prompts.txt': ''.join(f'{p}\t{a}\n' for p, a in prompts.items()).encode()
+    dataset.write_files(folder, {f'{split}_prompts.txt': ''.join(f'{p}\t{a}\n' for p, a in prompts.items()).encode()
                                 for split, prompts in questions.items()})
     meta = {'vocab_size': len(CHARS), 'itos': itos, 'stoi': stoi, 'row_length': length}
-    common.write_splits(folder, train, val, len(CHARS), meta, {'train': train_mask, 'val': val_mask})
+    dataset.write_splits(folder, train, val, len(CHARS), meta, {'train': train_mask, 'val': val_mask})
     print(f'{len(lines["train"]):,} lines in rows of {length} tokens (--block_size={length}), such as\n'
           f'{lines["train"][0]}into {folder}')
 

@@ -19,7 +19,7 @@ import sys
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
-import common
+import dataset
 
 # isort: split
 import collections
@@ -33,7 +33,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
-load_tokenizer = functools.cache(common.load_tokenizer)  # once in each worker process
+load_tokenizer = functools.cache(dataset.load_tokenizer)  # once in each worker process
 
 
 def describe(error):
@@ -42,8 +42,8 @@ def describe(error):
 
 def tokenize(folder, texts):
     bpe = load_tokenizer(folder)
-    ids = [i for text in texts for i in common.document(bpe, text)]
-    return np.array(ids, dtype=common.token_dtype(bpe.vocab_size))
+    ids = [i for text in texts for i in dataset.document(bpe, text)]
+    return np.array(ids, dtype=dataset.token_dtype(bpe.vocab_size))
 
 
 def read_corpus(hub, split, column, **place):
@@ -69,7 +69,7 @@ def read_corpus(hub, split, column, **place):
             for batch in itertools.chain([first], batches):
                 yield batch[column]
         except Exception as e:
-            common.stop(f'--hub={hub} broke off: {describe(e)}')
+            dataset.stop(f'--hub={hub} broke off: {describe(e)}')
 
     return texts(), corpus.info.splits[split].num_examples if split in (corpus.info.splits or {}) else None
 
@@ -85,9 +85,9 @@ def open_corpus(hub, config, split, column):
         except RuntimeError:  # a script, which datasets 4 and later do not run: the hub's own conversion to parquet
             return read_corpus(hub, split, column, revision='refs/convert/parquet', data_dir=config)
     except ImportError:
-        common.stop('this needs datasets: pip install datasets')
+        dataset.stop('this needs datasets: pip install datasets')
     except Exception as e:  # datasets, huggingface_hub, fsspec and pyarrow have no common class
-        common.stop(f'--hub={hub}: {describe(e)}. Other ways: --hub=HuggingFaceFW/fineweb-edu --config=sample-10BT, '
+        dataset.stop(f'--hub={hub}: {describe(e)}. Other ways: --hub=HuggingFaceFW/fineweb-edu --config=sample-10BT, '
                     '--hub=FOLDER with parquet files, --input=FOLDER with text files')
 
 
@@ -120,49 +120,50 @@ def tokens(pool, folder, batches, n, ahead):
 
 
 def main():
-    parser = common.argument_parser(__doc__, tokens=True)
+    parser = dataset.argument_parser(__doc__, tokens=True)
     parser.add_argument('--hub', metavar='NAME', help='a corpus of the hub (default: Skylion007/openwebtext)')
     parser.add_argument('--config', help='which of its configurations')
     parser.add_argument('--column', default='text', help='the column that holds the documents')
     parser.add_argument('--split', default='train', help='the split to read, from which val.bin is taken too')
     parser.add_argument('--num_proc', type=int, default=max(1, (os.cpu_count() or 2) // 2), help='worker processes')
-    args = common.parse(parser)
+    args = dataset.parse(parser)
     if args.input and args.hub:
-        common.stop('--input and --hub: one of the two')
+        dataset.stop('--input and --hub: one of the two')
     if not 1 <= args.num_proc <= 256:
-        common.stop(f'--num_proc={args.num_proc} must lie in 1..256')
-    folder = common.data_folder(here, args, "a tokenizer.json's tokens" if args.tokenizer else 'GPT-2 tokens', args.hub)
-    files = common.text_files(args.input, args.glob) if args.input else []
+        dataset.stop(f'--num_proc={args.num_proc} must lie in 1..256')
+    kind = "a tokenizer.json's tokens" if args.tokenizer else 'GPT-2 tokens'
+    folder = dataset.data_folder(here, args, kind, args.hub)
+    files = dataset.text_files(args.input, args.glob) if args.input else []
     if args.input and len(files) < 2:
-        common.stop(f'--input={args.input}: two documents at least, one for training and one for validation')
+        dataset.stop(f'--input={args.input}: two documents at least, one for training and one for validation')
     bpe = load_tokenizer(args.tokenizer)
-    meta = common.token_meta(bpe.vocab_size, bpe.sha256)
+    meta = dataset.token_meta(bpe.vocab_size, bpe.sha256)
 
     with ProcessPoolExecutor(args.num_proc) as pool:
         pool.submit(int).result()  # starts the workers, before datasets starts threads
         for number in (signal.SIGINT, signal.SIGTERM):  # the workers end at once; here the unfinished files go first
             signal.signal(number, lambda *_: sys.exit(130))
         if args.input:
-            batches, n = ([common.read_file(file)] for file in files), len(files)
+            batches, n = ([dataset.read_file(file)] for file in files), len(files)
         else:
             batches, n = open_corpus(args.hub or 'Skylion007/openwebtext', args.config, args.split, args.column)
 
         count = {'train': 0, 'val': 0}
-        with common.written(folder, ['train.bin', 'val.bin'] + ['meta.pkl'] * bool(meta)) as out:
+        with dataset.written(folder, ['train.bin', 'val.bin'] + ['meta.pkl'] * bool(meta)) as out:
             try:
                 for split, ids in tokens(pool, args.tokenizer, batches, n, 4 * args.num_proc):
                     out[f'{split}.bin'].write(ids.tobytes())
                     count[split] += len(ids)
             except (ValueError, TypeError) as e:  # a text without tokens, a row without text
-                common.stop(e)
+                dataset.stop(e)
             except BrokenProcessPool:
-                common.stop('a worker process died, for want of memory perhaps: try a smaller --num_proc')
+                dataset.stop('a worker process died, for want of memory perhaps: try a smaller --num_proc')
             if not all(count.values()):
-                common.stop(f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
+                dataset.stop(f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
             if meta:
                 pickle.dump(meta, out['meta.pkl'])
     print(f'train: {count["train"]:,} tokens\nval: {count["val"]:,} tokens')
-    common.say_where(folder, args.tokenizer)
+    dataset.say_where(folder, args.tokenizer)
 
 
 if __name__ == '__main__':

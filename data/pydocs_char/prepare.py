@@ -13,9 +13,9 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 from pydoc_data.topics import topics
 
-import common
+import dataset
 
-args = common.parse(common.argument_parser(__doc__))
-folder = common.data_folder(here, args, 'characters')
-text = '\n'.join(common.read_texts(args)) if args.input else '\n\n'.join(topics[name] for name in sorted(topics))
-common.write_characters(folder, text)
+args = dataset.parse(dataset.argument_parser(__doc__))
+folder = dataset.data_folder(here, args, 'characters')
+text = '\n'.join(dataset.read_texts(args)) if args.input else '\n\n'.join(topics[name] for name in sorted(topics))
+dataset.write_characters(folder, text)

@@ -14,18 +14,18 @@ import sys
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
-import common
+import dataset
 
-args = common.parse(common.argument_parser(__doc__, tokens=True))
-folder = common.data_folder(here, args, "a tokenizer.json's tokens" if args.tokenizer else 'GPT-2 tokens')
-bpe = common.load_tokenizer(args.tokenizer)
-texts = common.read_texts(args) if args.input else [common.tiny_shakespeare(here)]
+args = dataset.parse(dataset.argument_parser(__doc__, tokens=True))
+folder = dataset.data_folder(here, args, "a tokenizer.json's tokens" if args.tokenizer else 'GPT-2 tokens')
+bpe = dataset.load_tokenizer(args.tokenizer)
+texts = dataset.read_texts(args) if args.input else [dataset.tiny_shakespeare(here)]
 try:
     if args.tokenizer:
-        train, val = common.split_text([i for text in texts for i in common.document(bpe, text)])
+        train, val = dataset.split_text([i for text in texts for i in dataset.document(bpe, text)])
     else:
-        train, val = (bpe.encode(part) for part in common.split_text('\n'.join(texts)))
+        train, val = (bpe.encode(part) for part in dataset.split_text('\n'.join(texts)))
 except ValueError as e:
-    common.stop(e)
-common.write_splits(folder, train, val, bpe.vocab_size, common.token_meta(bpe.vocab_size, bpe.sha256))
-common.say_where(folder, args.tokenizer)
+    dataset.stop(e)
+dataset.write_splits(folder, train, val, bpe.vocab_size, dataset.token_meta(bpe.vocab_size, bpe.sha256))
+dataset.say_where(folder, args.tokenizer)

@@ -10,9 +10,9 @@ import sys
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
-import common
+import dataset
 
-args = common.parse(common.argument_parser(__doc__))
-folder = common.data_folder(here, args, 'characters')
-text = '\n'.join(common.read_texts(args)) if args.input else common.tiny_shakespeare(here)
-common.write_characters(folder, text)
+args = dataset.parse(dataset.argument_parser(__doc__))
+folder = dataset.data_folder(here, args, 'characters')
+text = '\n'.join(dataset.read_texts(args)) if args.input else dataset.tiny_shakespeare(here)
+dataset.write_characters(folder, text)

@@ -18,6 +18,7 @@ dtype of the run. In fp32 that is exact (where a GPU may use TF32, to its 10 bit
 bf16 rounds each operand once more, by a 16th of what FP8 did. The numbers are those of the recipe, the speed is not.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -274,17 +275,12 @@ class Linear(torch.nn.Linear):
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
-class MLP(model_file.MLP):
-    def swiglu(self, x):
-        return SwiGLU.apply(x, x.new_ones(*x.shape[:-1], 1))
+def grouped_linear(x, weight, offsets, recipe):
+    return GroupedFunction.apply(x, weight, offsets, recipe)
 
 
-class MoE(model_file.MoE):
-    def swiglu(self, x, gates):
-        return SwiGLU.apply(x, gates)
-
-    def grouped_linear(self, x, weight, offsets):
-        return GroupedFunction.apply(x, weight, offsets, self.recipe)
+def swiglu(x, gates=None):
+    return SwiGLU.apply(x, x.new_ones(*x.shape[:-1], 1) if gates is None else gates)
 
 
 def enable(model, recipe):
@@ -308,11 +304,11 @@ def enable(model, recipe):
         if type(module) is torch.nn.Linear and not name.endswith(('lm_head', 'mlp.gate')):
             module.__class__ = Linear
             module.recipe, module.keep_wide = recipe, name.endswith('o_proj')
-        elif type(module) is model_file.MLP:
-            module.__class__ = MLP
-        elif type(module) is model_file.MoE:
-            module.__class__ = MoE
-            module.recipe = recipe
+        elif isinstance(module, model_file.MLP):
+            module.swiglu = swiglu
+        elif isinstance(module, model_file.MoE):
+            module.swiglu = swiglu
+            module.grouped_linear = functools.partial(grouped_linear, recipe=recipe)
     if fault:
         return f'FP8 products are emulated ({fault}): the numbers of {recipe.scaling} scaling, not its speed'
     experts = 'scaled_grouped_mm' if recipe.grouped else 'multiplied out and by grouped_mm'
@@ -347,35 +343,3 @@ def fault_of_hardware(recipe, device):
     except Exception as e:  # an older GPU, a build without the kernel, a shape it refuses
         return f'no kernel for it here: {model_file.first_line(e)}'
     return ''
-
-
-# -----------------------------------------------------------------------------
-
-class AdamW16(torch.optim.AdamW):
-    """AdamW whose moments are kept in bfloat16, as V3's are (section 3.3.2); the arithmetic is in fp32.
-
-    With beta2 above 0.99 the second moment's steps would be lost in its 8 bits. found_inf is heeded as in torch's fused
-    AdamW: where this tensor is 1, a step changes nothing, without a host sync.
-    """
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            beta1, beta2 = group['betas']
-            for p in group['params']:
-                if p.grad is None:
-                    continue
-                keep = 1 - getattr(self, 'found_inf', torch.zeros((), device=p.device))
-                state = self.state[p]
-                if not state:
-                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                 exp_avg_sq=torch.zeros_like(p))
-                state['step'] += keep
-                steps = state['step'].clamp(min=1)
-                grad = torch.where(keep > 0, p.grad, 0.0)
-                m = state['exp_avg'].float().lerp(grad, (1 - beta1) * keep)
-                v = state['exp_avg_sq'].float().lerp(grad.square(), (1 - beta2) * keep)
-                denominator = (v / (1 - beta2 ** steps)).sqrt() + group['eps']
-                p *= 1 - group['lr'] * group['weight_decay'] * keep
-                p -= m / (1 - beta1 ** steps) / denominator * (group['lr'] * keep)
-                state['exp_avg'], state['exp_avg_sq'] = m.bfloat16(), v.bfloat16()

@@ -1,0 +1,111 @@
+"""The optimizers beside AdamW: Muon (train.py --optimizer=muon) and AdamW with bf16 moments (--bf16_moments=True)."""
+
+import math
+
+import torch
+
+
+def muon(model, weight_decay, learning_rate, betas, device_type):
+    """Muon for a GPT's matrices but for the embedding, the head and the routers, which stay AdamW's, like the norms."""
+    apart = ('wte.weight', 'lm_head.weight', 'gate.weight')
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith(apart)]
+    others = [p for name, p in named if p.dim() >= 2 and name.endswith(apart)]
+    groups = [{'params': others, 'weight_decay': weight_decay},
+              {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0},
+              {'params': matrices, 'weight_decay': weight_decay, 'muon': True}]
+    return Muon(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
+
+
+def orthogonalise(G, steps=5):
+    """Newton-Schulz towards the nearest semi-orthogonal matrix, for each matrix of G (..., m, n) by itself."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # singular values end between 0.7 and 1.2
+    X = G if G.device.type == 'cpu' else G.bfloat16()
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if G.size(-2) > G.size(-1):
+        return orthogonalise(G.transpose(-2, -1), steps).transpose(-2, -1)
+    for _ in range(steps):
+        A = X @ X.transpose(-2, -1)                                         # (..., m, m)
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.to(G.dtype)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (kellerjordan.github.io/posts/muon) for the groups marked muon=True, AdamW for the others.
+
+    torch.optim.Muon's update, with its adjust_lr_fn='match_rms_adamw' (arXiv 2502.16982), so that one learning rate
+    serves both; for the matrices of a 3-D weight each by itself, and for all matrices of one shape in one batch.
+    """
+    MOMENTUM = 0.95
+
+    def __init__(self, groups, **kwargs):
+        super().__init__(groups, **kwargs)
+        self._step_supports_amp_scaling = False  # a GradScaler shall skip the whole step, not AdamW's half of it
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get('muon')]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group.get('muon'):
+                self._muon(group, getattr(self, 'found_inf', None))
+        return loss
+
+    def _muon(self, group, found_inf):
+        """found_inf: as fused AdamW reads it; where this tensor is 1, the step changes nothing, without a host sync."""
+        by_shape = {}
+        for p in group['params']:
+            if p.grad is not None:
+                by_shape.setdefault(p.shape[-2:], []).append(p)
+        for (m, n), params in by_shape.items():
+            for p in params:
+                if 'momentum_buffer' not in self.state[p]:
+                    # AdamW's load_state_dict looks for a step in every state
+                    self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
+            grads = [p.grad for p in params]
+            momenta = [self.state[p]['momentum_buffer'] for p in params]
+            decay, keep = 1 - group['lr'] * group['weight_decay'], 1
+            if found_inf is not None:
+                grads = [torch.where(found_inf > 0, m, g) for g, m in zip(grads, momenta)]  # leaves the momenta alone
+                keep = 1 - found_inf
+                decay = torch.where(found_inf > 0, 1.0, decay)
+            torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
+            nesterov = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
+            update = orthogonalise(torch.cat([g.view(-1, m, n) for g in nesterov])) * keep    # (matrices, m, n)
+            updates = [u.view_as(p) for u, p in zip(update.split([p.numel() // (m * n) for p in params]), params)]
+            torch._foreach_mul_(params, decay)
+            torch._foreach_add_(params, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(m, n)))
+
+
+class AdamW16(torch.optim.AdamW):
+    """AdamW whose moments are kept in bfloat16, as V3's are (section 3.3.2); the arithmetic is in fp32.
+
+    With beta2 above 0.99 the second moment's steps would be lost in its 8 bits. found_inf is heeded as in torch's fused
+    AdamW: where this tensor is 1, a step changes nothing, without a host sync.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group['betas']
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                keep = 1 - getattr(self, 'found_inf', torch.zeros((), device=p.device))
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                 exp_avg_sq=torch.zeros_like(p))
+                state['step'] += keep
+                steps = state['step'].clamp(min=1)
+                grad = torch.where(keep > 0, p.grad, 0.0)
+                m = state['exp_avg'].float().lerp(grad, (1 - beta1) * keep)
+                v = state['exp_avg_sq'].float().lerp(grad.square(), (1 - beta2) * keep)
+                denominator = (v / (1 - beta2 ** steps)).sqrt() + group['eps']
+                p *= 1 - group['lr'] * group['weight_decay'] * keep
+                p -= m / (1 - beta1 ** steps) / denominator * (group['lr'] * keep)
+                state['exp_avg'], state['exp_avg_sq'] = m.bfloat16(), v.bfloat16()
