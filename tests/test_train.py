@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -295,3 +296,18 @@ def test_the_mtp_weight_falls_late_in_the_run(small, monkeypatch, early, weights
     code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
     assert code == 0, said
     assert seen == pytest.approx(weights, rel=1e-4)
+
+
+def test_each_micro_batch_has_randomness_of_its_own(small, monkeypatch):
+    """Of all three generators, over the micro-batches and the iterations."""
+    forward, drawn = model.GPT.forward, []
+
+    def spy(self, *args, **kwargs):
+        if self.training:
+            drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(model.GPT, 'forward', spy)
+    code, _, said = run_inside('train.py', *SMALL, cwd=small)
+    assert code == 0, said
+    assert len(drawn) == 12 and all(len(set(draws)) == 12 for draws in zip(*drawn))
