@@ -311,3 +311,26 @@ def test_each_micro_batch_has_randomness_of_its_own(small, monkeypatch):
     code, _, said = run_inside('train.py', *SMALL, cwd=small)
     assert code == 0, said
     assert len(drawn) == 12 and all(len(set(draws)) == 12 for draws in zip(*drawn))
+
+
+def test_each_split_is_evaluated_on_its_own_data(small):
+    """One is all threes and the other all sevens, whatever rows are drawn: exchanged, they exchange their losses."""
+    seen = []
+    for order in ((3, 7), (7, 3)):
+        for split, token in zip(('train', 'val'), order):
+            np.full(600, token, dtype=np.uint16).tofile(small / f'data/abc/{split}.bin')
+        code, _, said = run_inside('train.py', *SMALL, '--eval_only=True', f'--out_dir=out{order[0]}', cwd=small)
+        assert code == 0, said
+        seen.append(next((r['train_loss'], r['val_loss']) for r in log(small, f'out{order[0]}') if 'val_loss' in r))
+    assert seen[0] == seen[1][::-1] and abs(seen[0][0] - seen[0][1]) > 0.01
+
+
+@pytest.mark.parametrize('clip', [0.01, 100.0, 0.0])
+def test_the_gradient_is_clipped_as_a_whole(small, clip):
+    """With beta1=0 the first moment is the gradient that AdamW was given; the log has its norm before the clip."""
+    code, _, said = run_inside('train.py', *SMALL, '--max_iters=1', '--beta1=0.0', f'--grad_clip={clip}', cwd=small)
+    assert code == 0, said
+    before = next(r['grad_norm'] for r in log(small) if 'loss' in r)
+    states = torch.load(small / 'out/ckpt.pt', weights_only=True)['optimizer']['state'].values()
+    after = math.sqrt(sum(state['exp_avg'].square().sum().item() for state in states))
+    assert 0.1 < before < 100 and after == pytest.approx(0.01 if clip == 0.01 else before, rel=1e-4)
