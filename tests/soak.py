@@ -229,12 +229,12 @@ def memory(clone, steps):
     (clone / 'watched.py').write_text(WATCHED)
     finish(clone, f'--max_iters={steps}', '--eval_interval=100', '--out_dir=long', python=['watched.py'])
     samples = [json.loads(line) for line in (clone / 'samples').read_text().splitlines()]
-    x, held, objects, rss, files = np.array([sample for sample in samples if sample[0] > 500], dtype=float).T
+    x, held, objects, rss, files = np.array([sample for sample in samples if sample[0] > 1000], dtype=float).T
     held_slope, objects_slope, rss_slope = (np.polyfit(x, y, 1)[0] * 1000 for y in (held, objects, rss))
     half = len(rss) // 2
     # a float kept at each step would be 1,000 objects more and, once in a tensor, half a MiB
     return held_slope < 50 and objects_slope < 500 and rss[-1] - rss[0] < 16 * 1024 and max(files) == files[0], \
-        f'{steps} steps, after the first 500, per 1,000: malloc has {held_slope:+.1f} KiB in use, Python ' \
+        f'{steps} steps, after the first 1,000, per 1,000: malloc has {held_slope:+.1f} KiB in use, Python ' \
         f'{objects_slope:+.0f} small objects; resident memory {rss_slope:+.1f} KiB, {(rss[-1] - rss[0]) / 1024:+.2f} ' \
         f'MiB in all, of {rss[-1] / 1024:.0f}, of that {(rss[-1] - rss[half]) / 1024:+.2f} in the second half; open ' \
         f'files {files[0]:.0f}, {files[-1]:.0f}'

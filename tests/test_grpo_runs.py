@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import run_inside
-from test_grpo import GRPO, STOP, inside, policy, records, workshop  # noqa: F401
+from test_grpo import GRPO, STOP, inside, policy, records, rollouts, workshop  # noqa: F401
 
 import grpo
 import model
@@ -37,6 +37,28 @@ def test_the_rate_the_reward_and_the_randomness_of_each_iteration(workshop, monk
         assert [r['reward'] for r in steps] == pytest.approx([r['accuracy'] + 0.25 * r['format'] for r in steps])
         assert {r['format'] for r in steps} == {1.0} and 0 < min(r['accuracy'] for r in steps) < 1
     assert len(drawn) == 12 and len(set(drawn)) == 6 and drawn[:6] == drawn[6:]
+
+
+def test_the_entropy_is_that_of_the_policy_at_the_counted_tokens():
+    gpt = policy()
+    prompts, responses = rollouts(gpt)
+    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    with torch.no_grad():
+        logp = gpt.lm_head(gpt.main_stack(rows[:, :-1])[0]).log_softmax(dim=-1)
+    want = (torch.distributions.Categorical(logits=logp).entropy() * mask).sum() / mask.sum()
+    numbers = grpo.update(gpt, torch.optim.SGD(gpt.parameters(), lr=0.0), rows, mask, torch.randn(len(rows)))
+    assert numbers['entropy'] == pytest.approx(want.item(), rel=1e-4) and want > 0.1
+
+
+@pytest.mark.parametrize('drop', [True, False])
+def test_groups_of_equal_rewards_are_idle_whatever_the_reward(workshop, drop):  # noqa: F811
+    """All right, and so nothing to prefer: they are counted as idle, and dropped they make no step."""
+    (workshop / 'right.py').write_text('def reward(prompt, response, answer): return 1, 1')
+    inside('grpo.py', *GRPO, '--reward_file=right.py', '--out_dir=out-idle', '--max_iters=2', '--max_new_tokens=12',
+           f'--drop_zero_advantage={drop}', cwd=workshop)
+    steps = [r for r in records(workshop, 'out-idle') if 'reward' in r]
+    assert [r['zero_advantage'] for r in steps] == [1.0, 1.0] and all(r['grad_norm'] == 0 for r in steps)
+    assert all((r['entropy'] is None) == drop for r in steps)
 
 
 @pytest.mark.parametrize('rule, accepted', [
