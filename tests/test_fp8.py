@@ -84,6 +84,24 @@ def test_what_shares_a_scale(scaling, of_x, of_w):
     assert fp8.activation(x, recipe).scale.shape == of_x and fp8.weight_of(x, recipe).scale.shape == of_w
 
 
+def test_gradients_and_they_alone_are_in_grad_dtype(monkeypatch):
+    """In both products of the backward pass, of a linear layer and of the experts."""
+    quantise, seen = fp8.quantise, []
+
+    def spy(x, tile, dtype=E4M3, power_of_two=False):
+        seen.append((x.abs().max().item() > 100, dtype))             # gradients are large here
+        return quantise(x, tile, dtype, power_of_two)
+
+    monkeypatch.setattr(fp8, 'quantise', spy)
+    x, w = torch.randn(64, 32, requires_grad=True), torch.randn(2, 48, 32, requires_grad=True)
+    recipe, offsets = fp8.Recipe(grad_dtype=E5M2), torch.tensor([32, 64], dtype=torch.int32)
+    for y in (fp8.LinearFunction.apply(x, w[0], recipe, torch.float32, False),
+              fp8.GroupedFunction.apply(x, w, offsets, recipe)):
+        seen.clear()
+        y.backward(1000 * torch.randn(64, 48))
+        assert sorted(seen, key=str) == [(False, E4M3)] * 2 + [(True, E5M2)] * 2
+
+
 def test_the_experts_weight_gradient_has_its_tiles_along_the_rows():
     """A feature that is a million times larger than the others spoils none of their gradients."""
     x, grad, weight = torch.randn(256, 32), torch.randn(256, 48), torch.randn(2, 48, 32)
