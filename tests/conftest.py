@@ -94,6 +94,7 @@ def run_inside(script, *args, cwd):
     before = os.getcwd(), sys.argv, sys.path[:]
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     os.chdir(cwd)
+    sys.modules.pop('common', None)  # there are two: that of the scripts, and that of data/*/prepare.py
     sys.argv = [script, *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -195,33 +195,49 @@ def disk(clone, _):
         'the old ckpt.pt untouched; resumed with room, the weights equal those of a whole run'
 
 
+WATCHED = '''
+import ctypes, json, os, runpy, sys
+import torch
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ('arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks',
+                                                     'fsmblks', 'uordblks', 'fordblks', 'keepcost')]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Mallinfo
+samples, save = open('samples', 'w'), torch.save
+
+def watched(checkpoint, *args):
+    save(checkpoint, *args)
+    status = open('/proc/self/status').read()
+    malloc = libc.mallinfo2()
+    print(json.dumps([checkpoint['iter_num'], (malloc.uordblks + malloc.hblkhd) / 1024, sys.getallocatedblocks(),
+                      int(status.split('RssAnon:')[1].split()[0]), len(os.listdir('/proc/self/fd'))]),
+          file=samples, flush=True)
+
+torch.save, sys.argv, sys.path[0] = watched, sys.argv[1:], os.getcwd()
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
 def memory(clone, steps):
-    """Resident memory and open files over many steps, with an evaluation and a checkpoint every 100."""
-    process = start(clone, f'--max_iters={steps}', '--eval_interval=100', '--out_dir=long')
-    out = clone / 'long'
-    samples = []
-    while process.poll() is None:
-        time.sleep(0.5)
-        try:
-            status = Path(f'/proc/{process.pid}/status').read_text()
-            files = len(os.listdir(f'/proc/{process.pid}/fd'))
-            rss = int(status.split('VmRSS:')[1].split()[0])
-        except (OSError, IndexError):  # it has ended
-            break
-        step = steps_of_this_start(out)
-        if step is not None and step > 500:
-            samples.append((step, rss, files))
-    if process.wait() != 0 or len(samples) < 10:
-        raise SystemExit('the long run failed:\n' + (clone / 'printed').read_text()[-2000:])
-    x, rss, files = np.array(samples, dtype=float).T
-    slope = np.polyfit(x, rss, 1)[0] * 1000
-    growth = slope * (x[-1] - x[0]) / 1000 / 1024
-    quarter = len(rss) // 4
-    opened = [np.median(part) for part in (files[:quarter], files[-quarter:])]
-    return growth < 4 and opened[1] <= opened[0], \
-        f'{steps} steps, after the first 500: resident memory {slope:+.1f} KiB per 1,000 steps, {growth:+.2f} MiB in ' \
-        f'all (mean of the first quarter {rss[:quarter].mean() / 1024:.1f} MiB, of the last ' \
-        f'{rss[-quarter:].mean() / 1024:.1f}); open files {opened[0]:.0f}, {opened[1]:.0f}'
+    """Memory and open files over many steps, seen from within at a checkpoint every 100.
+
+    What the program holds is what malloc has handed out, and Python's small objects. Resident memory also counts what
+    malloc keeps of what was freed: by chance that rises by a few MiB in the first thousands of steps, and then stays.
+    """
+    (clone / 'watched.py').write_text(WATCHED)
+    finish(clone, f'--max_iters={steps}', '--eval_interval=100', '--out_dir=long', python=['watched.py'])
+    samples = [json.loads(line) for line in (clone / 'samples').read_text().splitlines()]
+    x, held, objects, rss, files = np.array([sample for sample in samples if sample[0] > 1000], dtype=float).T
+    held_slope, objects_slope, rss_slope = (np.polyfit(x, y, 1)[0] * 1000 for y in (held, objects, rss))
+    half = len(rss) // 2
+    # a float kept at each step would be 1,000 objects more and, once in a tensor, half a MiB
+    return held_slope < 50 and objects_slope < 500 and rss[-1] - rss[0] < 16 * 1024 and max(files) == files[0], \
+        f'{steps} steps, after the first 1,000, per 1,000: malloc has {held_slope:+.1f} KiB in use, Python ' \
+        f'{objects_slope:+.0f} small objects; resident memory {rss_slope:+.1f} KiB, {(rss[-1] - rss[0]) / 1024:+.2f} ' \
+        f'MiB in all, of {rss[-1] / 1024:.0f}, of that {(rss[-1] - rss[half]) / 1024:+.2f} in the second half; open ' \
+        f'files {files[0]:.0f}, {files[-1]:.0f}'
 
 
 def main():

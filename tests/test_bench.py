@@ -38,6 +38,11 @@ def test_every_way_to_the_loss_finds_the_same():
 
 
 def test_mistakes_are_one_line():
-    for args in ((), ('swim',), ('train', '--peer=nobody')):
+    for args, words in (((), 'usage'), (('swim',), 'usage'), (('train', '--peer=nobody'), 'there are'),
+                        (('train', '--steps=0'), 'steps=0 must lie in'), (('loss', '--rows=0'), 'rows=0 must lie in'),
+                        (('train', '--batch_size=-1'), 'batch_size=-1 must lie'), (('train', '--n_head=7'), 'divide'),
+                        (('train', '--device=meta'), 'device'), (('train', '--dtype=int8'), 'dtype'),
+                        (('decode', '--new_tokens=1'), 'new_tokens=1'), (('decode', '--block_size=99'), 'do not fit')):
         code, _, said = run_inside('bench.py', *args, cwd=ROOT)
-        assert code == 2 and 'Traceback' not in said
+        said = [line for line in said.splitlines() if not line.startswith('Overriding: ')]
+        assert code == 2 and len(said) == 1 and words in said[0], (args, code, said)

@@ -68,6 +68,54 @@ def test_the_error_is_the_formats(tile):
     assert ((y - x).abs() <= x.abs() / 16 * 1.0001).all() and (y != x).any()
 
 
+def test_the_largest_numbers_and_the_smallest_scales():
+    """A tile's largest magnitude becomes the format's largest number. No scale is subnormal: GPUs may flush it."""
+    for dtype in (E4M3, E5M2):
+        q, scale, _ = fp8.quantise(torch.tensor([[1e-37, -3.0, 2.0]]), (1, 1), dtype)
+        assert q[0, 1:].float().tolist() == [-torch.finfo(dtype).max, torch.finfo(dtype).max]
+        assert scale[0, 0] == torch.finfo(torch.float32).tiny
+        assert q[0, 0].float() * scale[0, 0] == pytest.approx(1e-37, rel=1 / 8)
+
+
+@pytest.mark.parametrize('scaling, of_x, of_w', [('tile', (200, 3), (2, 3)), ('row', (200, 1), (200, 1)),
+                                                 ('tensor', (1, 1), (1, 1))])
+def test_what_shares_a_scale(scaling, of_x, of_w):
+    """Scales of an activation and of a weight, both (200, 300): V3's are 1 x 128 and 128 x 128."""
+    x, recipe = torch.randn(200, 300), fp8.Recipe(scaling)
+    assert fp8.activation(x, recipe).scale.shape == of_x and fp8.weight_of(x, recipe).scale.shape == of_w
+
+
+def test_gradients_and_they_alone_are_in_grad_dtype(monkeypatch):
+    """In both products of the backward pass, of a linear layer and of the experts."""
+    quantise, seen = fp8.quantise, []
+
+    def spy(x, tile, dtype=E4M3, power_of_two=False):
+        seen.append((x.abs().max().item() > 100, dtype))             # gradients are large here
+        return quantise(x, tile, dtype, power_of_two)
+
+    monkeypatch.setattr(fp8, 'quantise', spy)
+    x, w = torch.randn(64, 32, requires_grad=True), torch.randn(2, 48, 32, requires_grad=True)
+    recipe, offsets = fp8.Recipe(grad_dtype=E5M2), torch.tensor([32, 64], dtype=torch.int32)
+    for y in (fp8.LinearFunction.apply(x, w[0], recipe, torch.float32, False),
+              fp8.GroupedFunction.apply(x, w, offsets, recipe)):
+        seen.clear()
+        y.backward(1000 * torch.randn(64, 48))
+        assert sorted(seen, key=str) == [(False, E4M3)] * 2 + [(True, E5M2)] * 2
+
+
+def test_the_experts_weight_gradient_has_its_tiles_along_the_rows():
+    """A feature that is a million times larger than the others spoils none of their gradients."""
+    x, grad, weight = torch.randn(256, 32), torch.randn(256, 48), torch.randn(2, 48, 32)
+    offsets = torch.tensor([128, 256], dtype=torch.int32)
+    x[:, 0] *= 1e6
+    grad[:, 0] *= 1e6
+    exact = torch.stack([grad[rows].t() @ x[rows] for rows in (slice(0, 128), slice(128, 256))])
+    kept = fp8.Quantised(x, torch.ones(256, 32), (1, 1))             # not rounded
+    _, ours = fp8.grouped_gradients(grad, weight, kept, offsets, fp8.Recipe(), torch.float32)
+    error = (ours - exact)[:, 1:, 1:].norm() / exact[:, 1:, 1:].norm()
+    assert 0.01 < error < 0.06
+
+
 def test_tiles_keep_outliers_to_themselves():
     """V3 section 3.3.2: with one outlier in a thousand, tiles lose less than one scale for the tensor."""
     x, w = torch.randn(256, 512) * 1e-3, torch.randn(384, 512)

@@ -2,8 +2,15 @@
 
 import json
 import math
+import os
 import pickle
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +57,7 @@ def test_k3_is_unbiased_and_never_negative():
 
 @pytest.mark.parametrize('length_norm', ['response', 'token', 'constant'])
 def test_update_minimises_the_papers_objective(length_norm):
-    """Two steps of mu against a loop over samples and tokens, with clip and KL."""
+    """Two steps of mu against a loop over samples and tokens, with clip and KL, all of it at the run's temperature."""
     model, reference = policy(), policy(std=0.25).requires_grad_(False).eval()
     prompts, responses = rollouts(model)
     rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
@@ -58,14 +65,15 @@ def test_update_minimises_the_papers_objective(length_norm):
     twin = policy()
     twin.load_state_dict(model.state_dict())
     options = dict(clip_low=0.05, clip_high=0.1, kl_coef=0.3)
+    temperature = 0.7
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     numbers = grpo.update(model, optimizer, rows, mask, advantages, reference=reference, mu=2, length_norm=length_norm,
-                          max_new_tokens=8, batch_size=3, grad_clip=0.0, **options)
+                          max_new_tokens=8, temperature=temperature, batch_size=3, grad_clip=0.0, **options)
 
     def one_log_prob(m, prompt, response, t):
         idx = torch.tensor([prompt + response[:t]])
-        return m.lm_head(m.main_stack(idx)[0])[0, -1].log_softmax(0)[response[t]]
+        return (m.lm_head(m.main_stack(idx)[0])[0, -1] / temperature).log_softmax(0)[response[t]]
 
     twin.train()
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
@@ -133,8 +141,8 @@ def test_the_second_step_in_bf16_sees_the_first(monkeypatch):
     twin.load_state_dict(model.state_dict())
     autocast, seen, surrogate = torch.autocast('cpu', torch.bfloat16), [], grpo.surrogate
     monkeypatch.setattr(grpo, 'surrogate', lambda logp, *args: seen.append(logp) or surrogate(logp, *args))
-    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), rows, mask, advantages, mu=2, autocast=autocast)
-    grpo.update(twin, torch.optim.SGD(twin.parameters(), lr=0.5), rows, mask, advantages, mu=1, autocast=autocast)
+    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), rows, mask, advantages, mu=2, context=autocast)
+    grpo.update(twin, torch.optim.SGD(twin.parameters(), lr=0.5), rows, mask, advantages, mu=1, context=autocast)
     with autocast:
         after, _, _ = grpo.log_probs(twin, rows, 1.0)
     before, second, _ = seen
@@ -214,6 +222,7 @@ TWO_RANKS = '''
 import sys
 import torch
 import torch.distributed as dist
+import common
 import grpo
 from model import GPT, GPTConfig
 
@@ -231,6 +240,7 @@ optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
 for length_norm in ('response', 'token', 'constant'):
     grpo.update(model, optimizer, rows, mask, advantages[share], mu=2, length_norm=length_norm)
 torch.save(model.state_dict(), f'{sys.argv[1]}{rank}.pt')
+common.disconnect()
 '''
 
 
@@ -263,6 +273,20 @@ GRPO = ['config/grpo_arithmetic.py', '--init_from=out-sft', '--out_dir=out-rl', 
         '--eval_prompts=8', '--prompts_per_iter=4', '--group_size=4', '--warmup_iters=0']
 
 
+# a script under torchrun, and how many of gloo's threads it leaves behind
+COUNTED = '''
+import glob
+import runpy
+import sys
+sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name='__main__')
+finally:
+    names = [open(path).read() for path in glob.glob('/proc/self/task/*/comm')]
+    print(f'{sum("gloo" in name for name in names)} threads of gloo\\n', flush=True)
+'''
+
+
 def inside(*args, cwd, ok=True):
     code, out, said = run_inside(*args, cwd=cwd)
     assert (code == 0) == ok, said
@@ -277,6 +301,7 @@ def workshop(tmp_path_factory):
     inside('train.py', *SFT, '--out_dir=out-sft', cwd=folder)
     # a rule that an untrained model meets every other time
     (folder / 'odd.py').write_text('def reward(prompt, response, answer): return sum(map(ord, response)) % 2, 1')
+    (folder / 'counted.py').write_text(COUNTED)
     return folder
 
 
@@ -347,7 +372,9 @@ def test_all_lines_or_none_can_be_terse(clone):
 
 @pytest.mark.parametrize('flag, words', [('--task=mul3', 'family'), ('--task=add9', 'digits'), ('--terse=1.5', '0..1'),
                                          ('--terse=nan', '0..1'), ('--examples=0', '--examples'),
-                                         ('--examples=99999999', '--examples'), ('--name=../up', 'letters')])
+                                         ('--examples=99999999', '--examples'), ('--name=../up', 'letters'),
+                                         ('--name=', 'letters'), ('--length=-3', '--length=-3 must lie in'),
+                                         ('--length=8', '--length=8 must lie in'), ('--traces=', '--traces=')])
 def test_mistakes_in_making_data(clone, flag, words):
     code, _, said = run_inside('data/arithmetic/prepare.py', flag, cwd=clone)
     assert code == 2 and words in said and len(said.strip().splitlines()) == 1
@@ -385,12 +412,14 @@ def test_a_seeded_run_reproduces_and_resumes(workshop):
 
 def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
     """DAPO's and Dr. GRPO's options, KL and mu on two ranks; plot.py draws it, sample.py stops at the end of a line."""
-    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'grpo.py', *GRPO, '--out_dir=out-two',
-        '--mu=2', '--kl_coef=0.1', '--clip_high=0.28', '--normalise_std=False', '--length_norm=token',
-        '--drop_zero_advantage=True', '--reward_file=odd.py', '--max_new_tokens=12', '--wandb_log=True', cwd=workshop,
-        WANDB_MODE='offline', WANDB_SILENT='true')
+    said = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'counted.py', 'grpo.py', *GRPO,
+               '--out_dir=out-two', '--mu=2', '--kl_coef=0.1', '--clip_high=0.28', '--normalise_std=False',
+               '--length_norm=token', '--drop_zero_advantage=True', '--reward_file=odd.py', '--max_new_tokens=12',
+               '--wandb_log=True', cwd=workshop, WANDB_MODE='offline', WANDB_SILENT='true')
+    assert re.findall(r'(\d)( threads of gloo)', said) == [('0', ' threads of gloo')] * 2  # one left may abort the exit
+    assert re.search(r'^iter .*, kl \d', said, re.M)
     assert len(list((workshop / 'wandb').glob('offline-run-*/*.wandb'))) == 1  # rank 0's
-    assert any(r.get('kl', 0) > 0 for r in records(workshop, 'out-two'))
+    assert any((r.get('kl') or 0) > 0 for r in records(workshop, 'out-two'))
     inside('plot.py', 'out-two/log.jsonl', cwd=workshop)
     assert (workshop / 'out-two' / 'log.png').stat().st_size > 10_000
     said = inside('sample.py', '--out_dir=out-two', '--start=12+34=', '--num_samples=2', '--max_new_tokens=20',
@@ -402,6 +431,99 @@ def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
     lines = (workshop / 'accepted.txt').read_text().splitlines(keepends=True)
     # a response that was cut off is no trace, whatever the rule says
     assert 0 < len(lines) <= 8 and all(re.fullmatch(r'\d\d\+\d\d=[^\n]*\n', line) for line in lines)
+
+
+def test_ranks_that_stop_leave_no_thread_behind(workshop):
+    """A reward that raises on one rank alone: its line, one of the other rank, and no thread that could abort."""
+    (workshop / 'rank1.py').write_text('import os\ndef reward(p, r, a):\n    assert os.environ["RANK"] == "0", "no"\n'
+                                       '    return 1, 1\n')
+    said = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'counted.py', 'grpo.py', *GRPO,
+               '--reward_file=rank1.py', '--out_dir=out-stopped', cwd=workshop, ok=False)
+    assert re.findall(r'(\d)( threads of gloo)', said) == [('0', ' threads of gloo')] * 2
+    assert 'AssertionError: no' in said and said.count('another rank is gone') == 1
+    assert 'Traceback' not in said.partition('ChildFailedError')[0].partition('torch/distributed/elastic')[0]
+
+
+def test_a_run_keeps_what_earlier_ones_left(workshop):
+    """Checkpoint and log get one number, and nothing is renamed before all that can fail has been tried."""
+    out = workshop / 'out-again-and-again'
+    flags = [*GRPO, '--reward_file=odd.py', f'--out_dir={out.name}', '--max_iters=1', '--eval_interval=1']
+    inside('grpo.py', *flags, cwd=workshop)
+    first = {name: (out / name).read_bytes() for name in ('ckpt.pt', 'log.jsonl')}
+
+    (out / 'log.jsonl.tmp').symlink_to('/dev/full')
+    code, _, said = run_inside('grpo.py', *flags, cwd=workshop)
+    assert code == 2 and said == f"out_dir='{out.name}' cannot be used: No space left on device\n"
+    (out / 'log.jsonl.tmp').unlink()
+    done = subprocess.run([sys.executable, 'grpo.py', *flags, '--wandb_log=True'], cwd=workshop, text=True, env={
+        **{k: v for k, v in os.environ.items() if not k.startswith('WANDB')}, 'HOME': str(workshop),
+        'OMP_NUM_THREADS': '1', 'WANDB_SILENT': 'true', 'WANDB_CONFIG_DIR': str(workshop)}, capture_output=True)
+    assert done.returncode == 2 and 'wandb login' in done.stderr.splitlines()[-1], done.stderr
+    assert 'Traceback' not in done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+
+    for end in ('.old', '.old2'):
+        said = inside('grpo.py', *flags, cwd=workshop)
+        assert f'{out.name}/ckpt.pt of an earlier run is now ckpt.pt{end}' in said
+        assert f'{out.name}/log.jsonl of an earlier run is now log.jsonl{end}' in said
+    assert len(list(out.iterdir())) == 6
+    assert all((out / f'{name}.old').read_bytes() == data for name, data in first.items())
+
+
+def test_a_restart_goes_on_with_a_checkpoint_of_its_own_run_alone(workshop):
+    """Over a finished run's folder the first attempt dies at once, the second after iteration 2, the third ends."""
+    out = workshop / 'out-restarted'
+    flags = [*GRPO, f'--out_dir={out.name}']
+    inside('grpo.py', *flags, '--reward_file=odd.py', '--max_iters=2', '--seed=5', cwd=workshop)
+    earlier = (out / 'ckpt.pt').read_bytes()
+    (workshop / 'dies.py').write_text('''
+import os
+calls = 0
+def reward(prompt, response, answer):
+    global calls
+    calls += 1
+    # an evaluation has 8 calls, an iteration 16
+    if calls > {'0': 0, '1': 56, '2': 1000}[os.environ['TORCHELASTIC_RESTART_COUNT']]:
+        os._exit(9)
+    return sum(map(ord, response)) % 2, 1
+''')
+    said = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', '--max-restarts=2', 'grpo.py',
+               *flags, '--reward_file=dies.py', cwd=workshop)
+    assert said.count('of an earlier run is now') == 2 and (out / 'ckpt.pt.old').read_bytes() == earlier
+    assert said.count('going on from') == 1 and f'going on from {out.name}/ckpt.pt, iteration 2' in said
+    inside('grpo.py', *GRPO, '--reward_file=odd.py', '--out_dir=out-unbroken', cwd=workshop)
+    broken, unbroken = (torch.load(workshop / name / 'ckpt.pt') for name in (out.name, 'out-unbroken'))
+    assert all(torch.equal(value, broken['model'][key]) for key, value in unbroken['model'].items())
+
+
+def test_a_kl_is_shown_where_one_is_computed(workshop):
+    """With kl_coef, or with a reference alone; otherwise neither the line nor the log has it."""
+    flags = [*GRPO, '--reward_file=odd.py', '--out_dir=out-kl', '--max_iters=2']
+    for extra, shown in (('--kl_coef=0.0', False), ('--reference=out-sft', True), ('--kl_coef=0.1', True)):
+        said = inside('grpo.py', *flags, extra, cwd=workshop)
+        lines = [line for line in said.splitlines() if line.startswith('iter ')]
+        assert len(lines) == 2 and all((', kl ' in line) == shown for line in lines)
+        assert all(('kl' in r) == shown for r in records(workshop, 'out-kl') if 'reward' in r)
+
+
+def test_the_readmes_task_of_ones_own(clone):
+    """Its files and commands, at a tiny size."""
+    text = (clone / 'README.md').read_text()
+    text = text[text.index('### A task of your own'):]
+    text = text[:text.index('\n## ')]
+    files = re.findall(r'`(data/\S+\.py)`:\n\n```python\n(.*?)```', text, re.S)
+    assert [name for name, _ in files] == ['data/letters/prepare.py', 'data/letters/reward.py']
+    for name, source in files:
+        (clone / name).parent.mkdir(exist_ok=True)
+        (clone / name).write_text(source)
+    prepare, sft, rl = [shlex.split(line)[1:] for line in re.search(r'```sh\n(.*?)```', text, re.S)[1].splitlines()]
+    inside(*prepare, cwd=clone)
+    line, length = training_text(clone / 'data/letters')
+    assert length == 16 and re.fullmatch(r'[a-h]{6}=[a-h]{6}\n{3}', line[:16])
+    assert list((clone / 'data/letters/train_mask.bin').read_bytes()[:16]) == [0] * 7 + [1] * 7 + [0] * 2
+    inside(*sft, '--n_layer=1', '--n_embd=32', '--n_head=2', '--max_iters=4', '--eval_iters=1', cwd=clone)
+    said = inside(*rl, '--max_iters=2', '--eval_prompts=8', '--prompts_per_iter=2', '--group_size=2', cwd=clone)
+    assert 'step 2: val accuracy' in said and (clone / 'out-grpo-letters/ckpt.pt').exists()
 
 
 def test_rejected_traces_are_refused(workshop):
@@ -418,25 +540,56 @@ def test_rejected_traces_are_refused(workshop):
     assert not (workshop / 'data/arithmetic/bad').exists()
 
 
+def test_traces_are_not_written_over(workshop):
+    """It is said before any sampling."""
+    (workshop / 'mine.txt').write_text('months of work\n')
+    code, out, said = run_inside('grpo.py', *GRPO, '--reward_file=raises-at-once.py', '--traces=mine.txt', cwd=workshop)
+    assert code == 2 and said.startswith("traces='mine.txt' is there already") and len(said.splitlines()) == 1
+    assert (workshop / 'mine.txt').read_text() == 'months of work\n'
+
+
+@pytest.mark.parametrize('script', ['grpo.py', 'bench.py', 'plot.py', 'plot_positions.py'])
+def test_ctrl_c_while_a_script_starts_says_nothing(script):
+    child = subprocess.Popen([sys.executable, script, 'train'], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT)
+    while child.poll() is None and 'numpy' not in Path(f'/proc/{child.pid}/maps').read_text():
+        time.sleep(0.01)  # until it imports
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGINT and said == b''
+
+
 BAD_REWARDS = {
     'raises.py': ('def reward(p, r, a):\n    raise KeyError("oh")\n', 'KeyError'),
     'nan.py': ('def reward(p, r, a):\n    return float("nan"), 1\n', 'not finite'),
     'shape.py': ('def reward(p, r, a):\n    return 1\n', 'TypeError'),
     'none.py': ('x = 1\n', 'must define reward'),
+    'exits.py': ('import sys\ndef reward(p, r, a):\n    sys.exit(0)\n', 'SystemExit: 0'),
+    'leaves.py': ('import sys\nsys.exit(0)\n', 'must define reward'),
+    'imports.py': ('import nothing_of_this_name\n', 'ModuleNotFoundError'),
 }
 BAD_FLAGS = {
     '--group_size=1': 'at least 2',
-    '--prompts_per_iter=0': 'prompts_per_iter must be positive',
+    '--prompts_per_iter=0': 'prompts_per_iter=0 must be at least 1',
     '--length_norm=words': 'length_norm',
-    '--kl_coef=-1.0': 'kl_coef must not be negative',
+    '--kl_coef=-1.0': 'kl_coef=-1.0 must be at least 0',
     '--max_new_tokens=1000': 'do not fit',
     '--dataset=arithmetic/nowhere': 'prepare.py',
     '--init_from=out-nowhere': 'is missing',
     '--init_from=out-other': 'does not know the characters',
     '--init_from=out-words': 'no table of characters',
     '--device=tpu': 'device',
+    '--device=meta': 'device',
+    '--seed=12345678901234567890123': 'seed=',
+    '--beta1=1.5': 'beta1=1.5 must be at least 0 and less than 1',
+    '--max_iters=-5': 'max_iters=-5 must be at least 1',
+    '--learning_rate=1e999': 'finite',
+    '--reference=out-nowhere': 'is missing',
+    '--reference=out-other': 'has other characters',
+    '--dtype=float16': 'dtype',
+    '--traces=odd.py': 'is there already',
     '--eval_split=train': 'eval_split',
-    '--temperature=0.0': 'temperature must be positive',
+    '--temperature=0.0': 'temperature=0.0 must be at least',
     '--init_from=out-kept': 'must differ',
     '--reference=out-kept': 'must differ',
     '--traces=nowhere/accepted.txt': 'no such folder',

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import subprocess
@@ -297,3 +298,66 @@ def test_the_mtp_weight_falls_late_in_the_run(small, monkeypatch, early, weights
     code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
     assert code == 0, said
     assert seen == pytest.approx(weights, rel=1e-4)
+
+
+def test_each_micro_batch_has_randomness_of_its_own(small, monkeypatch):
+    """Of all three generators, over the micro-batches and the iterations."""
+    forward, drawn = model.GPT.forward, []
+
+    def spy(self, *args, **kwargs):
+        if self.training:
+            drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(model.GPT, 'forward', spy)
+    code, _, said = run_inside('train.py', *SMALL, cwd=small)
+    assert code == 0, said
+    assert len(drawn) == 12 and all(len(set(draws)) == 12 for draws in zip(*drawn))
+
+
+def test_each_split_is_evaluated_on_its_own_data(small):
+    """One is all threes and the other all sevens, whatever rows are drawn: exchanged, they exchange their losses."""
+    seen = []
+    for order, batches in (((3, 7), 4), ((7, 3), 7)):              # nor does a mean depend on their number
+        for split, token in zip(('train', 'val'), order):
+            np.full(600, token, dtype=np.uint16).tofile(small / f'data/abc/{split}.bin')
+        flags = ['--eval_only=True', f'--eval_iters={batches}', f'--out_dir=out{order[0]}']
+        code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
+        assert code == 0, said
+        seen.append(next((r['train_loss'], r['val_loss']) for r in log(small, f'out{order[0]}') if 'val_loss' in r))
+    assert seen[0] == pytest.approx(seen[1][::-1], rel=1e-6) and abs(seen[0][0] - seen[0][1]) > 0.01
+
+
+@pytest.mark.parametrize('clip', [0.01, 100.0, 0.0])
+def test_the_gradient_is_clipped_as_a_whole(small, clip):
+    """With beta1=0 the first moment is the gradient that AdamW was given; the log has its norm before the clip."""
+    code, _, said = run_inside('train.py', *SMALL, '--max_iters=1', '--beta1=0.0', f'--grad_clip={clip}', cwd=small)
+    assert code == 0, said
+    before = next(r['grad_norm'] for r in log(small) if 'loss' in r)
+    states = torch.load(small / 'out/ckpt.pt', weights_only=True)['optimizer']['state'].values()
+    after = math.sqrt(sum(state['exp_avg'].square().sum().item() for state in states))
+    assert 0.1 < before < 100 and after == pytest.approx(0.01 if clip == 0.01 else before, rel=1e-4)
+
+
+def test_the_logged_balance_is_the_loads(small, monkeypatch):
+    """max_vio of a layer: the load of the busiest expert over the mean load, less 1; of all micro-batches together."""
+    update_balance, loads = model.GPT.update_balance, []
+
+    def spy(self, load):
+        loads.append(load)
+        update_balance(self, load)
+
+    monkeypatch.setattr(model.GPT, 'update_balance', spy)
+    code, _, said = run_inside('train.py', *SMALL, cwd=small)
+    assert code == 0, said
+    for load, record in zip(loads, (r for r in log(small) if 'loss' in r), strict=True):
+        assert (load.sum(dim=1) == 2 * 4 * 16 * 2).all()           # micro-batches, sequences, tokens, experts of each
+        assert record['max_vio'] == pytest.approx([max(row) / (sum(row) / 4) - 1 for row in load.tolist()])
+
+
+def test_a_run_ends_with_an_evaluation_and_a_checkpoint(small):
+    """Wherever eval_interval falls."""
+    code, _, said = run_inside('train.py', *SMALL, '--max_iters=5', cwd=small)
+    assert code == 0, said
+    assert [r['step'] for r in log(small) if 'val_loss' in r] == [0, 3, 5]
+    assert torch.load(small / 'out/ckpt.pt', weights_only=True)['iter_num'] == 5
