@@ -120,7 +120,8 @@ class HostCopies(TorchFunctionMode):
 def projects_line():
     """The line of train.py, model.py or another script that is being run."""
     frame = sys._getframe()
-    while frame and Path(frame.f_code.co_filename).name not in ('train.py', 'model.py', 'fp8.py', 'optim.py', 'syncing.py'):
+    names = ('train.py', 'model.py', 'fp8.py', 'optim.py', 'syncing.py')
+    while frame and Path(frame.f_code.co_filename).name not in names:
         frame = frame.f_back
     return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() if frame else '?'
 
@@ -157,8 +158,11 @@ def test_the_training_loop_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(
     assert grouped == 3 * 2 * 2 * (2 * 3)
 
 
+FORWARD = '_, loss = model(x, y, mtp_lambda=get_mtp_lambda(iter_num))'
+
+
 @pytest.mark.parametrize('planted, after', [
-    ('loss.item()', '_, loss = model(x, y, mtp_lambda=get_mtp_lambda(iter_num))'), ('x[x > 3]', '_, loss = model(x, y, mtp_lambda=get_mtp_lambda(iter_num))'), ('bool(bad)', 'iters_logged += 1'),
+    ('loss.item()', FORWARD), ('x[x > 3]', FORWARD), ('bool(bad)', 'iters_logged += 1'),
     ('norm.tolist()', 'iters_logged += 1')])
 def test_the_audit_sees_a_sync_in_the_loop(small, planted, after):
     """One line more in train.py."""
@@ -168,7 +172,7 @@ def test_the_audit_sees_a_sync_in_the_loop(small, planted, after):
     (small / 'syncing.py').write_text('\n'.join([*lines[:place + 1], indent + planted, *lines[place + 1:]]))
     syncs, _, _ = what_three_iterations_add(small, script='syncing.py')
     seen = {line.split(': ', 1)[1]: n for line, n in syncs.items() if HOST_ALONE not in line}
-    assert seen == {planted: 3 * 2 if after.startswith('_, loss') else 3}
+    assert seen == {planted: 3 * 2 if after == FORWARD else 3}
 
 
 def test_the_audit_sees_a_grouped_mm_that_cuda_refuses(small, monkeypatch):
