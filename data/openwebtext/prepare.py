@@ -142,7 +142,7 @@ def main():
     with ProcessPoolExecutor(args.num_proc) as pool:
         pool.submit(int).result()  # starts the workers, before datasets starts threads
         for number in (signal.SIGINT, signal.SIGTERM):  # the workers end at once; here the unfinished files go first
-            signal.signal(number, lambda *_: sys.exit(130))
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         if args.input:
             batches, n = ([dataset.read_file(file)] for file in files), len(files)
         else:
