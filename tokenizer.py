@@ -34,8 +34,11 @@ def characters(stoi, itos):
     return Tokenizer(f'{len(stoi)} characters', encode, decode, len(stoi), [], None)
 
 
-def gpt2():
-    """GPT-2's byte-level BPE. tiktoken downloads its two tables once, into TIKTOKEN_CACHE_DIR where that is set."""
+def gpt2(special=True):
+    """GPT-2's byte-level BPE. tiktoken downloads its two tables once, into TIKTOKEN_CACHE_DIR where that is set.
+
+    special: the words <|endoftext|> in a prompt mean that token; in a corpus they are words.
+    """
     try:
         import tiktoken
         bpe = tiktoken.get_encoding('gpt2')
@@ -46,7 +49,7 @@ def gpt2():
                          'hand: run it where there is a network, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR') from None
 
     def encode(text):
-        return bpe.encode(text, allowed_special={'<|endoftext|>'})
+        return bpe.encode(text, allowed_special={'<|endoftext|>'}) if special else bpe.encode_ordinary(text)
 
     def decode(ids):
         return bpe.decode([i for i in ids if i < bpe.n_vocab])  # a vocabulary may be padded beyond GPT-2's

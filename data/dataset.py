@@ -12,6 +12,7 @@ import contextlib
 import fnmatch
 import pickle
 import re
+import shutil
 import urllib.request
 
 import numpy as np
@@ -134,7 +135,7 @@ def tiny_shakespeare(folder):
 def load_tokenizer(folder):
     """The tokenizer of the folder that --tokenizer names, or GPT-2's."""
     try:
-        return tokenizer.from_folder(folder) if folder else tokenizer.gpt2()
+        return tokenizer.from_folder(folder) if folder else tokenizer.gpt2(special=False)
     except ValueError as e:
         stop(e)
 
@@ -203,6 +204,11 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
 
 
 def say_where(folder, tokenizer_folder=None):
+    """The last line of a prepare script. A tokenizer goes with its data: train.py copies it to the checkpoint."""
+    for name in ('tokenizer.json', 'tokenizer_config.json') if tokenizer_folder else ():
+        source = os.path.join(tokenizer_folder, name)
+        if os.path.exists(source) and not os.path.exists(os.path.join(folder, name)):
+            shutil.copy(source, folder)
     start = f'--init_from={tokenizer_folder} ' if tokenizer_folder else ''
     name = os.path.basename(folder)
     print(f'into {os.path.relpath(folder)}. To train on it: python train.py {start}--dataset={name}')
