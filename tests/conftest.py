@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import pickle
 import runpy
@@ -123,3 +124,33 @@ def run(*args, cwd, ok=True, timeout=300, **env):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert (done.returncode == 0) == ok, done.stdout[-4000:]
     return done.stdout
+
+
+def train(clone, *flags, code=0):
+    """train.py on the data of `small`, in this process: what it printed, both streams."""
+    got, printed, said = run_inside('train.py', *SMALL, *flags, cwd=clone)
+    assert got == code and 'Traceback' not in said, said
+    return printed + said
+
+
+def torchrun(clone, *flags, n=2, script='train.py', python=(), **env):
+    """train.py, or a script that wraps it, on n ranks: the exit code, and what it printed."""
+    command = [sys.executable, '-m', 'torch.distributed.run', *(python or ['--standalone']), f'--nproc_per_node={n}']
+    done = subprocess.run([*command, script, *SMALL, *flags], cwd=clone, timeout=600, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    return done.returncode, done.stdout
+
+
+def load(clone, name='out/ckpt.pt'):
+    return torch.load(clone / name, weights_only=True)
+
+
+def log(clone, out='out'):
+    """The records of log.jsonl, the header first."""
+    return [json.loads(line) for line in (clone / out / 'log.jsonl').read_text().splitlines() if line]
+
+
+def losses(clone, out='out'):
+    """Of each iteration in log.jsonl the losses and the gradient's norm."""
+    return {r['step']: (r['loss'], *r['mtp_losses'], r['grad_norm']) for r in log(clone, out) if 'loss' in r}

@@ -1,6 +1,5 @@
 """What a run survives: kills, signals, a full disk, numbers that are not finite; tests/soak.py has more of it."""
 
-import json
 import os
 import re
 import resource
@@ -13,22 +12,12 @@ import uuid
 import pytest
 import soak
 import torch
-from conftest import SMALL, optimizer_of, run_inside, tiny_model
+from conftest import SMALL, load, log, losses, optimizer_of, run_inside, tiny_model, torchrun, train
 
 from model import GPT
 
 RESUME = '--init_from=resume'
 EQUAL = dict(rtol=0, atol=0)
-
-
-def train(clone, *flags, code=0):
-    got, printed, said = run_inside('train.py', *SMALL, *flags, cwd=clone)
-    assert got == code and 'Traceback' not in said, said
-    return printed + said
-
-
-def load(clone, name='out/ckpt.pt'):
-    return torch.load(clone / name, weights_only=True)
 
 
 def assert_same(a, b):
@@ -37,24 +26,15 @@ def assert_same(a, b):
         torch.testing.assert_close(a[key], b[key], **EQUAL)
 
 
-def records(clone, out='out'):
-    return [json.loads(line) for line in (clone / out / 'log.jsonl').read_text().splitlines()
-            if line.startswith('{"step"')]
-
-
-def curve(clone, out='out'):
-    return {r['step']: (r['loss'], *r['mtp_losses'], r['grad_norm']) for r in records(clone, out) if 'loss' in r}
-
-
 # resuming
 
 @pytest.mark.parametrize('flags', [[], ['--dropout=0.2'], ['--optimizer=muon']])
 def test_a_resumed_run_is_bit_identical(small, flags):
     train(small, *flags, '--out_dir=whole')
     train(small, *flags, '--max_iters=3')
-    assert len(curve(small)) == 3
+    assert len(losses(small)) == 3
     train(small, *flags, RESUME)
-    assert curve(small) == curve(small, 'whole')
+    assert losses(small) == losses(small, 'whole')
     assert_same(load(small), load(small, 'whole/ckpt.pt'))
 
 
@@ -71,22 +51,15 @@ def test_whatever_draws_from_torch_goes_on_where_it_was(small, monkeypatch):
     train(small, '--max_iters=3')
     torch.rand(7)
     train(small, RESUME)
-    assert curve(small) == curve(small, 'whole') != curve(small, 'plain')
+    assert losses(small) == losses(small, 'whole') != losses(small, 'plain')
     assert_same(load(small), load(small, 'whole/ckpt.pt'))
 
 
 def test_evaluating_more_often_changes_nothing(small):
     train(small, '--dropout=0.2', '--out_dir=seldom', '--eval_interval=6')
     train(small, '--dropout=0.2', '--out_dir=often', '--eval_interval=1', '--eval_iters=3')
-    assert curve(small, 'seldom') == curve(small, 'often')
+    assert losses(small, 'seldom') == losses(small, 'often')
     torch.testing.assert_close(load(small, 'seldom/ckpt.pt')['model'], load(small, 'often/ckpt.pt')['model'], **EQUAL)
-
-
-def torchrun(clone, *flags, **env):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py']
-    done = subprocess.run([*command, *SMALL, *flags], cwd=clone, env={**os.environ, 'OMP_NUM_THREADS': '1', **env},
-                          timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return done.returncode, done.stdout
 
 
 def test_another_number_of_ranks_goes_on_alike(small):
@@ -107,7 +80,7 @@ def diverging(clone, *flags):
     """Better at 1, worse at 2 and 3."""
     printed = train(clone, '--learning_rate=0.3', '--decay_lr=False', '--warmup_iters=0', '--eval_interval=1',
                     '--max_iters=3', *flags)
-    evals = {r['step']: r['val_loss'] for r in records(clone) if 'val_loss' in r}
+    evals = {r['step']: r['val_loss'] for r in log(clone) if 'val_loss' in r}
     best = min((1, 2, 3), key=evals.get)
     assert best < 3
     return best, evals, printed
@@ -290,7 +263,7 @@ def test_an_iteration_that_is_not_finite_changes_nothing(small, monkeypatch, fla
     poisoned(monkeypatch, {5, 6, 9}, **spoil)  # of two micro-batches per iteration: iterations 2, 3 and 4
     printed = train(small, *flags, '--max_iters=5')
     assert re.findall(r'^iter (\d): .*, skipped (\d)$', printed, re.M) == [('2', '1'), ('3', '2'), ('4', '3')]
-    assert [r['skipped'] for r in records(small) if 'loss' in r] == [0, 0, 1, 2, 3]
+    assert [r['skipped'] for r in log(small) if 'loss' in r] == [0, 0, 1, 2, 3]
     for key in ('model', 'optimizer'):
         torch.testing.assert_close(load(small)[key], load(small, 'two/ckpt.pt')[key], **EQUAL)
     assert any(v.abs().sum() > 0 for k, v in load(small)['model'].items() if 'correction_bias' in k)
@@ -302,7 +275,7 @@ def test_too_many_in_a_row_stop_the_run(small, monkeypatch):
     poisoned(monkeypatch, {2, *range(8, 100)}, loss=float('nan'))  # one alone, and from iteration 3 + 4 on all
     printed = train(small, RESUME, '--max_iters=50', '--eval_interval=100', '--max_skipped_iters=3', code=2)
     assert '3 iterations in a row were skipped' in printed.splitlines()[-1]
-    assert [r['skipped'] for r in records(small) if 'loss' in r][3:] == [0, 1, 1, 1, 2, 3, 4]
+    assert [r['skipped'] for r in log(small) if 'loss' in r][3:] == [0, 1, 1, 1, 2, 3, 4]
     assert (small / 'out/ckpt.pt').read_bytes() == before
 
 
@@ -443,8 +416,6 @@ if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
 sys.argv[0] = 'train.py'
 runpy.run_path('train.py', run_name='__main__')
 ''')
-    command = [sys.executable, '-m', 'torch.distributed.run', *rendezvous, '--nproc_per_node=2', '--max-restarts=1']
-    done = subprocess.run([*command, 'dies.py', *SMALL], cwd=small, env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0 and 'nothing to do' not in done.stdout, done.stdout
+    code, printed = torchrun(small, script='dies.py', python=[*rendezvous, '--max-restarts=1'])
+    assert code == 0 and 'nothing to do' not in printed, printed
     assert (small / 'out/ckpt.pt.old').read_bytes() == before and load(small)['iter_num'] == 6
