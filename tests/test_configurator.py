@@ -1,5 +1,7 @@
+import re
+
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_inside
 
 SOURCE = (ROOT / 'configurator.py').read_text()
 
@@ -56,3 +58,26 @@ def test_mistakes_in_a_file(monkeypatch, tmp_path, capsys, text, message):
         configure(monkeypatch, file, **DEFAULTS)
     said = capsys.readouterr().err
     assert error.value.code == 2 and message in said and said.count('\n') == 1
+
+
+def test_help_lists_every_setting_with_its_default_and_comment(small):
+    code, printed, said = run_inside('train.py', '--help', cwd=small)
+    assert code == 0 and said == '' and not (small / 'out').exists()
+    assert '--eval_only=False  # evaluate once and stop' in printed and '--beta1=0.9\n' in printed
+    assert '--kv_lora_rank=-1  # width of the latent that is cached' in printed  # of GPTConfig
+    assert re.search(r"^ +python train.py config/train_shakespeare_char.py", printed, re.M)
+
+
+def test_a_config_file_is_echoed_as_what_it_sets(monkeypatch, tmp_path, capsys):
+    file = tmp_path / 'a.py'
+    file.write_text('# a long comment\n' * 30 + 'rate = 1\nname = "y"\n')
+    configure(monkeypatch, file, **DEFAULTS)
+    assert ' '.join(capsys.readouterr().out.split()) == f"Overriding config with {file}: rate = 1.0, name = 'y'"
+
+
+def test_a_config_file_that_leaves(monkeypatch, tmp_path, capsys):
+    file = tmp_path / 'a.py'
+    file.write_text('import sys; sys.exit("bye")')
+    with pytest.raises(SystemExit) as error:
+        configure(monkeypatch, file, **DEFAULTS)
+    assert error.value.code == 2 and capsys.readouterr().err == f'{file}: SystemExit: bye\n'
