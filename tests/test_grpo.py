@@ -506,11 +506,9 @@ def test_a_kl_is_shown_where_one_is_computed(workshop):
         assert all(('kl' in r) == shown for r in records(workshop, 'out-kl') if 'reward' in r)
 
 
-def test_the_readmes_task_of_ones_own(clone):
-    """Its files and commands, at a tiny size."""
-    text = (clone / 'README.md').read_text()
-    text = text[text.index('### A task of your own'):]
-    text = text[:text.index('\n## ')]
+def test_a_task_of_ones_own(clone):
+    """The files and commands of docs/grpo.md, at a tiny size."""
+    text = (clone / 'docs/grpo.md').read_text().split('\n## A task of your own\n')[1]
     files = re.findall(r'`(data/\S+\.py)`:\n\n```python\n(.*?)```', text, re.S)
     assert [name for name, _ in files] == ['data/letters/prepare.py', 'data/letters/reward.py']
     for name, source in files:

@@ -39,8 +39,9 @@ def test_main_config_has_the_published_sizes():
     idle = len(model.moe_layers()) * (config.n_routed_experts - config.num_experts_per_tok) * expert
     assert model.get_num_active_params() == model.get_num_params() - idle == 86_127_360
 
-    # README's table of sizes, to its digits
-    section = (ROOT / 'README.md').read_text().split('## Sizes of `config/train_deepseek.py`')[1].split('\n## ')[0]
+    # the table of sizes in docs/training.md, to its digits
+    section = (ROOT / 'docs/training.md').read_text().split('### Sizes of `config/train_deepseek.py`')[1]
+    section = section.split('\n#')[0]
     rows = dict(re.findall(r'^\| (.+?) \| (.+?) \|$', section, re.M))
     cache = config.kv_lora_rank + config.qk_rope_head_dim
     tokens = names['batch_size'] * names['gradient_accumulation_steps'] * names['block_size']

@@ -1,0 +1,81 @@
+"""README and docs/: their links lead somewhere, and the files, flags, functions and tests that they name are there."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+import model
+from extras import decode, optim
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+TORCHRUNS = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}
+EXAMPLES = {'data/letters/prepare.py', 'data/letters/reward.py', 'data/NAME/prepare.py'}  # the reader writes the first
+NANOGPTS = {'finetune_shakespeare.py'}
+page = pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+
+
+def anchors(path):
+    """The anchors that GitHub makes of a page's headings."""
+    text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.S | re.M)
+    titles = re.findall(r'^#+ (.+)$', text, re.M)
+    return {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}
+
+
+@page
+def test_links_lead_somewhere(path):
+    text = re.sub(r'```.*?```', '', path.read_text(), flags=re.S)
+    links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if not link.startswith('http')]
+    assert links
+    for link in links:
+        file, _, anchor = link.partition('#')
+        target = (path.parent / file).resolve() if file else path
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@page
+def test_files_are_there(path):
+    """In `code` and in commands. A script may be named without its folder."""
+    text = path.read_text()
+    commands = ' '.join(re.findall(r'```sh\n(.*?)```', text, re.S))
+    code = re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', text, flags=re.S))
+    named = set(re.findall(r'(?<![\w/*.-])[\w/-]+\.(?:py|sh)\b', ' '.join([commands, *code]))) - EXAMPLES - NANOGPTS
+    known = {file.name for folder in ('tests', 'extras', 'data/arithmetic') for file in (ROOT / folder).glob('*.py')}
+    assert named
+    for name in named:
+        assert (ROOT / name).is_file() or name in known, name
+
+
+@page
+def test_flags_are_there(path):
+    """As a setting of a script, a field of GPTConfig, or an argument of argparse."""
+    source = '\n'.join(file.read_text() for folder in ('.', 'data', 'data/openwebtext', 'data/arithmetic')
+                       for file in (ROOT / folder).glob('*.py'))
+    flags = set(re.findall(r'--([a-z]\w*)=', path.read_text())) - TORCHRUNS - {'key'}
+    for flag in flags:
+        assert re.search(rf"^ *{flag}(: \w+)? = |'--{flag}'", source, re.M), flag
+
+
+def test_what_the_table_of_papers_names_is_there():
+    table = (ROOT / 'README.md').read_text().split('| in the code | in the papers |')[1].split('\n\n')[0]
+    rooms = {'extras/decode.py': decode, 'extras/optim.py': optim}
+    rows = [re.findall(r'`([^`]+)`', row.split('|')[1]) for row in table.splitlines() if '`' in row]
+    assert len(rows) > 10
+    for names in rows:
+        room = next((rooms[name] for name in names if name in rooms), model)
+        for name in set(names) - set(rooms):
+            thing = room
+            for part in name.split('.'):
+                assert hasattr(thing, part), name
+                thing = getattr(thing, part)
+
+
+@page
+def test_tests_are_there(path):
+    source = '\n'.join(file.read_text() for file in (ROOT / 'tests').glob('*.py'))
+    for name in re.findall(r'\btest_\w+\b(?!\.py)', path.read_text()):
+        assert f'def {name}(' in source, name
+    soak = (ROOT / 'tests/soak.py').read_text()
+    for part in re.findall(r'`soak\.py (\w+)`', path.read_text()):
+        assert f'\ndef {part}(' in soak, part
