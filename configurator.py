@@ -76,24 +76,16 @@ def _read_config(path):
     return found
 
 
-def _comments():
-    """{setting: the comment behind it}, from the lines that define it: in the script, or in the model's config."""
-    found = {}
-    folder = _os.path.dirname(_os.path.abspath(__file__))
-    for path in (_os.path.abspath(__file__), _os.path.join(folder, 'model.py')):
-        if _os.path.exists(path):
-            with open(path, encoding='utf-8') as f:
-                for name, comment in _re.findall(r'^ *(\w+)(?:: \w+)? = [^#\n]+  # (.+)$', f.read(), _re.M):
-                    found.setdefault(name, comment)
-    return found
-
-
 def _help():
-    """Every setting with its default and its comment."""
-    comments = _comments()
-    _print('\n'.join([(__doc__ or '').strip(), '', 'Settings, each with its default:', *(
-        f'  --{key}={value}' + (f'  # {comments[key]}' if key in comments else '')
-        for key, value in _settings(globals()).items())]))
+    """The script's docstring, and every setting with its default and the comment on the line that defines it."""
+    comments, folder = {}, _os.path.dirname(_os.path.abspath(__file__))
+    for path in (_os.path.join(folder, 'model.py'), __file__):  # GPTConfig's fields; the script's own settings win
+        with open(path, encoding='utf-8') as f:
+            source = f.read()
+        comments |= _re.findall(r'^ *(\w+)(?:: \w+)? = [^#\n]+  # (.+)$', source, _re.M)
+    lines = [f'  --{key}={value}' + (f'  # {comments[key]}' if key in comments else '')
+             for key, value in _settings(globals()).items()]
+    _print('\n'.join([_ast.get_docstring(_ast.parse(source)) or '', '', 'Settings, each with its default:', *lines]))
     raise SystemExit(0)
 
 

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 from conftest import ROOT, run_inside
 
@@ -65,7 +63,7 @@ def test_help_lists_every_setting_with_its_default_and_comment(small):
     assert code == 0 and said == '' and not (small / 'out').exists()
     assert '--eval_only=False  # evaluate once and stop' in printed and '--beta1=0.9\n' in printed
     assert '--kv_lora_rank=-1  # width of the latent that is cached' in printed  # of GPTConfig
-    assert re.search(r"^ +python train.py config/train_shakespeare_char.py", printed, re.M)
+    assert printed.startswith("Trains a model; nanoGPT's loop and flags")
 
 
 def test_a_config_file_is_echoed_as_what_it_sets(monkeypatch, tmp_path, capsys):
