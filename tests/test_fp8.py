@@ -56,7 +56,9 @@ def test_what_is_not_finite_shows(bad):
     """Its whole tile is nan, the others are as they were: no large number stands silently in its place."""
     x = torch.randn(4, 256)
     x[1, 5] = bad
-    y = fp8.quantise(x, (1, 128)).wide()
+    quantised = fp8.quantise(x, (1, 128))
+    y = quantised.wide()
+    assert quantised.scale.isnan().tolist() == [[False, False], [True, False], [False, False], [False, False]]
     assert y[1, :128].isnan().all() and y[1, 128:].isfinite().all() and y[[0, 2, 3]].isfinite().all()
 
 
@@ -163,6 +165,29 @@ def test_grouped_is_linear_expert_by_expert():
     assert (grad_w[1] == 0).all() and grad_w.isfinite().all()
 
 
+def test_rows_that_are_nobodys_spoil_nothing(monkeypatch):
+    """Whatever the inputs, the gradients and grouped_mm's results hold there, their tiles are as without it."""
+    grouped_linear = fp8.model_file.grouped_linear
+
+    def leaves_nan(x, weight, offsets):
+        y = grouped_linear(x, weight, offsets)
+        return torch.where((torch.arange(len(y)) < offsets[-1]).unsqueeze(1), y, math.nan)
+
+    monkeypatch.setattr(fp8.model_file, 'grouped_linear', leaves_nan)
+    x, weight, dy = torch.randn(40, 32), torch.randn(2, 48, 32), torch.randn(40, 48)
+    offsets = torch.tensor([16, 32], dtype=torch.int32)
+    seen = []
+    for filler in (0.0, math.nan):
+        a, w = x.clone(), weight.clone().requires_grad_()
+        a[32:] = filler
+        a.requires_grad_()
+        y = fp8.GroupedFunction.apply(a, w, offsets, fp8.Recipe())
+        y.backward(torch.cat((dy[:32], torch.full((8, 48), filler))))
+        seen.append((y, a.grad, w.grad))
+        assert (y[32:] == 0).all() and (a.grad[32:] == 0).all()
+    assert all(torch.equal(p, q) and p.isfinite().all() for p, q in zip(*seen))
+
+
 def test_swiglu_from_fp8_inputs():
     """Its value is exact; its gradients are those of the plain form at the inputs as FP8 has them."""
     x, g, dy = torch.randn(6, 300, requires_grad=True), torch.rand(6, 1, requires_grad=True), torch.randn(6, 150)
@@ -196,10 +221,16 @@ def test_what_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fp8.LinearFunction.apply(x, w, fp8.Recipe(), torch.float32, False)
     assert sum(t.nbytes for t in kept if t.data_ptr() != w.data_ptr()) == 256 * 512 + 256 * 4 * 4
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fp8.LinearFunction.apply(x, w, fp8.Recipe(), torch.float32, True)
+    assert any(torch.equal(t, x) for t in kept)                      # attention's output projection keeps x itself
     model = tiny_model(n_embd=128, n_head=4, num_nextn_predict_layers=0, block_size=128)
     idx = torch.randint(61, (4, 129))
     plain = kept_bytes(model, idx)
     fp8.enable(model, fp8.Recipe())
+    linear = {name: m.keep_wide for name, m in model.named_modules() if isinstance(m, fp8.Linear)}
+    assert any(linear.values()) and all(wide == name.endswith('o_proj') for name, wide in linear.items())
     assert kept_bytes(model, idx) < 0.75 * plain
 
 
