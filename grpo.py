@@ -25,6 +25,7 @@ import math
 import os
 import runpy
 import shlex
+import shutil
 import sys
 import time
 
@@ -34,6 +35,7 @@ import torch.distributed as dist
 
 from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, start_wandb, stop
 from model import GPT, MoE, first_line, keep_earlier, save_checkpoint
+from tokenizer import of_checkpoint
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -242,18 +244,23 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
 
 
 def load_model(folder, device):
-    """The model of a folder's ckpt.pt, without dropout, and the checkpoint: it must know its characters and its end."""
+    """The model of a folder's ckpt.pt, without dropout, the checkpoint, and its tokenizer. A response ends with the
+    checkpoint's eos_token_id, or else with the tokenizer's end of text.
+    """
     path = os.path.join(folder, 'ckpt.pt')
     try:
         model, checkpoint = GPT.from_checkpoint(path, device, dropout=0.0)
+        tokenizer = of_checkpoint(folder, checkpoint.get('meta') or {}, model.config.vocab_size)
     except ValueError as e:
         stop(str(e))
-    if not {'stoi', 'itos'} <= set(checkpoint.get('meta') or {}) or model.config.eos_token_id < 0:
-        stop(f'{path} has no table of characters or no eos_token_id: train it with config/sft_arithmetic.py')
-    return model.to(device), checkpoint
+    if model.config.eos_token_id < 0 and tokenizer.end is None:
+        stop(f'{path} has no eos_token_id, with which a response ends: train it with one, as config/sft_arithmetic.py')
+    if model.config.eos_token_id < 0:
+        model.config.eos_token_id = tokenizer.end
+    return model.to(device), checkpoint, tokenizer
 
 
-def load_prompts(path, stoi, max_prompt):
+def load_prompts(path, tokenizer, max_prompt):
     """[(prompt, answer)] of a file with a prompt, a tab and its answer on each line."""
     try:
         with open(path, encoding='utf-8') as f:
@@ -263,10 +270,11 @@ def load_prompts(path, stoi, max_prompt):
     for pair in pairs:
         if len(pair) != 2 or not pair[0]:
             stop(f'{path}: a line is a prompt, a tab and its answer, not {pair!r}')
-        unknown = sorted(set(pair[0]) - set(stoi))
-        if unknown:
-            stop(f'{path}: the checkpoint, trained on other data, does not know the characters {"".join(unknown)!r}')
-        if len(pair[0]) > max_prompt:
+        try:
+            length = len(tokenizer.begin) + len(tokenizer.encode(pair[0]))
+        except ValueError as e:
+            stop(f'{path}: {pair[0]!r}: {e}')
+        if length > max_prompt:
             stop(f'{path}: {pair[0]!r} and max_new_tokens={max_new_tokens} do not fit in the checkpoint\'s block_size')
     if not pairs:
         stop(f'{path} is empty')
@@ -337,7 +345,8 @@ def main():
     if ddp and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and not eval_only:
         own = torch.tensor(float(own_checkpoint(run)), device=place)
         resume = resume or all_reduce(own, dist.ReduceOp.MIN).item() == 1  # all ranks or none
-    model, checkpoint = load_model(out_dir if resume else init_from, place)
+    source = out_dir if resume else init_from
+    model, checkpoint, tokenizer = load_model(source, place)
     if resume and not {'seconds', 'config', 'optimizer', 'iter_num'} <= set(checkpoint):
         stop(f'{out_dir}/ckpt.pt was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
     settings = {k: globals()[k] for k in config_keys}
@@ -347,13 +356,13 @@ def main():
     if resume:
         optimizer.load_state_dict(checkpoint['optimizer'])
         iter_num, seconds = checkpoint['iter_num'], checkpoint['seconds']
-    meta, stoi, itos = checkpoint['meta'], checkpoint['meta']['stoi'], checkpoint['meta']['itos']
+    meta = checkpoint.get('meta') or {}
     frozen = None
     if kl_coef > 0 or reference:  # with a reference and kl_coef=0 the KL is logged alone
-        frozen, other = load_model(settings['reference'], place)
+        frozen, other, its = load_model(settings['reference'], place)
         frozen.requires_grad_(False)
-        if other['meta']['stoi'] != stoi:
-            stop(f'reference={settings["reference"]!r} has other characters than the model, so there is no KL')
+        if (other.get('meta') or {}).get('stoi') != meta.get('stoi') or its.sha256 != tokenizer.sha256:
+            stop(f'reference={settings["reference"]!r} has other tokens than the model, so there is no KL')
     model_args, end = checkpoint['model_args'], model.config.eos_token_id
     checkpoint = other = None  # free the memory
     ctx = autocast(device_type, dtype)
@@ -361,16 +370,16 @@ def main():
     # the task
     max_prompt = model.config.block_size - max_new_tokens
     folder = os.path.join(here, 'data', dataset)
-    pairs = {split: load_prompts(os.path.join(folder, f'{split}_prompts.txt'), stoi, max_prompt)
+    pairs = {split: load_prompts(os.path.join(folder, f'{split}_prompts.txt'), tokenizer, max_prompt)
              for split in ('train', eval_split)}
     reward = load_reward(os.path.join(here, reward_file))
 
     def answer(questions, group_size, temperature):
         """Responses to (prompt, answer) pairs: (prompts, responses) as token ids, texts, and scores (B, 2)."""
-        prompts = [[stoi[ch] for ch in prompt] for prompt, _ in questions]
+        prompts = [tokenizer.begin + tokenizer.encode(prompt) for prompt, _ in questions]
         with ctx:
             responses = sample_responses(model, prompts, group_size, max_new_tokens, temperature)
-        texts = [''.join(itos.get(i, '') for i in response) for response in responses]
+        texts = [tokenizer.decode(response) for response in responses]
         questions = [question for question in questions for _ in range(group_size)]
         scores = [reward(prompt, text, right) for (prompt, right), text in zip(questions, texts)]
         return [p for p in prompts for _ in range(group_size)], responses, texts, torch.tensor(scores)
@@ -412,8 +421,12 @@ def main():
             half = b'\n' if log_file.tell() > 0 else b''  # a run that was killed may have left half a line
             log_file.write(half + json.dumps(header).encode() + b'\n')
             if new:
-                for name, kept in keep_earlier(out_dir, ['ckpt.pt', 'log.jsonl']).items():
+                names = ('tokenizer.json', 'tokenizer_config.json')
+                for name, kept in keep_earlier(out_dir, ['ckpt.pt', 'log.jsonl', *names]).items():
                     print(f'{out_dir}/{name} of an earlier run is now {kept}')
+                for name in names:  # they travel with the checkpoint
+                    if os.path.exists(os.path.join(source, name)):
+                        shutil.copy(os.path.join(source, name), out_dir)
                 os.replace(log_path + '.tmp', log_path)
         except OSError as e:
             stop(f'out_dir={out_dir!r} cannot be used: {e.strerror}')
