@@ -49,7 +49,7 @@ if what not in PEERS:
 # the model: GPTConfig's defaults, and over them the main run's sizes
 settings = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 main_run = runpy.run_path(os.path.join(here, 'config', 'train_deepseek.py'))
-settings |= {k: main_run[k] for k in settings if k in main_run}
+settings |= {k: main_run[k] for k in settings if k in main_run} | {'eos_token_id': -1}
 globals().update(settings)
 peer = ','.join(PEERS[what])  # those to run, with commas between
 batch_size = 2 if what == 'train' else 1

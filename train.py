@@ -268,9 +268,11 @@ def load_meta(path):
     try:
         with open(path, 'rb') as f:
             meta = PlainUnpickler(f).load()
-        odd = [name for name in ('vocab_size', *meta) if name in kinds and type(meta[name]) is not kinds[name]]
-        if odd or meta.get('dtype', 'uint16') not in ('uint16', 'uint32') or meta.get('row_length', 1) < 1:
-            raise ValueError(f'{odd or "dtype or row_length"} must fit {kinds}')
+        for name in ('vocab_size', *meta):
+            if name in kinds and type(meta[name]) is not kinds[name]:
+                raise ValueError(f'its {name} must be {kinds[name].__name__}')
+        if meta.get('dtype', 'uint16') not in ('uint16', 'uint32') or meta.get('row_length', 1) < 1:
+            raise ValueError('its dtype must be uint16 or uint32, its row_length positive')
     except Exception as e:  # an unpickler meets damage in many ways
         raise ValueError(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}: run prepare.py again') from None
     return meta

@@ -109,13 +109,13 @@ ONE_TOO_LARGE = np.append(TEN, 40).astype(np.uint16)
     (tokens(train=None), 'is missing'), (tokens(val=None), 'is missing'), (folder_for_tokens, 'is missing'),
     (tokens(train=b''), 'too few'), (tokens(val=b''), 'too few'), (tokens(val=TEN[:16].astype(np.uint16)), 'too few'),
     (tokens(train=TEN.astype(np.uint16).tobytes()[:-1]), 'cut short'),
-    (tokens(train=TEN.astype(np.uint32)), 'wider than uint16'), (tokens(val=TEN), 'wider than uint16'),
     (tokens(train=TEN.astype(np.float64)), 'beyond vocab_size'), (tokens(train=ONE_TOO_LARGE), 'token 40, beyond'),
     (tokens(val=ONE_TOO_LARGE), 'val.bin holds the token 40'), (tokens(val=b'words, not numbers ' * 99), 'beyond'),
     (meta(b''), 'meta.pkl cannot be used'), (meta(pickle.dumps({'vocab_size': 40})[:-5]), 'meta.pkl cannot be used'),
-    (meta([40]), 'meta.pkl cannot be used'), (meta({}), 'vocab_size'), (meta({'vocab_size': '40'}), 'must be an int'),
-    (meta({'vocab_size': 40, 'dtype': 'O'}), 'uint16 or uint32'), (meta({'vocab_size': -1}), 'positive'),
-    (meta({'vocab_size': 40, 'stoi': {1: 'a'}}), 'must map characters'),
+    (meta([40]), 'meta.pkl cannot be used'), (meta({}), 'vocab_size'),
+    (meta({'vocab_size': '40'}), 'vocab_size must be int'),
+    (meta({'vocab_size': 40, 'dtype': 'O'}), 'must be uint16 or uint32'), (meta({'vocab_size': -1}), 'positive'),
+    (meta({'vocab_size': 40, 'stoi': 'ab'}), 'stoi must be dict'),
     (meta({'vocab_size': 40, 'itos': 3}), 'meta.pkl cannot be used'),
     (meta({'vocab_size': 40, 'dtype': 'uint32'}), 'beyond vocab_size'), (no_meta, 'meta.pkl is missing'),
 ])
@@ -333,7 +333,6 @@ def peak():
 
 
 @pytest.mark.parametrize('data', [
-    b'\x80\x04}r\x00\x00\x00\x08.',  # a place in the memo that C's unpickler would fill 2 GB for
     b'\x80\x04\x8b\xff\xff\xff\x7f.', b'\x80\x04\x8d' + b'\xff' * 7 + b'\x7f.',
     b'\x80\x05\x96' + b'\xff' * 7 + b'\x7f.', b'Pname\n.',
     b'\x80\x04}Q.', b'I' + b'9' * 100_000 + b'\n.', b'(' * 1000, b'\x80\x09.', b'\x80\x02\x82\x01.',

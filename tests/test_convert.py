@@ -1,9 +1,11 @@
 """convert.py against transformers' own DeepseekV3ForCausalLM and DeepseekV2ForCausalLM: fp32, random weights."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import pickle
 
 import pytest
 import torch
@@ -352,11 +354,18 @@ def in_fp8(tmp_path):
     return tmp_path, tensors
 
 
+def of_folder(data, folder):
+    """A meta.pkl that says whose tokens these are, as prepare.py --tokenizer=FOLDER writes it."""
+    sha256 = hashlib.sha256((folder / 'tokenizer.json').read_bytes()).hexdigest()
+    (data / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 61, 'tokenizer': sha256}))
+
+
 def train_from(folder, clone, script, ok=True):
     data = clone / 'data/ascii'
     data.mkdir(exist_ok=True)
     for split in ('train', 'val'):
         torch.randint(61, (2000,), dtype=torch.uint16).numpy().tofile(data / f'{split}.bin')
+    of_folder(data, folder)
     return script('train.py', '--dataset=ascii', '--device=cpu', '--compile=False', '--dtype=float32', '--batch_size=2',
                   '--eval_iters=1', '--gradient_accumulation_steps=1', '--block_size=96', '--max_iters=1',
                   '--warmup_iters=0', f'--init_from={folder}', f'--out_dir={folder.parent}/tuned', ok=ok, root=clone)
@@ -526,6 +535,7 @@ def test_training_goes_on_from_an_import_and_reaches_further_with_yarn(exported,
     data.mkdir()
     for split in ('train', 'val'):
         torch.randint(61, (2000,), dtype=torch.uint16).numpy().tofile(data / f'{split}.bin')
+    of_folder(data, exported / 'hf')
 
     def train(*flags, ok=True):
         return script('train.py', '--dataset=ascii', '--device=cpu', '--compile=False', '--dtype=float32',

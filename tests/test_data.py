@@ -117,7 +117,7 @@ MISTAKES = {
     '--input=mine.txt --name=../mine': 'letters, digits', '--input=mine.txt --name=..': 'letters, digits',
     '--input=mine.txt --name=a/b': 'letters, digits', '--input=mine.txt --name=-x': 'letters, digits',
     '--input=mine.txt --name=.': 'letters, digits', '--input=my text.txt': '--name=NAME', '--input=/': 'letters, digit',
-    '--input=mine.txt --name=common.py': 'no folder', '--input=mine.txt --nmae=x': 'unrecognized',
+    '--input=mine.txt --name=dataset.py': 'no folder', '--input=mine.txt --nmae=x': 'unrecognized',
     '--input=mine.txt --tokenizer=': 'empty', '--input=mine.txt --tokenizer=nowhere': 'tokenizer.json',
     '--input=mine.txt --tokenizer=hollow': 'tokenizer.json', '--input=mine.txt --tokenizer=bad': 'tokenizer.json',
     '--input': 'expected one argument', '--hub=': 'empty', '--hub=a/b --config=': 'empty', '--hub=/': 'letters, digits',

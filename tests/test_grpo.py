@@ -158,7 +158,7 @@ def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature):
     monkeypatch.setattr(model_module, 'probabilities', lambda *args: seen.append(probabilities(*args)) or seen[-1])
     prompts = [[3, 4, 5], [6, 7, 8], [1, 2, 3]]
     responses = grpo.sample_responses(model, prompts, 4, 16, temperature)
-    steps = torch.cat(seen, dim=1)                                                      # (B, tokens, V)
+    steps = torch.stack(seen, dim=1)                                                    # (B, tokens, V)
     rows, mask = grpo.pack([p for p in prompts for _ in range(4)], responses, STOP, 'cpu')
     logp, _, _ = grpo.log_probs(model.train(), rows, temperature)
     assert len({len(response) for response in responses}) > 1

@@ -67,6 +67,7 @@ def test_groups_of_equal_rewards_are_idle_whatever_the_reward(workshop, drop):  
     ('1, 1', lambda line: True)])
 def test_a_trace_is_right_well_formed_and_ended(workshop, rule, accepted):  # noqa: F811
     """Of 4 responses to a prompt by a start that has learned little, some are not."""
+    (workshop / 'some.txt').unlink(missing_ok=True)
     (workshop / 'rule.py').write_text(f'def reward(prompt, response, answer): return {rule}')
     inside('grpo.py', *GRPO, '--reward_file=rule.py', '--traces=some.txt', '--trace_prompts=30', '--max_new_tokens=12',
            cwd=workshop)
@@ -78,5 +79,5 @@ def test_no_trace_is_accepted_that_is_cut_off(workshop):  # noqa: F811
     """Three tokens are too few for any response to end: the rule likes all of them, and none is written."""
     (workshop / 'all.py').write_text('def reward(prompt, response, answer): return 1, 1')
     code, _, said = run_inside('grpo.py', *GRPO, '--reward_file=all.py', '--traces=none.txt', '--trace_prompts=8',
-                               '--group_size=2', '--max_new_tokens=1', '--temperature=1e-4', cwd=workshop)
+                               '--group_size=2', '--max_new_tokens=1', '--temperature=1e-3', cwd=workshop)
     assert code == 2 and 'none of 8 prompts' in said and not (workshop / 'none.txt').exists()

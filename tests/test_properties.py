@@ -148,15 +148,15 @@ def test_masked_targets_count_not_and_rows_begin_where_they_do(loader, data):
     get_batch, names = loader
     names['block_size'], names['batch_size'] = data.draw(st.integers(1, 20)), 8
     n = names['block_size'] + data.draw(st.integers(1, 100))
-    names['tokens'] = {'train': np.arange(n, dtype=np.uint16)}
     mask = np.array(data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)), dtype=np.uint8)
     step = data.draw(st.integers(1, 9), 'row_length')
-    meta, masks = names['meta'], names['masks']
+    names['data'] = {'train': (np.arange(n, dtype=np.uint16), mask)}
+    meta = names['meta']
     try:
-        names['meta'], names['masks'] = meta | {'row_length': step}, {'train': mask}
+        names['meta'] = meta | {'row_length': step}
         x, y = get_batch('train', 0, data.draw(st.integers(0, 1000)))
     finally:
-        names['meta'], names['masks'] = meta, masks
+        names['meta'] = meta
     assert torch.equal(x, x[:, :1] + torch.arange(names['block_size'])) and (x[:, 0] % step == 0).all()
     assert torch.equal(y, torch.where(torch.from_numpy(mask)[x + 1] > 0, x + 1, -1))
 
