@@ -248,7 +248,9 @@ def load_model(folder, device):
         model, checkpoint = GPT.from_checkpoint(path, device, dropout=0.0)
     except ValueError as e:
         stop(str(e))
-    if not {'stoi', 'itos'} <= set(checkpoint.get('meta') or {}) or model.config.eos_token_id < 0:
+    meta = checkpoint.get('meta')
+    tables = [meta.get('stoi'), meta.get('itos')] if type(meta) is dict else []
+    if list(map(type, tables)) != [dict, dict] or model.config.eos_token_id < 0:
         stop(f'{path} has no table of characters or no eos_token_id: train it with config/sft_arithmetic.py')
     return model.to(device), checkpoint
 
@@ -338,15 +340,18 @@ def main():
         own = torch.tensor(float(own_checkpoint(run)), device=place)
         resume = resume or all_reduce(own, dist.ReduceOp.MIN).item() == 1  # all ranks or none
     model, checkpoint = load_model(out_dir if resume else init_from, place)
-    if resume and not {'seconds', 'config', 'optimizer', 'iter_num'} <= set(checkpoint):
-        stop(f'{out_dir}/ckpt.pt was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
     settings = {k: globals()[k] for k in config_keys}
-    settings['reference'] = reference or (checkpoint['config'].get('reference', '') if resume else init_from)
+    settings['reference'] = reference or init_from
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     iter_num, seconds = 0, 0.0
     if resume:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        iter_num, seconds = checkpoint['iter_num'], checkpoint['seconds']
+        try:
+            settings['reference'] = reference or checkpoint['config']['reference']
+            optimizer.load_state_dict(checkpoint['optimizer'])
+            iter_num, seconds = int(checkpoint['iter_num']), float(checkpoint['seconds'])
+        except (KeyError, TypeError, ValueError) as e:
+            stop(f'{out_dir}/ckpt.pt was not written by grpo.py ({type(e).__name__}: {first_line(e)}): begin with '
+                 f'--init_from={out_dir} and another out_dir')
     meta, stoi, itos = checkpoint['meta'], checkpoint['meta']['stoi'], checkpoint['meta']['itos']
     frozen = None
     if kl_coef > 0 or reference:  # with a reference and kl_coef=0 the KL is logged alone
