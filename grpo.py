@@ -347,15 +347,18 @@ def main():
         resume = resume or all_reduce(own, dist.ReduceOp.MIN).item() == 1  # all ranks or none
     source = out_dir if resume else init_from
     model, checkpoint, tokenizer = load_model(source, place)
-    if resume and not {'seconds', 'config', 'optimizer', 'iter_num'} <= set(checkpoint):
-        stop(f'{out_dir}/ckpt.pt was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
     settings = {k: globals()[k] for k in config_keys}
-    settings['reference'] = reference or (checkpoint['config'].get('reference', '') if resume else init_from)
+    settings['reference'] = reference or init_from
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     iter_num, seconds = 0, 0.0
     if resume:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        iter_num, seconds = checkpoint['iter_num'], checkpoint['seconds']
+        try:
+            settings['reference'] = reference or checkpoint['config']['reference']
+            optimizer.load_state_dict(checkpoint['optimizer'])
+            iter_num, seconds = int(checkpoint['iter_num']), float(checkpoint['seconds'])
+        except (KeyError, TypeError, ValueError) as e:
+            stop(f'{out_dir}/ckpt.pt was not written by grpo.py ({type(e).__name__}: {first_line(e)}): begin with '
+                 f'--init_from={out_dir} and another out_dir')
     meta = checkpoint.get('meta') or {}
     frozen = None
     if kl_coef > 0 or reference:  # with a reference and kl_coef=0 the KL is logged alone

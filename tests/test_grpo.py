@@ -576,6 +576,7 @@ BAD_FLAGS = {
     '--init_from=out-nowhere': 'is missing',
     '--init_from=out-other': 'does not know the characters',
     '--init_from=out-words': 'has no tokenizer.json',
+    '--init_from=out-odd': 'its characters are no tables',
     '--device=tpu': 'device',
     '--device=meta': 'device',
     '--seed=12345678901234567890123': 'seed=',
@@ -599,7 +600,8 @@ def test_bad_input_gets_one_line_and_leaves_the_checkpoint(workshop):
     inside('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=2', cwd=workshop)
     kept = {path.name: path.read_bytes() for path in (workshop / 'out-kept').iterdir()}
     checkpoint = torch.load(workshop / 'out-sft' / 'ckpt.pt')
-    for name, meta in (('out-other', {'stoi': {'x': 0}, 'itos': {0: 'x'}}), ('out-words', {})):
+    for name, meta in (('out-other', {'stoi': {'x': 0}, 'itos': {0: 'x'}}), ('out-words', {}),
+                       ('out-odd', {'stoi': 3, 'itos': 4})):
         (workshop / name).mkdir()
         torch.save({**checkpoint, 'meta': meta}, workshop / name / 'ckpt.pt')
     for name, (source, _) in BAD_REWARDS.items():
