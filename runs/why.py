@@ -49,7 +49,8 @@ speedrun = [evaluations(HERE, f'{SPEEDRUN} --max_iters={n} --lr_decay_iters={n} 
 ours = evaluations(HERE, f'{LAPTOP} --out_dir=out-why')
 
 fig, ax = plt.subplots(figsize=(8, 4.2), layout='constrained')
-for label, found, style in (('nanoGPT, its laptop command', theirs, 's--'), ('this repository, the same command', ours, 'o-'),
+for label, found, style in (('nanoGPT, its laptop command', theirs, 's--'),
+                            ('this repository, the same command', ours, 'o-'),
                             ('this repository, the speedrun (380 and 1,900 iterations)', speedrun, 'D')):
     ax.plot([seconds for seconds, _, _ in found], [loss for _, _, loss in found], style, label=label, markersize=5)
 ax.axhline(theirs[-1][2], color='black', linewidth=0.8, linestyle=':')
