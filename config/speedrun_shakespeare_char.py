@@ -1,10 +1,10 @@
-# The fastest way found to the val loss of nanoGPT's laptop run (1.8857, in 89.6 s): tiny Shakespeare, characters.
+# The fastest way found to the val loss of nanoGPT's laptop run (1.8857, in 72 s): tiny Shakespeare, characters.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/speedrun_shakespeare_char.py
 #   python train.py config/speedrun_shakespeare_char.py --max_iters=1900 --lr_decay_iters=1900    # nanoGPT's whole time
 #
-# Hardware: two CPU cores. Expected: val loss 1.87 in 15 s; with the second command 1.61 in 90 s.
+# Hardware: two CPU cores. Expected: val loss 1.87 in 20 s; with the second command 1.62 in 75 s.
 # MLA and Muon stay; at this size a dense FFN without MTP modules learns most per second. Chosen on the last tenth of
 # the training split, left out of the training.
 
