@@ -171,8 +171,9 @@ def check_settings():
 def connect():
     """This rank's device, and a random name of the run, which all ranks share and torchrun's restarts keep."""
     global hosts
-    place = f'cuda:{local_rank}' if ddp and device.startswith('cuda') else device
-    if place != device and torch.cuda.device_count() < int(os.environ['LOCAL_WORLD_SIZE']):
+    gpu = device.startswith('cuda')
+    place = f'cuda:{local_rank}' if ddp and gpu else device
+    if ddp and gpu and torch.cuda.device_count() < int(os.environ['LOCAL_WORLD_SIZE']):
         raise ValueError(f'{os.environ["LOCAL_WORLD_SIZE"]} ranks need as many GPUs; here are '
                          f'{torch.cuda.device_count()}')
     try:
@@ -181,14 +182,14 @@ def connect():
         raise ValueError(f'device={device!r} cannot be used here: {first_line(e)}') from None
     if not ddp:
         return place, uuid.uuid4().hex
-    if place != device:
+    if gpu:
         torch.cuda.set_device(place)
     try:
         store, _, _ = next(dist.rendezvous('env://'))
         # torchrun's store outlives a restart, with the addresses of the ranks that were lost
         attempt = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         check_host_names(attempt)
-        dist.init_process_group(backend if place != device else 'gloo', store=attempt, rank=rank, world_size=world)
+        dist.init_process_group(backend if gpu else 'gloo', store=attempt, rank=rank, world_size=world)
         hosts = dist.new_group(backend='gloo')
     except (ValueError, RuntimeError) as e:
         raise ValueError(f'the ranks cannot be connected: {first_line(e)}') from None
