@@ -153,7 +153,7 @@ def group_advantages(rewards, normalise_std=True):
     """(P, G) -> (P, G): (r - mean) / std over each group (R1 eq. 3); without the division in Dr. GRPO."""
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    centred = centred.masked_fill(equal, 0.0)  # what rounding left would be divided by next to nothing
+    centred = centred.masked_fill(equal, 0.0)  # exactly 0: rounding errors / 1e-6 would be large
     if not normalise_std:
         return centred
     return centred / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-6)
@@ -211,7 +211,7 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
                 logp, entropy, load = log_probs(model, rows[part], temperature)
             logp = logp.masked_fill(uncounted, 0.0)
             if step == 0:
-                # the sampler's policy is the one before the first step, and this forward is its exact value
+                # the first forward of step 0 gives the sampling policy's log-probabilities
                 old_logp[k] = logp.detach()
                 if reference is not None:
                     with torch.no_grad(), context:
@@ -302,7 +302,8 @@ def load_reward(path):
 def own_checkpoint(run):
     """Whether out_dir holds a checkpoint of this run, which an earlier attempt under --max-restarts wrote."""
     try:
-        return torch.load(os.path.join(out_dir, 'ckpt.pt'), mmap=True, weights_only=True)['run'] == run
+        path = os.path.join(out_dir, 'ckpt.pt')
+        return torch.load(path, map_location='cpu', mmap=True, weights_only=True)['run'] == run
     except Exception:  # there is none, or it is damaged, or another program's
         return False
 

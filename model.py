@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -94,8 +94,8 @@ class GPTConfig:
         derive('qk_nope_head_dim', max(1, d - self.qk_rope_head_dim))  # q, k and v heads of one size
         derive('rope_original_max_position_embeddings', max(1, int(self.block_size / self.rope_factor)))
         derive('moe_intermediate_size', (C // 2 + 7) // 8 * 8)
-        derive('intermediate_size', (self.n_shared_experts + K) * self.moe_intermediate_size)  # a token's share
-        derive('routed_scaling_factor', math.sqrt(K))             # K gates of 1/K: the size of one expert's output
+        derive('intermediate_size', (self.n_shared_experts + K) * self.moe_intermediate_size)  # as a token's experts
+        derive('routed_scaling_factor', math.sqrt(K))             # K outputs with gates 1/K add up to 1/sqrt(K) of one
         derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
         check_sizes(self)
 
@@ -266,7 +266,9 @@ class MoE(nn.Module):
         out = out.view(B, T, C)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)                              # eq. 12
-        return out, (self.balance_loss(scores.view(B, T, -1)), rows.load) if self.training else None
+        if not self.training:
+            return out, None
+        return out, (self.balance_loss(scores.view(B, T, -1)), rows.load)
 
     def route(self, x):
         """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
@@ -283,7 +285,7 @@ class MoE(nn.Module):
             choice = groups.masked_fill(dropped.unsqueeze(-1), float('-inf')).flatten(1)         # (N, E)
         experts = choice.topk(self.top_k, dim=-1, sorted=False).indices                          # eq. 16
         gates = scores.gather(1, experts)  # without b
-        if self.norm_topk_prob and self.top_k > 1:  # a single gate normalised is 1, and teaches the router nothing
+        if self.norm_topk_prob and self.top_k > 1:  # with K = 1 the gate would always be 1, without a gradient
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)                            # eq. 13
         return scores, gates * self.routed_scaling_factor, experts
 
@@ -307,10 +309,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, cache=None, pos=0):
         """(B, T, C) -> (B, T, C), and in training the balance loss and load of an MoE block, else None."""
         x = x + self.attn(self.input_layernorm(x), cos, sin, cache, pos)
-        y, routing = self.post_attention_layernorm(x), None
-        y = self.mlp(y)
-        if isinstance(self.mlp, MoE):
-            y, routing = y
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, routing = y if isinstance(self.mlp, MoE) else (y, None)
         return x + self.dropout(y), routing
 
 
@@ -360,7 +360,7 @@ class GPT(nn.Module):
         self.register_buffer('rope_cos', cos, persistent=False)
         self.register_buffer('rope_sin', sin, persistent=False)
         self.stats = {}  # of the last training forward: see forward()
-        self.rows_fn = cross_entropy_rows
+        self.rows_fn = cross_entropy_rows  # compile() replaces it
 
         for name, p in self.named_parameters():
             if p.dim() >= 2:
@@ -518,7 +518,7 @@ class GPT(nn.Module):
     def uncompile(self):
         for block in self.blocks():
             block._compiled_call_impl = None
-        self.rows_fn = cross_entropy_rows
+        self.rows_fn = cross_entropy_rows  # compile() replaces it
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, without embedding and head unless asked for. A tied head counts once."""
@@ -565,22 +565,28 @@ class GPT(nn.Module):
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True,
                                     mmap=assign and zipfile.is_zipfile(path))
-            if any(name.endswith('transformer.wpe.weight') for name in checkpoint['model']):
-                raise ValueError("this is a nanoGPT (GPT-2) checkpoint, and GPT-2's weights do not fit MLA and MoE: "
-                                 'train a new model')
-            args = checkpoint['model_args']
-            # where the checkpoint does not say it, its context is the original one
-            args = {'rope_original_max_position_embeddings': args['block_size']} | args | overrides
-            model = cls(GPTConfig(**args))
             weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-            model.load_state_dict(weights, assign=assign)
+            if 'transformer.wpe.weight' not in weights:
+                args = checkpoint['model_args']
+                # where the checkpoint does not say it, its context is the original one
+                config = GPTConfig(**({'rope_original_max_position_embeddings': args['block_size']} | args))
         except FileNotFoundError:
             raise ValueError(f'{path} is missing: train a model first, or name the out_dir it is in'
                              f'{kept_earlier(path)}') from None
+        except torch.OutOfMemoryError:
+            raise
         except EOFError:
             raise ValueError(f'{path} is no checkpoint of this model: it is empty, or cut short') from None
-        except Exception as e:  # a damaged file, another program's, GPT-2's weights
+        except Exception as e:  # a damaged file, another program's
             raise ValueError(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+        if 'transformer.wpe.weight' in weights:
+            raise ValueError(f'{path}: this is a nanoGPT (GPT-2) checkpoint, and its weights do not fit MLA and MoE: '
+                             'train a new model')
+        model = cls(replace(config, **overrides))
+        try:
+            model.load_state_dict(weights, assign=assign)
+        except RuntimeError as e:
+            raise ValueError(f'{path} is no checkpoint of this model: {first_line(e)}') from None
         return model, checkpoint
 
     @classmethod
@@ -677,7 +683,7 @@ def rope_table(config):
         high = min(math.ceil(pair(config.rope_beta_slow)), r - 1)
         slowed = ((torch.arange(r // 2) - low) / (high - low or 0.001)).clamp(0, 1)            # (r/2,): 0 to 1
         freq = freq * (1 - slowed) + freq / factor * slowed
-        # with both mscales the correction is the softmax scale's, in MLA; here is what they differ by
+        # MLA.scale already contains mscale_all_dim; cos and sin take only the ratio mscale / mscale_all_dim
         scale = yarn_mscale(factor, 1.0)
         if config.rope_mscale > 0 and config.rope_mscale_all_dim > 0:
             scale = yarn_mscale(factor, config.rope_mscale) / yarn_mscale(factor, config.rope_mscale_all_dim)
@@ -688,7 +694,7 @@ def rope_table(config):
 # the experts' rows
 
 class Rows(NamedTuple):
-    """The N*K choices of experts as M rows, each expert's together. Padding rows repeat an arbitrary token with gate 0.
+    """The N*K choices of experts as M rows, sorted by expert. Padding rows repeat an arbitrary token with gate 0.
     """
     token: torch.Tensor    # (M,): the token of each row
     place: torch.Tensor    # (N, K): the row of each choice
@@ -720,7 +726,7 @@ def sort_by_expert(experts, gates, n_experts):
 
 
 def row_alignment(n, n_experts):
-    """The largest power of two, up to 64, that adds no more than a 16th to an expert's mean share of n rows."""
+    """The largest power of two, up to 64, that pads an expert's share of n rows on average by at most a 16th."""
     return 1 << min(6, max(1, n // n_experts // 8).bit_length() - 1)
 
 
@@ -783,15 +789,15 @@ def grouped_linear_loop(x, weight, offsets):
 
 
 def is_few(n, top_k, n_experts):
-    """Are n tokens so few, and the experts not too many, that all_experts() is the faster way?"""
+    """Whether all_experts() is faster for n tokens than sorting them: it reads every expert."""
     return n <= 16 and n_experts <= 2 * n * top_k
 
 
 def all_experts(x, gates, experts, gate_up, down):
     """The routed part for few tokens: every expert of every token, unchosen ones with gate 0. (N, C) -> (N, C)
 
-    Reading the experts' weights is what decoding waits for. A few tokens meet most experts anyway, and two batched
-    products read them faster than one product per expert does.
+    Decoding is bound by reading the experts' weights. A few tokens meet most experts anyway, and two batched products
+    read them faster than one product per expert does.
     """
     dtype = compute_dtype(x)
     gates = gates.new_zeros(len(x), len(down)).scatter(1, experts, gates)                    # (N, E)
@@ -833,7 +839,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             losses = torch.cat([F.cross_entropy((part @ w.t()).float(), t, ignore_index=-1, reduction='none')
                                 for part, t in parts])
             return (losses * row_weight).sum(), losses
-        unit = row_weight.max().clamp(min=1e-20)  # gradients stay of order 1 inside: fp16 would lose them
+        unit = row_weight.max().clamp(min=1e-20)  # the largest row weight is scaled to 1: fp16 would underflow
         share = row_weight / unit
         held = x.new_empty(min(len(x), LinearCrossEntropy.CHUNK), len(w))   # (chunk, V): logits, then gradients
         losses, grad_x, grad_w = [], torch.empty_like(x), torch.zeros_like(weight)
@@ -877,6 +883,8 @@ def draw(probs):
     return torch.multinomial(probs, num_samples=1)
 
 
+# files of a run, and what MFU is measured against
+
 # dense bf16 tensor-core peak in TFLOP/s (fp16 for those without bf16), by the words of the device's name
 PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312, 'L40S': 362,
                'L40': 181, 'L4': 121, 'A10G': 70, 'A10': 125, 'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71,
@@ -884,7 +892,7 @@ PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H1
 
 
 def peak_tflops(name):
-    """nan for a device that the table does not hold: no MFU is better than a wrong one."""
+    """nan for a device that is not in the table."""
     if 'Laptop' in name:
         return math.nan
     return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf'\b{words}\b', name)), math.nan)
@@ -920,21 +928,26 @@ def keep_earlier(folder, names):
 
 
 def save_checkpoint(checkpoint, path, best_path=None):
-    """Written beside, forced to the disk and renamed: a kill at any instant leaves the last checkpoint whole.
+    """Write a checkpoint beside `path`, force it to the disk, and rename it: a kill at any instant leaves a whole one.
 
-    best_path: a second name for the same file, which moves first: a run that is killed in between goes on from the
-    checkpoint before, and comes to the same best one again. ValueError where the disk is full or fails; what was there
-    before is whole then.
+    best_path becomes a second name of the same file, before path does. A kill between the two leaves path one
+    checkpoint older; the resumed run repeats those steps and writes the best one again. ValueError where the disk is
+    full or fails; what was saved before is whole then.
     """
-    new, new_best = path + '.tmp', f'{best_path}.tmp'
+    new, new_best = f'{path}.tmp', f'{best_path}.tmp'
+
+    def remove_temporary():
+        for name in [new, new_best] if best_path else [new]:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(name)
+
     try:
+        remove_temporary()  # left by a kill, it may share its file with the best checkpoint: never write into it
         with open(new, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
         if best_path:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(new_best)
             try:
                 os.link(new, new_best)
             except OSError:  # a file system without links
@@ -946,8 +959,7 @@ def save_checkpoint(checkpoint, path, best_path=None):
             os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as e:
-        for left in (new, new_best):
-            with contextlib.suppress(OSError):
-                os.remove(left)
+        with contextlib.suppress(OSError):
+            remove_temporary()
         cause = e if isinstance(e, OSError) else e.__context__ or e  # torch's own error hides the system's
         raise ValueError(f'{path} could not be written, what was saved before is whole: {first_line(cause)}') from None

@@ -17,7 +17,7 @@ class Tokenizer(NamedTuple):
     vocab_size: int
     begin: list           # ids that stand before every document and prompt: the BOS, or nothing
     end: int | None       # the id that ends a document
-    sha256: str = ''      # of a tokenizer.json, by which data and checkpoints know each other
+    sha256: str = ''      # of a tokenizer.json: data and checkpoint must share it
 
 
 def characters(stoi, itos):

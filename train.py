@@ -99,11 +99,11 @@ here = os.path.dirname(os.path.abspath(__file__))
 ddp = 'RANK' in os.environ
 rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 master = rank == 0
-hosts = None  # a gloo group: what the ranks agree on without their GPUs
+hosts = None  # a gloo group for small messages between CPUs: see most()
 
 
 def stop(message, every_rank=False):
-    """A user's mistake: one line, from one rank of each machine or from whichever meets it, and exit code 2."""
+    """A user's mistake: one line, printed on local rank 0 unless every_rank, and exit code 2."""
     if every_rank or local_rank == 0:
         print(message, file=sys.stderr, flush=True)
     disconnect(failed=True)
@@ -158,6 +158,8 @@ def check_settings():
     if gradient_accumulation_steps % world != 0:
         raise ValueError(f'gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world} '
                          'ranks')
+    if os.path.isdir(init_from) and os.path.realpath(init_from) == os.path.realpath(out_dir):
+        raise ValueError(f'out_dir={out_dir!r} must not be the folder that the run begins with, init_from')
     if bf16_moments and (optimizer != 'adamw' or dtype == 'float16'):
         raise ValueError("bf16_moments=True is AdamW's, and not for dtype='float16'")
     if decay_lr and warmup_iters > lr_decay_iters and master:
@@ -222,6 +224,11 @@ def all_reduce(x, op=dist.ReduceOp.SUM, group=None):
 def most(x):
     """The largest of the ranks' ints."""
     return all_reduce(torch.tensor(int(x)), dist.ReduceOp.MAX, hosts).item()
+
+
+def same(x):
+    """Whether all ranks hold the same int."""
+    return most(x) == -most(-x)
 
 
 def best_dtype(device_type):
@@ -335,7 +342,8 @@ except (ValueError, OSError) as e:
 
 # -----------------------------------------------------------------------------
 # the model: new, from a checkpoint of this file's, or from a Hugging Face folder
-# ckpt.pt is what nanoGPT's is: the last checkpoint, or with always_save_checkpoint=False the best; the other is beside
+# ckpt.pt is the last checkpoint, and ckpt_best.pt the best; with always_save_checkpoint=False, as in nanoGPT, ckpt.pt
+# is the best, and ckpt_last.pt the last
 last_path, best_path = (os.path.join(out_dir, name) for name in
                         (('ckpt.pt', 'ckpt_best.pt') if always_save_checkpoint else ('ckpt_last.pt', 'ckpt.pt')))
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
@@ -348,7 +356,7 @@ def new_model():
 
 
 def overrides():
-    """What a run may change of a checkpoint's architecture: these always, and RoPE's where it is given, for YaRN."""
+    """What a run may change of a checkpoint's config: `always` by the flags, the others where they are given."""
     always = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size')
     if_given = [name for name in fields if name == 'eos_token_id' or name.startswith('rope_') and name != 'rope_theta']
     return {name: config[name] for name in fields
@@ -358,7 +366,7 @@ def overrides():
 def resumed_model():
     """The model of the last checkpoint, and the checkpoint."""
     path = resume_path()
-    if most(os.path.exists(path)) != -most(-os.path.exists(path)):
+    if not same(os.path.exists(path)):
         raise ValueError(f'{path} is missing on some machines: {out_dir} must be one folder for all of them')
     other = os.path.join(out_dir, 'ckpt_last.pt' if always_save_checkpoint else 'ckpt_best.pt')
     if os.path.exists(other):
@@ -366,8 +374,9 @@ def resumed_model():
     model, checkpoint = GPT.from_checkpoint(path, device, **overrides())
     iter_num, best, trained_on = (checkpoint.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
     if (type(iter_num), type(best), type(trained_on or {})) != (int, float, dict) or iter_num < 0:
-        raise ValueError(f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta is odd')
-    if most(iter_num) != -most(-iter_num):
+        raise ValueError(f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta has '
+                         'a wrong type')
+    if not same(iter_num):
         raise ValueError(f'the ranks hold checkpoints of different iterations: {out_dir} must be one folder for all '
                          'machines')
     if not checkpoint.get('optimizer'):  # converted: it has no meta either
@@ -379,9 +388,8 @@ def resumed_model():
 
 
 def resume_path():
-    """The last checkpoint: ckpt_last.pt where there is one, so that a run is found under either setting."""
-    path = os.path.join(out_dir, 'ckpt_last.pt')
-    return path if os.path.exists(path) else os.path.join(out_dir, 'ckpt.pt')
+    """The last checkpoint, or where there is none, as after an import, ckpt.pt."""
+    return last_path if os.path.exists(last_path) else os.path.join(out_dir, 'ckpt.pt')
 
 
 def is_own_checkpoint(path):
@@ -433,6 +441,8 @@ def build_optimizer(model, checkpoint):
     if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
         try:
             made.load_state_dict(checkpoint['optimizer'])
+            for group in made.param_groups:
+                group['fused'] = made.defaults['fused']  # this device's, not that of the checkpoint's
             if checkpoint.get('scaler'):
                 scaler.load_state_dict(checkpoint['scaler'])
         except Exception as e:  # a dict of another shape fails in many ways
@@ -446,8 +456,9 @@ def is_out_of_memory(e):
 
 
 def try_micro_batch():
-    """In training and in evaluation, before anything is renamed. A run without a compiler is only slower: then all
-    ranks go on without it. Whichever rank meets a fault says so, and all decide alike.
+    """Forward and backward, and an evaluation, before anything is renamed. -> the ranks' worst fault: 0, 1, 2 (memory).
+
+    Each rank prints its own fault; all take the same decision by the result.
     """
     fault = 0
     try:
@@ -461,12 +472,8 @@ def try_micro_batch():
             raise
         if fault == 1:
             print(f'rank {rank}: ' * ddp + f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
-    fault = most(fault)
-    if fault == 2:
-        raise ValueError('out of memory: make batch_size smaller, and gradient_accumulation_steps larger')
-    if fault == 1:
-        raw_model.uncompile()
     optimizer.zero_grad(set_to_none=True)
+    return most(fault)
 
 
 try:
@@ -487,7 +494,13 @@ try:
     if compile:
         torch._functorch.config.activation_memory_budget = activation_memory
         raw_model.compile()
-    try_micro_batch()
+    fault = try_micro_batch()
+    if fault == 1:  # without a compiler the run is only slower
+        raw_model.uncompile()
+        compile = False
+        fault = try_micro_batch()
+    if fault == 2:
+        raise ValueError('out of memory: make batch_size smaller, and gradient_accumulation_steps larger')
 except ValueError as e:
     stop(e)
 except (RuntimeError, MemoryError) as e:
@@ -534,10 +547,11 @@ def get_mtp_lambda(it):
 # -----------------------------------------------------------------------------
 # checkpoint and log, on rank 0
 log_path = os.path.join(out_dir, 'log.jsonl')
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
 
 
 def save(best):
-    # the first checkpoint is the best so far, whatever an untrained model's loss was
+    # the first checkpoint is also saved as the best
     best = best or not os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
     try:
         save_checkpoint({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
@@ -562,21 +576,25 @@ def start_wandb():
 
 
 def open_log():
-    """What an earlier run left in out_dir is renamed, unless this one goes on from it; then the log is opened."""
+    """The log, with this run's header. A new run writes the header beside first, so that a full disk shows, and then
+    renames what an earlier run left in out_dir; a resumed run goes on with the log that is there.
+    """
+    new = init_from != 'resume' and not eval_only
     try:
         os.makedirs(out_dir, exist_ok=True)
-        if init_from != 'resume' and not eval_only:
-            moved = keep_earlier(out_dir, ['ckpt.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'log.jsonl', 'tokenizer.json',
-                                           'tokenizer_config.json'])
+        file = open(log_path + '.tmp' if new else log_path, 'wb' if new else 'ab', buffering=0)
+        if file.tell() > 0:
+            file.write(b'\n')  # a run that was killed may have left half a line
+        file.write(json.dumps(header()).encode() + b'\n')
+        if new:
+            moved = keep_earlier(out_dir, ['ckpt.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'log.jsonl', *TOKENIZER_FILES])
             if moved:
                 print(f'{out_dir} holds an earlier run; renamed: ' + ', '.join(f'{a} to {b}' for a, b in moved.items()))
-            for name in ('tokenizer.json', 'tokenizer_config.json'):  # they travel with the checkpoint
+            os.replace(log_path + '.tmp', log_path)
+            for name in TOKENIZER_FILES:  # they travel with the checkpoint
                 source = os.path.join(data_dir if init_from == 'scratch' else init_from, name)
                 if os.path.exists(source):
                     shutil.copy(source, out_dir)
-        file = open(log_path, 'ab', buffering=0)
-        if file.tell() > 0:
-            file.write(b'\n')  # a run that was killed may have left half a line
         return file
     except OSError as e:
         raise ValueError(f'out_dir={out_dir!r} cannot be written: {e.strerror}') from None
@@ -599,27 +617,30 @@ def header():
             f'{platform.machine()} {device_type}, {os.cpu_count()} cores', 'git_commit': git_commit()}
 
 
+def plain(value):
+    """JSON has no nan and no infinity: None."""
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def log(record):
-    # JSON has no nan and no infinity
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    record = {k: plain(v) for k, v in record.items()}
     try:
         log_file.write(json.dumps(record).encode() + b'\n')
     except OSError as e:
         stop(f'{log_path} could not be written: {e.strerror}')
-    if wandb_log and 'step' in record:
+    if wandb_log:
         wandb.log({k: v for k, v in record.items() if v is not None}, step=record['step'])
 
 
 if master:
     try:
-        if os.path.isdir(init_from) and os.path.realpath(init_from) == os.path.realpath(out_dir):
-            raise ValueError(f'out_dir={out_dir!r} must not be the folder that the run begins with, init_from')
         if wandb_log:
             wandb = start_wandb()
         log_file = open_log()
     except ValueError as e:
         stop(e)
-    log(header())
     print(f'parameters without embedding and head: {raw_model.get_num_params() / 1e6:.2f}M, of which a token uses '
           f'{raw_model.get_num_active_params() / 1e6:.2f}M')
     print(f'tokens per iteration: {tokens_per_iter:,}; device: {device}, {dtype}')
@@ -627,7 +648,7 @@ if master:
         print(f'going on from {resume_path()}, iteration {iter_num}')
         if iter_num >= max_iters and not eval_only:
             print(f'nothing to do but evaluate: it has made {iter_num} of max_iters={max_iters} updates')
-most(0)  # until the log is there
+most(0)  # a barrier: rank 0 has opened the log
 if most(not os.path.exists(log_path)) and master:
     print(f'note: {out_dir} is not one folder for all machines: to resume, copy its checkpoint to all of them')
 
@@ -668,7 +689,7 @@ while True:
     if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
         losses = estimate_loss()
         improved = losses['val'] < best_val_loss
-        if improved and iter_num > 0:  # an untrained model is never saved, so it is no best one either
+        if improved and iter_num > 0:  # iteration 0 is not saved, so its loss does not count as best
             best_val_loss = losses['val']
         if master:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')

@@ -31,7 +31,7 @@ class Speculation(NamedTuple):
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
     """GPT.generate, speculatively: idx (B, T) -> (B, T + at most max_new_tokens), and its Speculation.
 
-    All rows go on in step: as many drafts count as every row accepts. Past block_size decoding is plain. ValueError for
+    Each step accepts the number of drafts that all rows accept. Past block_size decoding is plain. ValueError for
     a model without MTP modules.
     """
     B, T = idx.shape
@@ -40,7 +40,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token
         raise ValueError('generate needs a prompt of at least one token')
     if D == 0:
         raise ValueError('speculative decoding needs MTP modules, and this model has none')
-    # behind the tokens lie the drafts: unverified tokens, written over by the verified ones
+    # `out` holds the tokens, then unverified drafts, which the verified tokens overwrite
     out = torch.cat((idx, idx.new_zeros(B, max_new_tokens + 2 * D)), dim=1)
     cache = model.make_cache(B, min(out.size(1), block_size), blocks=len(model.blocks()))
     done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
@@ -78,7 +78,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token
         # the modules draft the next D tokens
         if known - 1 <= block_size:
             first, cached = cached, known - 1  # rejected drafts lie beyond `cached`: they are written over
-            drafted = D if known + D <= min(block_size, total + D) else 0
+            drafted = D if known < total and known + D <= block_size else 0
         if drafted:
             # Module k's last k - 1 cache rows came from drafts: it computes them again.
             h = h[:, :cached - first]
@@ -108,7 +108,7 @@ def verify(drafts, q, p, done):
     run = accept.long().cumprod(dim=1)                                                       # (B, D): all up to here
     a = int(run.sum(dim=1).min())  # the one host sync of a pass
     rest = p[:, a]
-    if a < D:  # in a row that rejects draft a + 1: from what p has and q has not; in the others, the draft itself
+    if a < D:  # in a row that rejects draft a + 1: from max(p - q, 0); in the others, the draft itself
         rest = (rest - q[:, a]).clamp(min=0)
         rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p[:, a])
         last = torch.where(run[:, a:a + 1] > 0, drafts[:, a:a + 1], draw(rest))

@@ -166,7 +166,7 @@ def grouped_weight_grad_loop(grad, x, offsets):
 
 
 def without_idle_rows(x, offsets):
-    """Rows beyond the last offset are nobody's and may hold anything: zeros, that they spoil no tile."""
+    """Rows beyond the last offset belong to no expert and hold anything: 0, so that no tile's scale sees them."""
     used = torch.arange(len(x), device=x.device) < offsets[-1]
     return torch.where(used.unsqueeze(1), x, 0.0)
 

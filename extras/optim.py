@@ -38,10 +38,6 @@ class Muon(torch.optim.AdamW):
     """
     MOMENTUM = 0.95
 
-    def __init__(self, groups, **kwargs):
-        super().__init__(groups, **kwargs)
-        self._step_supports_amp_scaling = False  # a GradScaler shall skip the whole step, not AdamW's half of it
-
     @torch.no_grad()
     def step(self, closure=None):
         groups = self.param_groups
@@ -98,8 +94,9 @@ class AdamW16(torch.optim.AdamW):
                 keep = 1 - getattr(self, 'found_inf', torch.zeros((), device=p.device))
                 state = self.state[p]
                 if not state:
-                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                 exp_avg_sq=torch.zeros_like(p))
+                    state.update(step=torch.zeros((), device=p.device),
+                                 exp_avg=torch.zeros_like(p, dtype=torch.bfloat16),
+                                 exp_avg_sq=torch.zeros_like(p, dtype=torch.bfloat16))
                 state['step'] += keep
                 steps = state['step'].clamp(min=1)
                 grad = torch.where(keep > 0, p.grad, 0.0)

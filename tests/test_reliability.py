@@ -14,6 +14,7 @@ import soak
 import torch
 from conftest import SMALL, load, log, losses, optimizer_of, run_inside, tiny_model, torchrun, train
 
+import model
 from model import GPT
 
 RESUME = '--init_from=resume'
@@ -419,3 +420,65 @@ runpy.run_path('train.py', run_name='__main__')
     code, printed = torchrun(small, script='dies.py', python=[*rendezvous, '--max-restarts=1'])
     assert code == 0 and 'nothing to do' not in printed, printed
     assert (small / 'out/ckpt.pt.old').read_bytes() == before and load(small)['iter_num'] == 6
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_a_kill_between_the_two_names_leaves_the_best_one_alone(tmp_path, monkeypatch, links):
+    """The temporary file was then a second name of ckpt_best.pt, and the next save wrote into it."""
+    last, best = str(tmp_path / 'ckpt.pt'), str(tmp_path / 'ckpt_best.pt')
+    replace = os.replace
+
+    def killed(source, target):
+        if target == last:
+            raise KeyboardInterrupt  # as a kill would: nothing is cleaned up
+        replace(source, target)
+
+    if not links:
+        monkeypatch.setattr('os.link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
+    with monkeypatch.context() as patch:
+        patch.setattr('os.replace', killed)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_checkpoint({'step': 1}, last, best)
+    assert torch.load(best)['step'] == 1 and not os.path.exists(last)
+    model.save_checkpoint({'step': 2}, last)
+    assert torch.load(best)['step'] == 1 and torch.load(last)['step'] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'ckpt_best.pt']
+
+
+def test_a_full_disk_at_the_start_renames_nothing(small):
+    """The log's first line fails: /dev/full stands for the disk."""
+    train(small, '--max_iters=1')
+    before = {p: p.read_bytes() for p in (small / 'out').iterdir()}
+    os.symlink('/dev/full', small / 'out/log.jsonl.tmp')
+    printed = train(small, code=2)
+    assert printed.splitlines()[-1].endswith('cannot be written: No space left on device')
+    os.remove(small / 'out/log.jsonl.tmp')
+    assert {p: p.read_bytes() for p in (small / 'out').iterdir()} == before
+
+
+def test_an_optimizer_from_another_device_is_used_as_this_one_can(small):
+    """A checkpoint of an unfused AdamW, as MPS writes it, went on into an AssertionError at the first step."""
+    train(small, '--max_iters=3')
+    saved = load(small)
+    for group in saved['optimizer']['param_groups']:
+        group['fused'] = False
+    torch.save(saved, small / 'out/ckpt.pt')
+    train(small, RESUME)
+    train(small, '--out_dir=whole')
+    assert_same(load(small), load(small, 'whole/ckpt.pt'))
+
+
+def test_without_a_compiler_the_micro_batch_is_tried_again(small, monkeypatch):
+    """A fault that is not the compiler's was taken for one, and met again after an earlier run had been renamed."""
+    train(small, '--max_iters=1')
+    before = {p: p.read_bytes() for p in (small / 'out').iterdir()}
+    monkeypatch.setattr(GPT, 'compile', lambda self: None)
+    monkeypatch.setattr('model.swiglu', lambda *_: 1 / 0)
+    code, printed, said = run_inside('train.py', *SMALL, '--compile=True', cwd=small)
+    assert code == 1 and 'ZeroDivisionError' in said and 'going on without torch.compile' in printed
+    assert {p: p.read_bytes() for p in (small / 'out').iterdir()} == before
+
+
+def test_a_flag_that_does_not_fit_is_not_blamed_on_the_checkpoint(small):
+    train(small, '--max_iters=1')
+    assert train(small, RESUME, '--dropout=1.5', code=2).splitlines()[-1] == 'GPTConfig: dropout must lie in [0, 1)'
