@@ -200,8 +200,8 @@ def test_ctrl_c_at_any_time(clone, tmp_path, script, module, code, tiktoken_cach
 
 
 def test_importing_dataset_leaves_the_signals_alone():
-    script = ('import signal, sys; sys.path.insert(0, "data"); before = signal.getsignal(signal.SIGINT); import dataset; '
-              'print(signal.getsignal(signal.SIGINT) is before is not signal.SIG_DFL)')
+    script = ('import signal, sys; sys.path.insert(0, "data"); before = signal.getsignal(signal.SIGINT); '
+              'import dataset; print(signal.getsignal(signal.SIGINT) is before is not signal.SIG_DFL)')
     assert run('-c', script, cwd=ROOT) == 'True\n'
 
 
