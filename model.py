@@ -421,37 +421,43 @@ class GPT(nn.Module):
             logits = self.lm_head(h)                                        # (B, T, V)
             total = F.cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), ignore_index=-1, reduction='sum')
             return logits, total / (targets >= 0).sum().clamp(min=1)
+        if not self.training:
+            return None, self.loss_of_heads([h], [targets], [1.0])[0]
 
+        # Module k sees t_{i+k} at position i and predicts t_{i+k+1}. The sequence keeps its length T; its last k
+        # positions have no label, nor has any with a missing target (-1) or the end of a document in between.
         states, labels = [h], [targets]
-        if self.training:
-            # Module k sees t_{i+k} at position i and predicts t_{i+k+1}. The sequence keeps its length T; its last k
-            # positions have no label, nor has any with a missing target (-1) or the end of a document in between.
-            token, label = idx, targets
-            for k, module in enumerate(self.mtp, start=1):
-                token = F.pad(token[:, 1:], (0, 1))                         # t_{i+k}
-                h, more = self.mtp_module(module, token, h)
-                routing += more
-                beyond = (label < 0) | (label == self.config.eos_token_id)
-                label = torch.where(beyond, -1, F.pad(targets[:, k:], (0, min(k, T)), value=-1))
-                states.append(h)
-                labels.append(label)
+        token, label = idx, targets
+        for k, module in enumerate(self.mtp, start=1):
+            token = F.pad(token[:, 1:], (0, 1))                             # t_{i+k}
+            h, more = self.mtp_module(module, token, h)
+            routing += more
+            beyond = (label < 0) | (label == self.config.eos_token_id)
+            label = torch.where(beyond, -1, F.pad(targets[:, k:], (0, min(k, T)), value=-1))  # t_{i+k+1}
+            states.append(h)
+            labels.append(label)
 
-        D = len(states) - 1
+        D = len(self.mtp)
+        weight = self.config.mtp_lambda if mtp_lambda is None else mtp_lambda
+        loss, losses = self.loss_of_heads(states, labels, [1.0] + [weight / max(D, 1)] * D)   # eq. 24-25
+        self.stats = {'losses': losses}
+        if routing:
+            balance = torch.stack([balance for balance, _ in routing])      # (MoE layers,)
+            loss = loss + self.config.aux_loss_alpha * balance.sum()
+            self.stats |= {'balance': balance.detach().mean(), 'load': torch.stack([load for _, load in routing])}
+        return None, loss
+
+    def loss_of_heads(self, states, labels, weights):
+        """States (B, T, C), each through the shared head against its labels (B, T; -1: none): the weighted sum of their
+        mean losses, and, without a gradient, these means (len(states),).
+        """
         labels = torch.stack(labels).flatten(1)                             # (1+D, B*T)
         valid = labels >= 0
-        mean = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)          # each loss averages over its own targets
-        weight = self.config.mtp_lambda if mtp_lambda is None else mtp_lambda
-        coef = [1.0] + [weight / D for _ in range(D)]                       # eq. 25
-        loss, rows = LinearCrossEntropy.apply(
+        mean = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)          # each loss averages over its own labels
+        loss, row_losses = LinearCrossEntropy.apply(
             torch.stack(states).flatten(0, 2), self.lm_head.weight, labels.flatten(),
-            torch.cat([c * m for c, m in zip(coef, mean)]), self.rows_fn, torch.is_grad_enabled())
-        if self.training:
-            self.stats = {'losses': (rows.view(D + 1, -1) * mean).sum(dim=1)}
-            if routing:
-                balance = torch.stack([balance for balance, _ in routing])  # (MoE layers,)
-                loss = loss + self.config.aux_loss_alpha * balance.sum()
-                self.stats |= {'balance': balance.detach().mean(), 'load': torch.stack([load for _, load in routing])}
-        return None, loss
+            torch.cat([w * m for w, m in zip(weights, mean)]), self.rows_fn, torch.is_grad_enabled())
+        return loss, (row_losses.view(len(states), -1) * mean).sum(dim=1)
 
     @torch.no_grad()
     def update_balance(self, load):
