@@ -487,7 +487,7 @@ def export_folder(out_dir, hf_dir, fp8=False):
         model, checkpoint = GPT.from_checkpoint(path, assign=True)
     config, state = model.config, model.state_dict()
     if type(checkpoint.get('config') or {}) is not dict or type(checkpoint.get('best_val_loss', 0.0)) is not float:
-        raise ValueError(f'{path} is no checkpoint of this model: its config or best_val_loss is odd')
+        raise ValueError(f'{path} is no checkpoint of this model: its config or best_val_loss has a wrong type')
     biases = [state[name] for name in state if name.endswith('e_score_correction_bias')]
     if config.scoring_func == 'softmax' and any(bias.any() for bias in biases):
         raise ValueError('the balance bias of a model with softmax scores is not zero, and V2 has none: '
