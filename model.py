@@ -52,12 +52,6 @@ class GPTConfig:
     qk_rope_head_dim: int = -1      # ... and with it; its key is shared by all heads, and cached
     v_head_dim: int = -1
     rope_theta: float = 10000.0
-    rope_factor: float = 1.0        # YaRN: how many times longer the context is than the original one; 1: off
-    rope_original_max_position_embeddings: int = -1
-    rope_beta_fast: float = 32.0    # pairs with more turns than this in the original context keep their frequency,
-    rope_beta_slow: float = 1.0     # those with fewer than this are slowed by the factor
-    rope_mscale: float = 1.0
-    rope_mscale_all_dim: float = 1.0
     # DeepSeekMoE
     n_routed_experts: int = 8       # 0: a dense model
     n_shared_experts: int = 1
@@ -77,6 +71,13 @@ class GPTConfig:
     mtp_n_layer: int = -1              # blocks in each
     mtp_lambda: float = 0.3            # weight of their mean loss
     eos_token_id: int = -1             # ends a document: MTP targets never cross it; -1: not known
+    # YaRN, for a context longer than that of the training
+    rope_factor: float = 1.0        # how many times longer; 1: off
+    rope_original_max_position_embeddings: int = -1
+    rope_beta_fast: float = 32.0    # pairs with more turns than this in the original context keep their frequency,
+    rope_beta_slow: float = 1.0     # those with fewer than this are slowed by the factor
+    rope_mscale: float = 1.0
+    rope_mscale_all_dim: float = 1.0
 
     def __post_init__(self):
         check_types(self)
@@ -276,13 +277,8 @@ class MoE(nn.Module):
             logits = F.linear(x.float(), self.gate.weight.float())
         scores = logits.sigmoid() if self.scoring_func == 'sigmoid' else logits.softmax(dim=-1)  # eq. 15
         choice = scores.detach() + self.e_score_correction_bias
-        if self.n_group > 1:  # V3 section 2.1.2: the groups with the largest sum of their two best; V2: with the best
-            groups = choice.view(-1, self.n_group, self.n_experts // self.n_group)
-            best = min(2 if self.scoring_func == 'sigmoid' else 1, groups.size(-1))
-            strength = groups.topk(best, dim=-1).values.sum(dim=-1)                              # (N, n_group)
-            kept = strength.topk(self.topk_group, dim=-1, sorted=False).indices
-            dropped = torch.ones_like(strength, dtype=torch.bool).scatter(1, kept, False)
-            choice = groups.masked_fill(dropped.unsqueeze(-1), float('-inf')).flatten(1)         # (N, E)
+        if self.n_group > 1:
+            choice = keep_best_groups(choice, self.n_group, self.topk_group, self.scoring_func)
         experts = choice.topk(self.top_k, dim=-1, sorted=False).indices                          # eq. 16
         gates = scores.gather(1, experts)  # without b
         if self.norm_topk_prob and self.top_k > 1:  # with K = 1 the gate would always be 1, without a gradient
@@ -698,6 +694,19 @@ def rope_table(config):
 
 
 # the experts' rows
+
+def keep_best_groups(choice, n_group, topk_group, scoring_func):
+    """Group-limited routing (V3 section 2.1.2): choice (N, E), with -inf outside each token's topk_group best groups.
+
+    A group is as good as the sum of its two best experts; in V2, which scores by softmax, as its best one.
+    """
+    groups = choice.unflatten(-1, (n_group, -1))                            # (N, n_group, E / n_group)
+    best = min(2 if scoring_func == 'sigmoid' else 1, groups.size(-1))
+    strength = groups.topk(best, dim=-1).values.sum(dim=-1)                 # (N, n_group)
+    kept = strength.topk(topk_group, dim=-1, sorted=False).indices
+    dropped = torch.ones_like(strength, dtype=torch.bool).scatter(1, kept, False)
+    return groups.masked_fill(dropped.unsqueeze(-1), float('-inf')).flatten(1)
+
 
 class Rows(NamedTuple):
     """The N*K choices of experts as M rows, sorted by expert. Padding rows repeat an arbitrary token with gate 0.

@@ -355,12 +355,15 @@ def new_model():
     return GPT(GPTConfig(**args))
 
 
+# what a run may change of a checkpoint's config: the first by every flag, the others by a flag that is not the default
+FREE = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size')
+FREE_IF_GIVEN = ('eos_token_id', 'rope_factor', 'rope_original_max_position_embeddings', 'rope_beta_fast',
+                 'rope_beta_slow', 'rope_mscale', 'rope_mscale_all_dim')
+
+
 def overrides():
-    """What a run may change of a checkpoint's config: `always` by the flags, the others where they are given."""
-    always = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size')
-    if_given = [name for name in fields if name == 'eos_token_id' or name.startswith('rope_') and name != 'rope_theta']
-    return {name: config[name] for name in fields
-            if name in always or name in if_given and config[name] != fields[name]}
+    given = [name for name in FREE_IF_GIVEN if config[name] != fields[name]]
+    return {name: config[name] for name in (*FREE, *given)}
 
 
 def resumed_model():
@@ -567,12 +570,10 @@ def start_wandb():
     try:
         import wandb
         wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-    except ImportError:
-        raise ValueError('wandb_log=True needs wandb: pip install wandb') from None
-    except Exception as e:  # wandb has many
-        raise ValueError(f'wandb_log=True, and wandb cannot start ({first_line(e)}): run wandb login, or set '
-                         'WANDB_MODE=offline') from None
-    return wandb
+        return wandb
+    except Exception as e:  # it is missing, or nobody is logged in; wandb has errors of its own
+        raise ValueError(f'wandb_log=True, and wandb cannot start ({first_line(e)}): pip install wandb and run wandb '
+                         'login, or set WANDB_MODE=offline') from None
 
 
 def open_log():
