@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import GPT, GPTConfig, first_line, save_checkpoint
+from model import GPT, TOKENIZER_FILES, GPTConfig, copy_tokenizer, first_line, save_checkpoint
 from tokenizer import from_folder, of_checkpoint, read_table
 
 # -----------------------------------------------------------------------------
@@ -382,15 +382,6 @@ def check_vocabulary(folder, meta, data_dir):
         same = from_folder(folder).encode('<|endoftext|>') == [50256]  # GPT-2's
     if not same:
         raise ValueError(f'{data_dir} has other tokens than {path}: prepare the data with --tokenizer={folder}')
-
-
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
-
-
-def copy_tokenizer(source, target):
-    for name in TOKENIZER_FILES:
-        if os.path.exists(os.path.join(source, name)):
-            shutil.copy(os.path.join(source, name), os.path.join(target, name))
 
 
 # -----------------------------------------------------------------------------

@@ -25,7 +25,6 @@ import math
 import os
 import runpy
 import shlex
-import shutil
 import sys
 import time
 
@@ -34,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, start_wandb, stop
-from model import GPT, MoE, first_line, keep_earlier, save_checkpoint
+from model import GPT, MoE, first_line, is_of_run, open_log, save_checkpoint
 from tokenizer import of_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -299,15 +298,6 @@ def load_reward(path):
     return checked
 
 
-def own_checkpoint(run):
-    """Whether out_dir holds a checkpoint of this run, which an earlier attempt under --max-restarts wrote."""
-    try:
-        path = os.path.join(out_dir, 'ckpt.pt')
-        return torch.load(path, map_location='cpu', mmap=True, weights_only=True)['run'] == run
-    except Exception:  # there is none, or it is damaged, or another program's
-        return False
-
-
 def main():
     # one process, or one of several under torchrun
     ddp = 'RANK' in os.environ
@@ -344,7 +334,7 @@ def main():
         stop(f'out_dir={out_dir!r} must differ from init_from and reference, which a new run would rename')
     resume = init_from == 'resume'
     if ddp and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and not eval_only:
-        own = torch.tensor(float(own_checkpoint(run)), device=place)
+        own = torch.tensor(float(is_of_run(os.path.join(out_dir, 'ckpt.pt'), run)), device=place)
         resume = resume or all_reduce(own, dist.ReduceOp.MIN).item() == 1  # all ranks or none
     source = out_dir if resume else init_from
     model, checkpoint, tokenizer = load_model(source, place)
@@ -417,23 +407,11 @@ def main():
         if wandb_log:
             wandb = start_wandb(project=wandb_project, name=wandb_run_name, config=settings)
         log_path = os.path.join(out_dir, 'eval.jsonl' if eval_only else 'log.jsonl')
-        new = not resume and not eval_only
         header = {'command': shlex.join(sys.argv), 'config': settings, 'model_args': model_args, 'world_size': world}
         try:
-            os.makedirs(out_dir, exist_ok=True)
-            log_file = open(log_path + '.tmp', 'wb', buffering=0) if new else open(log_path, 'ab', buffering=0)
-            half = b'\n' if log_file.tell() > 0 else b''  # a run that was killed may have left half a line
-            log_file.write(half + json.dumps(header).encode() + b'\n')
-            if new:
-                names = ('tokenizer.json', 'tokenizer_config.json')
-                for name, kept in keep_earlier(out_dir, ['ckpt.pt', 'log.jsonl', *names]).items():
-                    print(f'{out_dir}/{name} of an earlier run is now {kept}')
-                for name in names:  # they travel with the checkpoint
-                    if os.path.exists(os.path.join(source, name)):
-                        shutil.copy(os.path.join(source, name), out_dir)
-                os.replace(log_path + '.tmp', log_path)
-        except OSError as e:
-            stop(f'out_dir={out_dir!r} cannot be used: {e.strerror}')
+            log_file = open_log(log_path, header, source if not resume and not eval_only else None)
+        except ValueError as e:
+            stop(str(e))
         if resume:
             print(f'going on from {out_dir}/ckpt.pt, iteration {iter_num}')
 

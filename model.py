@@ -16,6 +16,7 @@ Letters in the shape comments:
 
 import contextlib
 import glob
+import json
 import math
 import os
 import re
@@ -124,19 +125,13 @@ class MLA(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         C, H = config.n_embd, config.n_head
-        self.n_head = H
-        self.qk_nope_head_dim = config.qk_nope_head_dim
-        self.qk_rope_head_dim = config.qk_rope_head_dim
-        self.v_head_dim = config.v_head_dim
-        self.q_lora_rank = config.q_lora_rank
-        self.kv_lora_rank = config.kv_lora_rank
-        self.dropout = config.dropout
         qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         self.scale = qk_head_dim ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
 
         # the latents' norms have this epsilon in every released model, whatever its rms_norm_eps
-        if self.q_lora_rank > 0:
+        if config.q_lora_rank > 0:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
             self.q_b_proj = nn.Linear(config.q_lora_rank, H * qk_head_dim, bias=False)
@@ -151,12 +146,13 @@ class MLA(nn.Module):
     def forward(self, x, cos, sin, cache=None, pos=0):
         """x: (B, T, C) at positions pos..pos+T-1; cache: (B, S_max, c + r) or None, written in place."""
         B, T, _ = x.shape
-        n, r, c = self.qk_nope_head_dim, self.qk_rope_head_dim, self.kv_lora_rank
-        if self.q_lora_rank > 0:
+        cfg = self.config
+        n, r, c = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
+        if cfg.q_lora_rank > 0:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))                    # eq. 6-7
         else:
             q = self.q_proj(x)
-        q = q.view(B, T, self.n_head, n + r).transpose(1, 2)                           # (B, H, T, n+r)
+        q = q.view(B, T, cfg.n_head, n + r).transpose(1, 2)                            # (B, H, T, n+r)
         q_nope, q_rope = q.split((n, r), dim=-1)
         c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((c, r), dim=-1)                # eq. 1, 3: (B, T, c), (B, T, r)
         c_kv = self.kv_a_layernorm(c_kv)
@@ -169,21 +165,21 @@ class MLA(nn.Module):
             y = self.attend_materialised(q_nope, q_rope, c_kv, k_rope)
         else:
             y = self.attend_absorbed(q_nope, q_rope, cache[:, :pos + T])
-        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.v_head_dim)             # (B, T, H*v)
+        y = y.transpose(1, 2).reshape(B, T, cfg.n_head * cfg.v_head_dim)               # (B, T, H*v)
         return self.resid_dropout(self.o_proj(y))                                      # eq. 11
 
     def attend_materialised(self, q_nope, q_rope, c_kv, k_rope):
         """Training and prefill: expand k and v for every head, then one causal SDPA. -> (B, H, T, v)"""
         B, T, _ = c_kv.shape
-        n, v_dim = self.qk_nope_head_dim, self.v_head_dim
-        kv = self.kv_b_proj(c_kv).view(B, T, self.n_head, n + v_dim).transpose(1, 2)   # (B, H, T, n+v)
+        H, n, v_dim = self.config.n_head, self.config.qk_nope_head_dim, self.config.v_head_dim
+        kv = self.kv_b_proj(c_kv).view(B, T, H, n + v_dim).transpose(1, 2)             # (B, H, T, n+v)
         k_nope, v = kv.split((n, v_dim), dim=-1)                                       # eq. 2, 5
         q = torch.cat((q_nope, q_rope), dim=-1)                                        # (B, H, T, n+r)
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.n_head, -1, -1)), dim=-1)  # eq. 4
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, H, -1, -1)), dim=-1)     # eq. 4
         # flash kernels want one head size for q, k and v: zeros appended to v come out as zeros
         v = F.pad(v, (0, max(0, q.size(-1) - v_dim)))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale,
-                                           dropout_p=self.dropout if self.training else 0.0)
+                                           dropout_p=self.config.dropout if self.training else 0.0)
         return y[..., :v_dim]                                                          # eq. 10
 
     def attend_absorbed(self, q_nope, q_rope, cache):
@@ -192,8 +188,8 @@ class MLA(nn.Module):
         All heads then share one key (the cache row) and one value (its first c numbers). -> (B, H, T, v)
         """
         B, H, T, n = q_nope.shape
-        S, c = cache.size(1), self.kv_lora_rank
-        w_uk, w_uv = self.kv_b_proj.weight.view(H, n + self.v_head_dim, c).split((n, self.v_head_dim), dim=1)
+        S, c, v_dim = cache.size(1), self.config.kv_lora_rank, self.config.v_head_dim
+        w_uk, w_uv = self.kv_b_proj.weight.view(H, n + v_dim, c).split((n, v_dim), dim=1)
         # einsum multiplies head by head; @ would first copy the weights for each row of the batch
         q = torch.einsum('bhtn,hnc->bhtc', q_nope, w_uk.to(q_nope.dtype))
         q = torch.cat((q, q_rope), dim=-1) * self.scale                                # (B, H, T, c+r)
@@ -233,14 +229,8 @@ class MoE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         E, C, h = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
-        self.n_experts = E
-        self.top_k = config.num_experts_per_tok
-        self.n_group, self.topk_group = config.n_group, config.topk_group
-        self.scoring_func = config.scoring_func
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
-
         self.gate = nn.Linear(C, E, bias=False)                             # the router
         self.experts_gate_up = nn.Parameter(torch.empty(E, 2 * h, C))
         self.experts_down = nn.Parameter(torch.empty(E, C, h))
@@ -252,12 +242,13 @@ class MoE(nn.Module):
     def forward(self, x):
         """(B, T, C) -> (B, T, C), and in training its balance loss (scalar) and load (E,), else None."""
         B, T, C = x.shape
+        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         flat = x.view(-1, C)                                                # (N, C)
         scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
-        if not self.training and is_few(len(flat), self.top_k, self.n_experts):
+        if not self.training and is_few(len(flat), K, E):
             out = all_experts(flat, gates, experts, self.experts_gate_up, self.experts_down)
         else:
-            rows = sort_by_expert(experts, gates, self.n_experts)           # which token each of M rows is of
+            rows = sort_by_expert(experts, gates, E)                        # which token each of M rows is of
             hidden = Dispatch.apply(flat.to(compute_dtype(x)), rows.token, rows.place)  # (M, C)
             hidden = self.grouped_linear(hidden, self.experts_gate_up, rows.offsets)    # (M, 2h)
             # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
@@ -273,22 +264,24 @@ class MoE(nn.Module):
 
     def route(self, x):
         """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
+        cfg, K = self.config, self.config.num_experts_per_tok
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.gate.weight.float())
-        scores = logits.sigmoid() if self.scoring_func == 'sigmoid' else logits.softmax(dim=-1)  # eq. 15
+        scores = logits.sigmoid() if cfg.scoring_func == 'sigmoid' else logits.softmax(dim=-1)   # eq. 15
         choice = scores.detach() + self.e_score_correction_bias
-        if self.n_group > 1:
-            choice = keep_best_groups(choice, self.n_group, self.topk_group, self.scoring_func)
-        experts = choice.topk(self.top_k, dim=-1, sorted=False).indices                          # eq. 16
+        if cfg.n_group > 1:
+            choice = keep_best_groups(choice, cfg.n_group, cfg.topk_group, cfg.scoring_func)
+        experts = choice.topk(K, dim=-1, sorted=False).indices                                   # eq. 16
         gates = scores.gather(1, experts)  # without b
-        if self.norm_topk_prob and self.top_k > 1:  # with K = 1 the gate would always be 1, without a gradient
+        if cfg.norm_topk_prob and K > 1:  # with K = 1 the gate would always be 1, without a gradient
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)                            # eq. 13
-        return scores, gates * self.routed_scaling_factor, experts
+        return scores, gates * cfg.routed_scaling_factor, experts
 
     def balance_loss(self, scores):
         """The sequence-wise balance loss without its weight alpha (eq. 17-20); 1 at balance. scores: (B, T, E)"""
-        kth = scores.topk(self.top_k, dim=-1).values[..., -1:]
-        f = (scores >= kth).float().mean(dim=1) * (self.n_experts / self.top_k)                  # eq. 18: (B, E)
+        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
+        kth = scores.topk(K, dim=-1).values[..., -1:]
+        f = (scores >= kth).float().mean(dim=1) * (E / K)                                        # eq. 18: (B, E)
         p = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)                              # eq. 19-20
         return (f * p).sum(dim=-1).mean()
 
@@ -529,9 +522,9 @@ class GPT(nn.Module):
 
     def get_num_active_params(self):
         """get_num_params() less the routed experts that a token does not meet."""
-        idle = sum((moe.n_experts - moe.top_k) * (moe.experts_gate_up[0].numel() + moe.experts_down[0].numel())
-                   for moe in self.moe_layers())
-        return self.get_num_params() - idle
+        idle = self.config.n_routed_experts - self.config.num_experts_per_tok
+        expert = 3 * self.config.n_embd * self.config.moe_intermediate_size
+        return self.get_num_params() - len(self.moe_layers()) * idle * expert
 
     def flops_per_token(self):
         """Forward and backward of one training token: 6 per active weight, heads and attention included."""
@@ -898,7 +891,7 @@ def draw(probs):
     return torch.multinomial(probs, num_samples=1)
 
 
-# files of a run, and what MFU is measured against
+# what MFU is measured against
 
 # dense bf16 tensor-core peak in TFLOP/s (fp16 for those without bf16), by the words of the device's name
 PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312, 'L40S': 362,
@@ -918,28 +911,9 @@ def first_line(error):
     return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
-def kept_earlier(path):
-    """In words, the files that keep_earlier() made of this one; '' if there are none."""
-    names = sorted(glob.glob(f'{glob.escape(path)}.old*'))
-    return f'. Kept from earlier runs: {", ".join(names)}: to go on from one, rename it to {path}' if names else ''
+# a run's files
 
-
-def keep_earlier(folder, names):
-    """Rename what an earlier run left in a folder: to NAME.old, or with the first number that is free to NAME.old2, ...
-
-    All of its files get one number, and nothing is written over. Returns the new names by the old ones.
-    """
-    def there(name):
-        return os.path.lexists(os.path.join(folder, name))
-
-    n, end = 1, '.old'
-    while any(there(name + end) for name in names):
-        n += 1
-        end = f'.old{n}'
-    moved = {name: name + end for name in names if there(name)}
-    for name, new in moved.items():
-        os.rename(os.path.join(folder, name), os.path.join(folder, new))
-    return moved
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
 
 
 def save_checkpoint(checkpoint, path, best_path=None):
@@ -978,3 +952,66 @@ def save_checkpoint(checkpoint, path, best_path=None):
             remove_temporary()
         cause = e if isinstance(e, OSError) else e.__context__ or e  # torch's own error hides the system's
         raise ValueError(f'{path} could not be written, what was saved before is whole: {first_line(cause)}') from None
+
+
+def is_of_run(path, run):
+    """Whether a checkpoint is of this run: torchrun's restarts go on with no other."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('run') == run
+    except Exception:  # it is missing, damaged or another program's
+        return False
+
+
+def kept_earlier(path):
+    """In words, the files that keep_earlier() made of this one; '' if there are none."""
+    names = sorted(glob.glob(f'{glob.escape(path)}.old*'))
+    return f'. Kept from earlier runs: {", ".join(names)}: to go on from one, rename it to {path}' if names else ''
+
+
+def keep_earlier(folder, names):
+    """Rename what an earlier run left in a folder: to NAME.old, or with the first number that is free to NAME.old2, ...
+
+    All of its files get one number, and nothing is written over. Returns the new names by the old ones.
+    """
+    def there(name):
+        return os.path.lexists(os.path.join(folder, name))
+
+    n, end = 1, '.old'
+    while any(there(name + end) for name in names):
+        n += 1
+        end = f'.old{n}'
+    moved = {name: name + end for name in names if there(name)}
+    for name, new in moved.items():
+        os.rename(os.path.join(folder, name), os.path.join(folder, new))
+    return moved
+
+
+def copy_tokenizer(source, target):
+    """A tokenizer goes with its data, and with the checkpoint."""
+    for name in TOKENIZER_FILES:
+        if os.path.exists(os.path.join(source, name)):
+            shutil.copy(os.path.join(source, name), target)
+
+
+def open_log(path, header, tokenizer_from=None):
+    """A run's log, to append lines to: it begins with a header, a line of JSON. ValueError where it cannot be written.
+
+    tokenizer_from: a new run begins, with the tokenizer of this folder. Its header is written beside first, so that
+    a full disk shows, and then what an earlier run left is renamed. Without, the log that is there goes on.
+    """
+    folder, new = os.path.dirname(path), tokenizer_from is not None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path + '.tmp' if new else path, 'wb' if new else 'ab', buffering=0)
+        if file.tell() > 0:
+            file.write(b'\n')  # a run that was killed may have left half a line
+        file.write(json.dumps(header).encode() + b'\n')
+        if new:
+            names = ['ckpt.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'log.jsonl', *TOKENIZER_FILES]
+            for name, kept in keep_earlier(folder, names).items():
+                print(f'{folder}/{name} of an earlier run is now {kept}')
+            os.replace(path + '.tmp', path)
+            copy_tokenizer(tokenizer_from, folder)
+        return file
+    except OSError as e:
+        raise ValueError(f'out_dir={folder!r} cannot be written: {e.strerror}') from None

@@ -22,7 +22,6 @@ import os
 import pickle
 import platform
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -35,7 +34,7 @@ import torch._functorch.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import GPT, GPTConfig, first_line, keep_earlier, save_checkpoint
+from model import GPT, GPTConfig, first_line, is_of_run, open_log, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig with its default (-1: derived from n_layer, n_head and n_embd)
@@ -395,14 +394,6 @@ def resume_path():
     return last_path if os.path.exists(last_path) else os.path.join(out_dir, 'ckpt.pt')
 
 
-def is_own_checkpoint(path):
-    """Was it saved by this run, before torchrun restarted the ranks?"""
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('run') == run
-    except Exception:  # it is missing or damaged
-        return False
-
-
 def check_fit(model):
     ignored = [f'{name}={config[name]}' for name, default in fields.items() if name not in overrides()
                and name != 'vocab_size' and config[name] not in (default, getattr(model.config, name))]
@@ -482,7 +473,7 @@ def try_micro_batch():
 try:
     torch.manual_seed(seed)
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-    if most(restarted and is_own_checkpoint(resume_path())):
+    if most(restarted and is_of_run(resume_path(), run)):
         init_from = 'resume'  # torchrun lost a rank and starts all of them again
     raw_model, checkpoint = build_model()
     if fp8:
@@ -550,7 +541,6 @@ def get_mtp_lambda(it):
 # -----------------------------------------------------------------------------
 # checkpoint and log, on rank 0
 log_path = os.path.join(out_dir, 'log.jsonl')
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
 
 
 def save(best):
@@ -574,31 +564,6 @@ def start_wandb():
     except Exception as e:  # it is missing, or nobody is logged in; wandb has errors of its own
         raise ValueError(f'wandb_log=True, and wandb cannot start ({first_line(e)}): pip install wandb and run wandb '
                          'login, or set WANDB_MODE=offline') from None
-
-
-def open_log():
-    """The log, with this run's header. A new run writes the header beside first, so that a full disk shows, and then
-    renames what an earlier run left in out_dir; a resumed run goes on with the log that is there.
-    """
-    new = init_from != 'resume' and not eval_only
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        file = open(log_path + '.tmp' if new else log_path, 'wb' if new else 'ab', buffering=0)
-        if file.tell() > 0:
-            file.write(b'\n')  # a run that was killed may have left half a line
-        file.write(json.dumps(header()).encode() + b'\n')
-        if new:
-            moved = keep_earlier(out_dir, ['ckpt.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'log.jsonl', *TOKENIZER_FILES])
-            if moved:
-                print(f'{out_dir} holds an earlier run; renamed: ' + ', '.join(f'{a} to {b}' for a, b in moved.items()))
-            os.replace(log_path + '.tmp', log_path)
-            for name in TOKENIZER_FILES:  # they travel with the checkpoint
-                source = os.path.join(data_dir if init_from == 'scratch' else init_from, name)
-                if os.path.exists(source):
-                    shutil.copy(source, out_dir)
-        return file
-    except OSError as e:
-        raise ValueError(f'out_dir={out_dir!r} cannot be written: {e.strerror}') from None
 
 
 def git_commit():
@@ -639,7 +604,8 @@ if master:
     try:
         if wandb_log:
             wandb = start_wandb()
-        log_file = open_log()
+        new = init_from != 'resume' and not eval_only
+        log_file = open_log(log_path, header(), (data_dir if init_from == 'scratch' else init_from) if new else None)
     except ValueError as e:
         stop(e)
     print(f'parameters without embedding and head: {raw_model.get_num_params() / 1e6:.2f}M, of which a token uses '

@@ -205,7 +205,7 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
 
 def say_where(folder, tokenizer_folder=None):
     """The last line of a prepare script. A tokenizer goes with its data: train.py copies it to the checkpoint."""
-    for name in ('tokenizer.json', 'tokenizer_config.json') if tokenizer_folder else ():
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json') if tokenizer_folder else ():
         source = os.path.join(tokenizer_folder, name)
         if os.path.exists(source) and not os.path.exists(os.path.join(folder, name)):
             shutil.copy(source, folder)

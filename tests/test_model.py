@@ -243,20 +243,25 @@ def test_a_row_that_stopped_stays_stopped():
 
 # experts
 
+def routed_token_by_token(moe, x, gates, experts):
+    """The routed part for x (N, C), with its gates and chosen experts (N, K)."""
+    out = torch.zeros_like(x)
+    for i, row in enumerate(x):
+        for g, e in zip(gates[i], experts[i]):
+            gate, up = (moe.experts_gate_up[e] @ row).chunk(2)
+            out[i] += g * (moe.experts_down[e] @ (F.silu(gate) * up))
+    return out
+
+
 def plain_moe(moe, x):
-    """A loop over tokens and their experts."""
-    h = moe.experts_down.size(2)
-    out = []
-    for row in x.view(-1, x.size(-1)):
-        scores = torch.sigmoid(moe.gate.weight @ row)
-        chosen = (scores + moe.e_score_correction_bias).topk(moe.top_k).indices
-        total = scores[chosen].sum()
-        y = moe.shared_experts(row)
-        for e in chosen.tolist():
-            up = moe.experts_gate_up[e] @ row
-            y = y + scores[e] / total * moe.routed_scaling_factor * (moe.experts_down[e] @ (F.silu(up[:h]) * up[h:]))
-        out.append(y)
-    return torch.stack(out).view_as(x)
+    """eq. 12-16, token by token."""
+    flat = x.view(-1, x.size(-1))
+    scores = torch.sigmoid(flat @ moe.gate.weight.T)
+    experts = torch.stack([(row + moe.e_score_correction_bias).topk(moe.config.num_experts_per_tok).indices
+                           for row in scores])
+    chosen = scores.gather(1, experts)
+    gates = chosen / chosen.sum(dim=1, keepdim=True) * moe.config.routed_scaling_factor
+    return (moe.shared_experts(flat) + routed_token_by_token(moe, flat, gates, experts)).view_as(x)
 
 
 @pytest.mark.parametrize('path', ['grouped_mm', 'loop'])
@@ -304,7 +309,7 @@ def test_group_limited_routing():
         kept = [e for g in groups for e in (2 * g, 2 * g + 1)]
         want = sorted(kept, key=lambda e: -choice.view(-1)[e])[:3]
         assert set(experts[t].tolist()) == set(want)
-        expected = scores[t][experts[t]] / scores[t][experts[t]].sum() * moe.routed_scaling_factor
+        expected = scores[t][experts[t]] / scores[t][experts[t]].sum() * moe.config.routed_scaling_factor
         torch.testing.assert_close(gates[t], expected)
 
 
@@ -398,7 +403,7 @@ def test_each_dropout_acts_in_training_alone(place):
         if isinstance(module, torch.nn.Dropout) and name.split('.')[-1] != place:
             module.p = 0.0
         if isinstance(module, model_file.MLA) and place != 'attention':
-            module.dropout = 0.0
+            module.config = dataclasses.replace(module.config, dropout=0.0)
     plain = tiny_model().eval()
     plain.load_state_dict(model.state_dict())
     idx = torch.randint(61, (2, 20))
@@ -693,15 +698,11 @@ def test_experts_by_sorted_rows_and_all_at_once_equal_a_loop_over_tokens(tokens)
     x = torch.randn(tokens, moe.gate.in_features)
     _, gates, experts = moe.route(x)
     if tokens == 600:
-        assert model_file.row_alignment(experts.numel(), moe.n_experts) > 1
-    expected = torch.zeros_like(x)
-    for i in range(tokens):
-        for g, e in zip(gates[i], experts[i]):
-            gate, up = (moe.experts_gate_up[e] @ x[i]).chunk(2)
-            expected[i] += g * (moe.experts_down[e] @ (F.silu(gate) * up))
+        assert model_file.row_alignment(experts.numel(), moe.config.n_routed_experts) > 1
+    expected = routed_token_by_token(moe, x, gates, experts)
     out, (_, load) = moe(x.unsqueeze(0))
     torch.testing.assert_close(out[0] - moe.shared_experts(x), expected, rtol=1e-4, atol=1e-6)
-    assert torch.equal(load, torch.bincount(experts.flatten(), minlength=moe.n_experts))
+    assert torch.equal(load, torch.bincount(experts.flatten(), minlength=moe.config.n_routed_experts))
     out = model_file.all_experts(x, gates, experts, moe.experts_gate_up, moe.experts_down)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
 

@@ -129,7 +129,7 @@ def test_starting_again_and_again_loses_nothing(small, monkeypatch):
     printed = train(small, RESUME, code=2)
     assert 'out/ckpt.pt is missing' in printed and 'rename it to out/ckpt.pt' in printed and 'ckpt.pt.old' in printed
     printed = train(small, '--max_iters=2', '--eval_interval=5')
-    assert 'out holds an earlier run; renamed: log.jsonl to log.jsonl.old2' in printed
+    assert 'out/log.jsonl of an earlier run is now log.jsonl.old2' in printed
     assert (small / 'out/ckpt.pt.old').read_bytes() == a and steps(small / 'out/log.jsonl.old') == 3
     c = (small / 'out/ckpt.pt').read_bytes()
     train(small, '--max_iters=1')

@@ -1,4 +1,7 @@
-"""Muon against torch.optim.Muon, and stacked experts against matrices of their own."""
+"""Muon against torch.optim.Muon, stacked experts against matrices of their own, and AdamW with moments in bf16."""
+
+import copy
+import math
 
 import torch
 from conftest import tiny_model
@@ -87,3 +90,26 @@ def test_a_resumed_muon_goes_on_exactly():
     train(*second, data[3:])
     for a, b in zip(whole[0].parameters(), second[0].parameters()):
         assert torch.equal(a, b)
+
+
+def test_moments_in_bf16():
+    """Near torch's AdamW with fp32 moments; a step with found_inf changes nothing; a resumed run goes on alike."""
+    params = [torch.nn.Parameter(torch.randn(5, 40, generator=torch.Generator().manual_seed(0))) for _ in range(3)]
+    start = params[0].detach().clone()
+    kwargs = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    ours, torchs, resumed = optim.AdamW16(params[:1], **kwargs), torch.optim.AdamW(params[1:2], **kwargs), None
+    for step in range(40):
+        grad = torch.randn(5, 40) + (math.nan if step == 7 else 0.0)
+        if step == 20:
+            resumed = optim.AdamW16(params[2:], **kwargs)
+            params[2].data.copy_(params[0].data)
+            resumed.load_state_dict(copy.deepcopy(ours.state_dict()))
+        for optimizer in (ours, torchs, resumed):
+            if optimizer is not None:
+                optimizer.found_inf = torch.tensor(float(step == 7))
+                optimizer.param_groups[0]['params'][0].grad = grad.clone()
+                optimizer.step()
+    moved = (params[1] - start).norm()
+    assert 0 < (params[0] - params[1]).norm() < 0.01 * moved
+    assert torch.equal(params[0], params[2])
+    assert ours.state[params[0]]['exp_avg'].dtype == torch.bfloat16 and ours.state[params[0]]['step'] == 39
