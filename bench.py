@@ -32,7 +32,7 @@ import torch._functorch.config
 from torch.nn import functional as F
 
 from common import autocast, default_device, device_type_of, stop
-from extras.decode import for_decoding
+from extras.decode import Decoder, for_decoding
 from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_line
 
 here = os.path.dirname(os.path.abspath(__file__))
@@ -222,15 +222,18 @@ def decode(name):
     ours = isinstance(model, GPT)
     model = for_decoding(model, getattr(torch, dtype)) if ours else model.eval().to(getattr(torch, dtype))
     starts = []
-    (model.transformer.h[0] if ours else model).register_forward_pre_hook(lambda *_: starts.append(clock()))
-    if ours and compile:
-        model.compile()
+    if ours:
+        decoder = Decoder(model, compile)
+        take_step = decoder.take_step
+        decoder.take_step = lambda *args: (starts.append(clock()), take_step(*args))
+    else:
+        model.register_forward_pre_hook(lambda *_: starts.append(clock()))
 
     def run():
         starts.clear()
         with torch.no_grad():
             if ours:
-                model.generate(idx, new_tokens + 1, temperature=0)
+                decoder.generate(idx.tolist(), new_tokens + 1, temperature=0)
             else:
                 model.generate(idx, max_new_tokens=new_tokens + 1, do_sample=False, use_cache=name != 'nanogpt')
 
@@ -239,7 +242,7 @@ def decode(name):
     run()
     first = clock() - t
     run()
-    # generate as a user calls it: the time between one forward pass and the next
+    # generate as a user calls it: the time between one step and the next
     dt = statistics.median(b - a for a, b in zip(starts[1:], starts[2:]))
     bandwidth = (bandwidth + weight_bandwidth()) / 2
     row = {'tokens/s': batch_size / dt, 'first run s': first, 'peak GiB': peak_memory()}

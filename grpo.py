@@ -20,6 +20,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, start_wandb, stop
+from extras.decode import Decoder, for_decoding
 from model import GPT, MoE, first_line, is_of_run, open_log, save_checkpoint
 from tokenizer import of_checkpoint
 
@@ -82,6 +84,7 @@ seed = 1337
 backend = 'nccl'  # between GPUs; CPUs use gloo
 device = default_device()
 dtype = 'float32'  # or 'bfloat16'
+compile = False  # torch.compile the step of the rollouts: for runs that are much longer than a minute
 # -----------------------------------------------------------------------------
 here = os.path.dirname(os.path.abspath(__file__))
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -106,21 +109,12 @@ RANGES = {
 }
 
 
-@torch.no_grad()
-def sample_responses(model, prompts, group_size, max_new_tokens, temperature):
+def sample_responses(decoder, prompts, group_size, max_new_tokens, temperature):
     """group_size responses to each prompt (lists of token ids), in order; each ends with the stop token if it came."""
-    model.eval()
-    stop_token = model.config.eos_token_id
-    responses = [None] * len(prompts)
-    for length in sorted(set(map(len, prompts))):  # a batch of generate() has one prompt length
-        which = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        idx = torch.tensor([prompts[i] for i in which], device=model.lm_head.weight.device)
-        idx = idx.repeat_interleave(group_size, dim=0)                                  # (len(which) * G, length)
-        out = model.generate(idx, max_new_tokens, temperature, stop_token=stop_token)[:, length:].tolist()
-        for n, i in enumerate(which):
-            group = out[n * group_size:(n + 1) * group_size]
-            responses[i] = [row[:row.index(stop_token) + 1] if stop_token in row else row for row in group]
-    return [response for group in responses for response in group]
+    decoder.model.eval()
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]
+    rows, _ = decoder.generate(prompts, max_new_tokens, temperature, stop_token=decoder.model.config.eos_token_id)
+    return [row[len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
 def pack(prompts, responses, stop_token, device):
@@ -360,6 +354,8 @@ def main():
     model_args, end = checkpoint['model_args'], model.config.eos_token_id
     checkpoint = other = None  # free the memory
     ctx = autocast(device_type, dtype)
+    policy = model if dtype == 'float32' else for_decoding(copy.deepcopy(model), getattr(torch, dtype))
+    decoder = Decoder(policy, compile)
 
     # the task
     max_prompt = model.config.block_size - max_new_tokens
@@ -371,8 +367,9 @@ def main():
     def answer(questions, group_size, temperature):
         """Responses to (prompt, answer) pairs: (prompts, responses) as token ids, texts, and scores (B, 2)."""
         prompts = [tokenizer.begin + tokenizer.encode(prompt) for prompt, _ in questions]
-        with ctx:
-            responses = sample_responses(model, prompts, group_size, max_new_tokens, temperature)
+        if policy is not model:
+            policy.load_state_dict(model.state_dict())  # cast
+        responses = sample_responses(decoder, prompts, group_size, max_new_tokens, temperature)
         texts = [tokenizer.decode(response) for response in responses]
         questions = [question for question in questions for _ in range(group_size)]
         scores = [reward(prompt, text, right) for (prompt, right), text in zip(questions, texts)]

@@ -145,34 +145,38 @@ class MLA(nn.Module):
 
     def forward(self, x, cos, sin, cache=None, pos=0):
         """x: (B, T, C) at positions pos..pos+T-1; cache: (B, S_max, c + r) or None, written in place."""
-        B, T, _ = x.shape
+        T, S = x.size(1), pos + x.size(1)
+        q_nope, q_rope, c_kv, k_rope = self.project(x, cos, sin)
+        if cache is not None:  # per token and layer: the normed latent and the rotated key, nothing per head
+            cache[:, pos:S] = torch.cat((c_kv, k_rope), dim=-1)
+        if pos == 0:
+            y = self.attend_materialised(q_nope, q_rope, c_kv, k_rope)
+        else:
+            seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(pos)       # the last T are the queries'
+            y = self.attend_absorbed(q_nope, q_rope, cache[:, :S], seen)
+        return self.resid_dropout(self.o_proj(y))                                      # eq. 11: (B, T, C)
+
+    def project(self, x, cos, sin):
+        """x (B, T, C) -> q_nope (B, H, T, n) and q_rope (B, H, T, r), c_kv (B, T, c) and k_rope (B, T, r).
+
+        cos, sin: (T, r/2), or (B, T, r/2) where each row has positions of its own.
+        """
         cfg = self.config
         n, r, c = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
         if cfg.q_lora_rank > 0:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))                    # eq. 6-7
         else:
             q = self.q_proj(x)
-        q = q.view(B, T, cfg.n_head, n + r).transpose(1, 2)                            # (B, H, T, n+r)
-        q_nope, q_rope = q.split((n, r), dim=-1)
-        c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((c, r), dim=-1)                # eq. 1, 3: (B, T, c), (B, T, r)
-        c_kv = self.kv_a_layernorm(c_kv)
-        q_rope = apply_rope(q_rope, cos, sin)                                          # eq. 8
+        q_nope, q_rope = q.unflatten(-1, (cfg.n_head, n + r)).transpose(1, 2).split((n, r), dim=-1)
+        c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((c, r), dim=-1)                # eq. 1, 3
+        q_rope = apply_rope(q_rope, cos.unsqueeze(-3), sin.unsqueeze(-3))              # eq. 8
         k_rope = apply_rope(k_rope, cos, sin)                                          # one key for all heads
-
-        if cache is not None:  # per token and layer: the normed latent and the rotated key, nothing per head
-            cache[:, pos:pos + T] = torch.cat((c_kv, k_rope), dim=-1)
-        if pos == 0:
-            y = self.attend_materialised(q_nope, q_rope, c_kv, k_rope)
-        else:
-            y = self.attend_absorbed(q_nope, q_rope, cache[:, :pos + T])
-        y = y.transpose(1, 2).reshape(B, T, cfg.n_head * cfg.v_head_dim)               # (B, T, H*v)
-        return self.resid_dropout(self.o_proj(y))                                      # eq. 11
+        return q_nope, q_rope, self.kv_a_layernorm(c_kv), k_rope
 
     def attend_materialised(self, q_nope, q_rope, c_kv, k_rope):
-        """Training and prefill: expand k and v for every head, then one causal SDPA. -> (B, H, T, v)"""
-        B, T, _ = c_kv.shape
+        """Training and prefill: expand k and v for every head, then one causal SDPA. -> (B, T, H*v)"""
         H, n, v_dim = self.config.n_head, self.config.qk_nope_head_dim, self.config.v_head_dim
-        kv = self.kv_b_proj(c_kv).view(B, T, H, n + v_dim).transpose(1, 2)             # (B, H, T, n+v)
+        kv = self.kv_b_proj(c_kv).unflatten(-1, (H, n + v_dim)).transpose(1, 2)        # (B, H, T, n+v)
         k_nope, v = kv.split((n, v_dim), dim=-1)                                       # eq. 2, 5
         q = torch.cat((q_nope, q_rope), dim=-1)                                        # (B, H, T, n+r)
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, H, -1, -1)), dim=-1)     # eq. 4
@@ -180,28 +184,26 @@ class MLA(nn.Module):
         v = F.pad(v, (0, max(0, q.size(-1) - v_dim)))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale,
                                            dropout_p=self.config.dropout if self.training else 0.0)
-        return y[..., :v_dim]                                                          # eq. 10
+        return y[..., :v_dim].transpose(1, 2).flatten(2)                               # eq. 10
 
-    def attend_absorbed(self, q_nope, q_rope, cache):
-        """Decode: fold W_uk into the query and W_uv into the output, and attend in the latent space.
+    def attend_absorbed(self, q_nope, q_rope, cache, seen):
+        """Decode: fold W_uk into the query and W_uv into the output, and attend in the latent space. -> (B, T, H*v)
 
-        All heads then share one key (the cache row) and one value (its first c numbers). -> (B, H, T, v)
+        All heads then share one key (the cache row) and one value (its first c numbers). cache: (B, S, c + r);
+        seen: which of the S positions each query attends to, (T, S) or (B, 1, T, S).
         """
-        B, H, T, n = q_nope.shape
-        S, c, v_dim = cache.size(1), self.config.kv_lora_rank, self.config.v_head_dim
+        H, T, n = q_nope.shape[1:]
+        c, v_dim = self.config.kv_lora_rank, self.config.v_head_dim
         w_uk, w_uv = self.kv_b_proj.weight.view(H, n + v_dim, c).split((n, v_dim), dim=1)
         # einsum multiplies head by head; @ would first copy the weights for each row of the batch
         q = torch.einsum('bhtn,hnc->bhtc', q_nope, w_uk.to(q_nope.dtype))
         q = torch.cat((q, q_rope), dim=-1) * self.scale                                # (B, H, T, c+r)
         # the cache comes first, because a CPU kernel would copy its transpose
         scores = (cache @ q.flatten(1, 2).transpose(1, 2)).transpose(1, 2)             # (B, H*T, S)
-        scores = scores.unflatten(1, (H, T)).float()                                   # (B, H, T, S)
-        if T > 1:  # the newest T of the S positions are the queries themselves
-            future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-            scores = scores.masked_fill(future, float('-inf'))
+        scores = scores.unflatten(1, (H, T)).float().masked_fill(~seen, float('-inf'))  # (B, H, T, S)
         weights = scores.softmax(dim=-1).to(cache.dtype).flatten(1, 2)                 # (B, H*T, S)
-        latent = (weights @ cache[..., :c]).view(B, H, T, c)
-        return torch.einsum('bhtc,hvc->bhtv', latent, w_uv.to(latent.dtype))
+        latent = (weights @ cache[..., :c]).unflatten(1, (H, T))                       # (B, H, T, c)
+        return torch.einsum('bhtc,hvc->bthv', latent, w_uv.to(latent.dtype)).flatten(2)
 
 
 def swiglu(x, gates=None):
@@ -245,7 +247,7 @@ class MoE(nn.Module):
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         flat = x.view(-1, C)                                                # (N, C)
         scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
-        if not self.training and is_few(len(flat), K, E):
+        if not self.training and is_few(flat, K, E):
             out = all_experts(flat, gates, experts, self.experts_gate_up, self.experts_down)
         else:
             rows = sort_by_expert(experts, gates, E)                        # which token each of M rows is of
@@ -796,9 +798,12 @@ def grouped_linear_loop(x, weight, offsets):
     return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.size(1))])
 
 
-def is_few(n, top_k, n_experts):
-    """Whether all_experts() is faster for n tokens than sorting them: it reads every expert."""
-    return n <= 16 and n_experts <= 2 * n * top_k
+def is_few(x, top_k, n_experts):
+    """Whether all_experts() is faster for the tokens x (N, C) than sorting them: they choose most of the experts, which
+    it reads, and are no more than a device computes with in the time that it reads.
+    """
+    N = len(x)
+    return N <= (256 if x.is_cuda else 16) and n_experts <= 2 * N * top_k
 
 
 def all_experts(x, gates, experts, gate_up, down):
@@ -888,7 +893,8 @@ def probabilities(logits, temperature, top_k):
 
 def draw(probs):
     """(B, V), not necessarily summing to 1 -> (B, 1)"""
-    return torch.multinomial(probs, num_samples=1)
+    # as torch.multinomial does, but without its host sync: the smallest of exponential times with these rates
+    return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1, keepdim=True)
 
 
 # what MFU is measured against

@@ -21,7 +21,7 @@ if __name__ == '__main__':  # Ctrl-C, and a reader that leaves as `head` does, e
 import torch
 
 from common import default_device, device_type_of, stop
-from extras import decode
+from extras.decode import Decoder, for_decoding
 from model import GPT, first_line
 from tokenizer import of_checkpoint
 
@@ -37,7 +37,8 @@ speculative = False  # the MTP modules draft and the main stack verifies
 seed = 1337
 device = default_device()
 dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': that of the training run
-compile = False
+compile = True  # the decoding step, where at least compile_from new tokens are asked for: it takes a while
+compile_from = 5000  # new tokens of a sample
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 
@@ -95,17 +96,10 @@ if speculative and len(model.mtp) == 0:
     stop('speculative=True needs MTP modules, and this model has none')
 
 dtype = dtype or config.get('dtype') or 'float32'
-model = decode.for_decoding(model, getattr(torch, dtype))
-if compile:
-    model.compile()
-    try:
-        model.generate(torch.zeros(1, 2, dtype=torch.long, device=device), 2)
-    except Exception as e:
-        model.uncompile()
-        print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
+decoder = Decoder(for_decoding(model, getattr(torch, dtype)), compile and max_new_tokens >= compile_from)
 
 total = len(prompt) + max_new_tokens
-cache = model.make_cache(1, min(total, model.config.block_size), len(model.blocks()) if speculative else None)
+cache = model.make_cache(1, 2 * min(total, model.config.block_size), len(model.blocks()))
 needed = num_samples * (cache.nbytes + 8 * total + 16 * model.config.vocab_size)  # ... token ids, one position's logits
 try:
     torch.empty(needed, dtype=torch.uint8, device=device)
@@ -113,28 +107,21 @@ except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
     stop(f'num_samples={num_samples} of {total} tokens need {needed / 1e9:,.0f} GB of memory: lower num_samples or '
          'max_new_tokens')
 torch.manual_seed(seed)
-x = torch.tensor(prompt, device=device).expand(num_samples, -1)  # (num_samples, T)
 stop_token = model.config.eos_token_id if model.config.eos_token_id >= 0 else tokenizer.end
 t0 = time.time()
 temperature = temperature if temperature >= 1e-6 else 0.0
-if speculative:
-    y, speculation = decode.generate(model, x, max_new_tokens, temperature, top_k, stop_token)
-else:
-    y = model.generate(x, max_new_tokens, temperature, top_k, stop_token)
-rows = y.tolist()
-dt = time.time() - t0
-made = 0
+prompts = [prompt] * num_samples
+rows, speculation = decoder.generate(prompts, max_new_tokens, temperature, top_k, stop_token, speculative)
+dt = time.time() - t0 - decoder.compile_seconds
 for row in rows:
-    new = row[len(prompt):]
-    if stop_token in new:
-        new = new[:new.index(stop_token)]
-        made += 1  # the end-of-text token
-    made += len(new)
-    print(tokenizer.decode(prompt + new))
+    print(tokenizer.decode(row[:-1] if row[-1] == stop_token and len(row) > len(prompt) else row))
     print('---------------')
+made = sum(map(len, rows)) - num_samples * len(prompt)
+if decoder.compile_seconds:
+    print(f'compiled in {decoder.compile_seconds:.1f} s')
 print(f'{made} tokens in {dt:.2f} s: {made / dt:.1f} tokens/s')
 if speculative:
-    passes, tokens, drafts, accepted = speculation
-    rates = ', '.join(f'module {k} {100 * made / max(drafted, 1):.0f}%'
-                      for k, (made, drafted) in enumerate(zip(accepted.tolist(), drafts.tolist()), start=1))
-    print(f'accepted drafts: {rates}; {tokens / max(passes, 1):.2f} tokens per sample in each of {passes} passes')
+    passes, drafts, accepted = (count.sum(dim=0) for count in speculation)
+    rates = ', '.join(f'module {k} {100 * a / max(n, 1):.0f}%'
+                      for k, (a, n) in enumerate(zip(accepted.tolist(), drafts.tolist()), start=1))
+    print(f'accepted drafts: {rates}; {1 + accepted.sum() / passes.clamp(min=1):.2f} tokens per sample and pass')

@@ -1,15 +1,18 @@
 """
-Decoding: how sample.py and bench.py cast a model for it, and self-speculative decoding (V3 section 5.4.3), where the D
-MTP modules draft D tokens and one pass of the main stack verifies them all. Its tokens are those of GPT.generate at
-temperature 0, and their distribution is the same otherwise.
+Decoding at the speed of memory: one step whose shapes never change, so that it is compiled once, and is one CUDA graph.
+
+A step takes each row's newest token, and speculatively (V3 section 5.4.3) the D tokens that the D MTP modules drafted
+behind it, through the main stack, accepts what it may, and drafts again. Rows stand at positions of their own: prompts
+of several lengths go together, and each row keeps all the drafts that were right for it. GPT.generate is the slow twin:
+greedy tokens are the same, and sampled ones have the same distribution.
 """
 
+import time
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from model import draw, probabilities
+from model import MoE, all_experts, draw, first_line, probabilities, swiglu
 
 
 def for_decoding(model, dtype):
@@ -21,101 +24,255 @@ def for_decoding(model, dtype):
 
 
 class Speculation(NamedTuple):
-    passes: int             # forward passes that verified drafts
-    tokens: int             # tokens that these gave to a row
-    drafts: torch.Tensor    # (D,): drafts of each module that had all before them accepted
-    accepted: torch.Tensor  # (D,): ... and were accepted too
+    """Of each row, over the passes that verified drafts."""
+    passes: torch.Tensor    # (B,)
+    drafts: torch.Tensor    # (B, D): drafts of each module that had all before them accepted
+    accepted: torch.Tensor  # (B, D): ... and were accepted too
 
 
-@torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
-    """GPT.generate, speculatively: idx (B, T) -> (B, T + at most max_new_tokens), and its Speculation.
+class Decoder:
+    """Generates from a model, in eval mode, with its weights as they are at the time of each call.
 
-    Each step accepts the number of drafts that all rows accept. Past block_size decoding is plain. ValueError for
-    a model without MTP modules.
+    compile: the step is compiled, whole (on a GPU it becomes a CUDA graph), which takes a while for each batch size,
+    power of two of the context, and way of sampling. Where that fails, one line says so, and decoding is eager.
     """
-    B, T = idx.shape
-    D, block_size, total = len(model.mtp), model.config.block_size, T + max_new_tokens
-    if T == 0:
-        raise ValueError('generate needs a prompt of at least one token')
-    if D == 0:
-        raise ValueError('speculative decoding needs MTP modules, and this model has none')
-    # `out` holds the tokens, then unverified drafts, which the verified tokens overwrite
-    out = torch.cat((idx, idx.new_zeros(B, max_new_tokens + 2 * D)), dim=1)
-    cache = model.make_cache(B, min(out.size(1), block_size), blocks=len(model.blocks()))
-    done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-    counts = torch.zeros(2, D, dtype=torch.long, device=idx.device)
-    passes, verified, since_check, draft_probs = 0, 0, 0, None
-    known, cached, drafted = T, 0, 0  # tokens that are certain; positions in the cache; drafts behind the tokens
-    state = None                      # (B, up to D - 1, C): main states before position `cached`
-    while known < total:
-        # one pass of the main stack: over the prompt, or the newest token and the drafts behind it
-        if known > block_size:
-            h, _ = model.main_stack(out[:, known - block_size:known])
-        else:
-            h, _ = model.main_stack(out[:, cached:known + drafted], cache, cached)
-        probs = probabilities(model.lm_head(h[:, -1 - drafted:]), temperature, top_k)        # (B, 1 + drafted, V)
-        if drafted:
-            new, reached, accepted = verify(out[:, known:known + drafted], draft_probs, probs, done)
-            passes += 1
-            verified += new.size(1)
-            counts += torch.stack((reached, accepted))
-        else:
-            new = draw(probs[:, 0])                                                          # (B, 1)
-        if stop_token is not None:
-            for i in range(new.size(1)):
-                new[:, i:i + 1].masked_fill_(done, stop_token)
-                done |= new[:, i:i + 1] == stop_token
-        n = new.size(1)
-        out[:, known:known + n] = new
-        known += n
-        since_check += n
-        if stop_token is not None and since_check >= 16:  # a host sync: not at every token
-            since_check = 0
-            if done.all():
-                break
 
-        # the modules draft the next D tokens
-        if known - 1 <= block_size:
-            first, cached = cached, known - 1  # rejected drafts lie beyond `cached`: they are written over
-            drafted = D if known < total and known + D <= block_size else 0
-        if drafted:
-            # Module k's last k - 1 cache rows came from drafts: it computes them again.
-            h = h[:, :cached - first]
-            state = h if state is None else torch.cat((state, h), dim=1)                     # (B, positions, C)
-            start = cached - state.size(1)
-            h, layer, draft_probs = state, model.config.n_layer, []
-            for k, module in enumerate(model.mtp, start=1):
-                h, _ = model.mtp_module(module, out[:, start + k:cached + k], h, cache[layer:], start)
-                layer += len(module.h)
-                draft_probs.append(probabilities(model.lm_head(h[:, -1:]), temperature, top_k))  # (B, 1, V)
-                out[:, cached + k:cached + k + 1] = draw(draft_probs[-1][:, 0])
-            draft_probs = torch.cat(draft_probs, dim=1)                                      # (B, D, V)
-            state = state[:, state.size(1) - (D - 1):] if D > 1 else None
-    return out[:, :min(known, total)], Speculation(passes, verified, *counts)
+    def __init__(self, model, compile=False):
+        self.model, self.step = model, step
+        self.compiled, self.compile_seconds = set(), 0.0
+        self.states = {}  # they stay, for a CUDA graph works where it was recorded
+        if compile:
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            gpu = model.lm_head.weight.device.type == 'cuda'
+            self.step = torch.compile(step, fullgraph=True, dynamic=False, mode='reduce-overhead' if gpu else None)
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
+        """Prompts, lists of token ids: each with up to max_new_tokens more, a list that ends with the stop_token if it
+        came; and their Speculation. temperature 0: the likeliest token, always.
+
+        Past block_size the last block_size tokens are the context, as in nanoGPT: that is left to GPT.generate.
+        ValueError for an empty prompt, or speculation with a model that has no MTP modules.
+        """
+        model = self.model
+        block_size, D = model.config.block_size, len(model.mtp) if speculative else 0
+        if not all(prompts):
+            raise ValueError('generate needs a prompt of at least one token')
+        if speculative and D == 0:
+            raise ValueError('speculative decoding needs MTP modules, and this model has none')
+        rows, counts = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), 1 + 2 * D, dtype=torch.long)
+        inside = [i for i, row in enumerate(rows) if len(row) <= block_size]
+        if inside and max_new_tokens > 0:
+            longest = max(len(rows[i]) for i in inside)
+            s = self.state(len(inside), min(longest + max_new_tokens, block_size + 1), D)
+            how = D, temperature > 0, top_k
+            begin(model, s, [rows[i] for i in inside], max_new_tokens, temperature, stop_token, *how)
+            # To look at the rows makes a GPU's host wait: not before one may be done, and with a stop token, which may
+            # come at any time, every 16 steps.
+            left = max(min(max_new_tokens, block_size + 1 - len(rows[i])) for i in inside) - 1
+            look = left if stop_token is None else 16 if s.tokens.is_cuda else 1
+            while left > 0:
+                for _ in range(min(look, -(-left // (1 + D)))):
+                    self.take_step(s, *how)
+                left = (s.end - s.known).masked_fill(s.done, 0).max().item()
+            counts[inside] = s.counts.cpu()
+            for i, row, known in zip(inside, s.tokens.tolist(), s.known.tolist()):
+                rows[i] = row[:known]
+        for i, (row, prompt) in enumerate(zip(rows, prompts)):
+            left = len(prompt) + max_new_tokens - len(row)
+            if len(row) > block_size and left > 0 and (len(row) == len(prompt) or row[-1] != stop_token):
+                idx = torch.tensor([row], device=model.lm_head.weight.device)
+                new = model.generate(idx, left, temperature, top_k, stop_token)[0, len(row):].tolist()
+                rows[i] += new[:new.index(stop_token) + 1] if stop_token in new else new
+        return rows, Speculation(counts[:, 0], *counts[:, 1:].split((D, D), dim=1))
+
+    def state(self, B, length, D):
+        """A State for B rows of up to `length` tokens, and 1 + D behind them, which a row that is done writes still.
+        A compiled step has few sizes of it: powers of two, and 32 more, so that a whole context fits closely.
+        """
+        S = length + 1 + D
+        if self.step is step:
+            return empty_state(self.model, B, S, D)
+        S = 32 + max(32, 1 << (S - 33).bit_length())
+        if (B, S, D) not in self.states:
+            self.states[B, S, D] = empty_state(self.model, B, S, D)
+        return self.states[B, S, D]
+
+    def take_step(self, s, *how):
+        """One step(), which the first of its kind compiles."""
+        kind = (*s.tokens.shape, *how)
+        if self.step is step or kind in self.compiled:
+            return self.step(self.model, s, *how)
+        t0 = time.time()
+        try:
+            self.step(self.model, s, *how)
+        except Exception as e:
+            print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
+            self.step = step
+            return self.step(self.model, s, *how)
+        self.compiled.add(kind)
+        self.compile_seconds += time.time() - t0
 
 
-def verify(drafts, q, p, done):
+class State(NamedTuple):
+    """What a step reads, and changes in place. S: the positions that there is room for."""
+    tokens: torch.Tensor       # (B, S): the known ones, then drafts
+    known: torch.Tensor        # (B,): how many are known
+    end: torch.Tensor          # (B,): how many that may become
+    done: torch.Tensor         # (B,): which rows are complete: a step computes them too, but changes nothing of theirs
+    stop: torch.Tensor         # (): the token that completes a row, or -1
+    temperature: torch.Tensor  # ()
+    caches: list               # (B, S, c + r) of each block; in one tensor, a compiled write would copy all of them
+    h: torch.Tensor            # (B, S, C): the main stack's states, from which the modules draft
+    q: torch.Tensor            # (B, D, V): the probabilities that sampled drafts were drawn with
+    counts: torch.Tensor       # (B, 1 + 2 D): passes; of each module the drafts, as in Speculation; the accepted ones
+
+
+def empty_state(model, B, S, D):
+    w = model.lm_head.weight
+
+    def zeros(*shape, dtype=torch.long):
+        x = torch.zeros(shape, dtype=dtype, device=w.device)
+        if w.is_cuda:
+            torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it where it lies
+        return x
+
+    width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    blocks = len(model.blocks()) if D else model.config.n_layer
+    return State(zeros(B, S), zeros(B), zeros(B), zeros(B, dtype=torch.bool), zeros(), zeros(dtype=torch.float32),
+                 [zeros(B, S, width, dtype=w.dtype) for _ in range(blocks)],
+                 zeros(B, S if D else 0, model.config.n_embd, dtype=w.dtype),
+                 zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 1 + 2 * D))
+
+
+def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled, top_k):
+    """The prompts into the caches, filled up on their right; then the first new token of each, and its drafts."""
+    longest = max(map(len, prompts))
+    s.known.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+    s.end.copy_((s.known + max_new_tokens).clamp(max=model.config.block_size + 1))
+    s.tokens[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    s.done.fill_(False)
+    s.stop.fill_(-1 if stop_token is None else stop_token)
+    s.temperature.fill_(min(temperature, 1e30))  # which float32 holds
+    s.counts.zero_()
+    h, _ = model.main_stack(s.tokens[:, :longest], s.caches)                                  # (B, longest, C)
+    advance(model, s, h[rows_of(h), s.known.unsqueeze(1) - 1], 0, sampled, top_k)
+    if D > 0:
+        s.h[:, :longest] = h
+        layer = model.config.n_layer
+        for k, module in enumerate(model.mtp, start=1):  # rows whose token is not known yet, draft() computes again
+            h, _ = model.mtp_module(module, s.tokens[:, k:longest + k], h, s.caches[layer:])
+            layer += len(module.h)
+        draft(model, s, sampled, top_k)
+
+
+def rows_of(x):
+    """(B, 1): to index x (B, ...) with a second index (B, T)."""
+    return torch.arange(len(x), device=x.device).unsqueeze(1)
+
+
+def step(model, s, D, sampled, top_k):
+    """Each row's newest token and D drafts through the main stack; then as many new tokens as that allows, and drafts.
+    """
+    positions = s.known.unsqueeze(1) - 1 + torch.arange(1 + D, device=s.known.device)         # (B, 1+D)
+    x = model.transformer.wte(s.tokens.gather(1, positions))
+    h = model.transformer.ln_f(run_blocks(model, model.transformer.h, x, s.caches, positions))
+    advance(model, s, h, D, sampled, top_k)
+    if D > 0:
+        s.h[rows_of(h), positions] = h
+        draft(model, s, sampled, top_k)
+
+
+def run_blocks(model, blocks, x, caches, positions):
+    """x (B, T, C) at positions (B, T) through the blocks, each with its cache, which is written there. -> (B, T, C)"""
+    place = positions.clamp(max=model.config.block_size - 1)                  # drafts may lie beyond the context
+    cos, sin = model.rope_cos[place], model.rope_sin[place]                   # (B, T, r/2)
+    seen = torch.arange(caches[0].size(1), device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
+    for block, cache in zip(blocks, caches):
+        q_nope, q_rope, c_kv, k_rope = block.attn.project(block.input_layernorm(x), cos, sin)
+        cache[rows_of(x), positions] = torch.cat((c_kv, k_rope), dim=-1)
+        x = x + block.attn.o_proj(block.attn.attend_absorbed(q_nope, q_rope, cache, seen))
+        y = block.post_attention_layernorm(x)
+        x = x + (feed_experts(block.mlp, y) if isinstance(block.mlp, MoE) else block.mlp(y))
+    return x
+
+
+def feed_experts(moe, x):
+    """MoE.forward in eval, (B, T, C) -> (B, T, C), as a compiled step reads the fewest weights: those of the chosen
+    experts, by products that the compiler fuses, where eager would copy the weights; or of all, where the tokens choose
+    as many as there are.
+    """
+    if not torch.compiler.is_compiling():
+        return moe(x)[0]
+    flat = x.flatten(0, 1)                                                                    # (N, C)
+    _, gates, experts = moe.route(flat)                                                       # (N, K) each
+    if experts.numel() < moe.config.n_routed_experts:
+        hidden = (moe.experts_gate_up[experts] * flat[:, None, None]).sum(dim=-1)             # (N, K, 2h)
+        hidden = swiglu(hidden, gates.unsqueeze(-1).to(x.dtype))                              # (N, K, h)
+        out = (moe.experts_down[experts] * hidden.unsqueeze(2)).sum(dim=(1, 3))               # (N, K, C, h) -> (N, C)
+    else:
+        out = all_experts(flat, gates, experts, moe.experts_gate_up, moe.experts_down)
+    out = out.view_as(x)
+    return out if moe.shared_experts is None else out + moe.shared_experts(x)
+
+
+def advance(model, s, h, drafted, sampled, top_k):
+    """Of main states h (B, 1 + drafted, C), at each row's newest token and its drafts: 1 to 1 + drafted new tokens."""
+    n = torch.arange(1 + drafted, device=h.device)
+    places = s.known.unsqueeze(1) + n                                                         # (B, 1+drafted)
+    drafts = s.tokens.gather(1, places[:, :drafted])
+    logits = model.lm_head(h)                                                                 # (B, 1+drafted, V)
+    if sampled:
+        new, accepted = verify(drafts, s.q[:, :drafted], probabilities(logits / s.temperature, 1.0, top_k))
+    else:
+        new = logits.argmax(dim=-1)
+        accepted = (new[:, :drafted] == drafts).long().cumprod(dim=1).sum(dim=1)              # (B,)
+    alive, run = ~s.done.unsqueeze(1), n <= accepted.unsqueeze(1)                             # (B, 1), (B, 1+drafted)
+    if drafted:
+        s.counts.add_(torch.cat((alive, run[:, :-1] & alive, run[:, 1:] & alive), dim=1))
+    stops = new == s.stop
+    after_stop = stops.cumsum(dim=1) > stops.long()
+    kept = run & alive & ~after_stop & (places < s.end.unsqueeze(1))
+    s.tokens.scatter_(1, places, new)
+    s.known.add_(kept.sum(dim=1))
+    s.done.logical_or_((kept & stops).any(dim=1) | (s.known >= s.end))
+
+
+def verify(drafts, q, p):
     """Speculative sampling (arXiv 2211.17192): tokens distributed as p's, though the drafts were drawn from q.
 
-    drafts (B, D); q (B, D, V); p (B, D + 1, V); done (B, 1): rows whose tokens do not matter.
-    -> the tokens (B, a + 1): the a drafts that every row accepts, and one more; and of each draft in how many rows all
-    before it were accepted, and in how many it was too: (D,), (D,).
+    drafts (B, D); q (B, D, V); p (B, 1 + D, V) -> new tokens (B, 1 + D) and a (B,), the number of drafts that each row
+    accepts: its first 1 + a tokens count, the accepted drafts and one more.
     """
-    D = drafts.size(1)
-    at_draft = [x.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p[:, :D], q)]       # (B, D) each
-    accept = (torch.rand_like(at_draft[1]) * at_draft[1] < at_draft[0]) | done               # with probability p / q
-    run = accept.long().cumprod(dim=1)                                                       # (B, D): all up to here
-    a = int(run.sum(dim=1).min())  # the one host sync of a pass
-    rest = p[:, a]
-    if a < D:  # in a row that rejects draft a + 1: from max(p - q, 0); in the others, the draft itself
-        rest = (rest - q[:, a]).clamp(min=0)
-        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p[:, a])
-        last = torch.where(run[:, a:a + 1] > 0, drafts[:, a:a + 1], draw(rest))
-    else:
-        last = draw(rest)
-    alive = (~done).long()
-    reached = F.pad(run[:, :-1], (1, 0), value=1)
-    return torch.cat((drafts[:, :a], last), dim=1), (reached * alive).sum(dim=0), (run * alive).sum(dim=0)
+    at_draft = [x.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p[:, :-1], q)]       # (B, D) each
+    accept = torch.rand_like(at_draft[1]) * at_draft[1] < at_draft[0]                         # with probability p / q
+    a = accept.long().cumprod(dim=1).sum(dim=1, keepdim=True)                                 # (B, 1)
+    q = torch.cat((q, torch.zeros_like(p[:, :1])), dim=1)                                     # 0 where all are accepted
+    p_a, q_a = (x[rows_of(a), a].squeeze(1) for x in (p, q))                                  # (B, V)
+    rest = (p_a - q_a).clamp(min=0)                                           # a rejection draws from max(p - q, 0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p_a)
+    new = torch.cat((drafts, torch.zeros_like(a)), dim=1).scatter(1, a, draw(rest))
+    return new, a.squeeze(1)
 
 
+def draft(model, s, sampled, top_k):
+    """The modules' D drafts, behind the known tokens.
+
+    All modules take the last 2 D positions again: up to 1 + D of them are new, and module k made its last k - 1 rows
+    from drafts, which may have been wrong.
+    """
+    D, layer = len(model.mtp), model.config.n_layer
+    window = (s.known.unsqueeze(1) - 2 + torch.arange(1 - 2 * D, 1, device=s.known.device)).clamp(min=0)  # (B, 2D)
+    h = s.h[rows_of(s.h), window]                                                             # (B, 2D, C)
+    for k, module in enumerate(model.mtp, start=1):
+        x = module.combine(model.transformer.wte(s.tokens.gather(1, window + k)), h)
+        h = module.norm(run_blocks(model, module.h, x, s.caches[layer:], window))
+        layer += len(module.h)
+        logits = model.lm_head(h[:, -1])                                                      # (B, V)
+        if sampled:
+            q = probabilities(logits / s.temperature, 1.0, top_k)
+            s.q[:, k - 1] = q
+            token = draw(q)
+        else:
+            token = logits.argmax(dim=-1, keepdim=True)
+        s.tokens.scatter_(1, s.known.unsqueeze(1) - 1 + k, token)

@@ -1,5 +1,6 @@
 """Readiness for CUDA, shown without a GPU: a forward traced at full size, and an audit of train.py's operations."""
 
+import itertools
 import linecache
 import sys
 from collections import Counter
@@ -7,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, run_inside
+from conftest import SMALL, run_inside, tiny_model
 from test_model import main_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
+from extras import decode
 from model import GPT
 
 
@@ -78,6 +80,35 @@ def test_full_size_forward_traces_on_fake_cuda_tensors(training):
         assert loss.device.type == 'cuda' and loss.dtype == torch.float32
 
 
+@needs_cuda_build
+@pytest.mark.parametrize('sampled', [True, False])
+def test_a_full_size_decoding_step_traces_on_fake_cuda_tensors(sampled):
+    """Plain and speculative: no shape of it, and no value of the host, depends on the tokens."""
+    from torch._subclasses import FakeTensorMode
+
+    _, config = main_config()
+    with FakeTensorMode():
+        gpt, _ = on_fake_cuda(GPT(config).eval())
+        torch.set_autocast_enabled('cuda', False)
+        gpt = decode.for_decoding(gpt, torch.bfloat16)
+        for D in (0, 2):
+            state = decode.empty_state(gpt, 4, 1056, D)
+            decode.step(gpt, state, D, sampled, 50)
+            assert all(x.device.type == 'cuda' for x in (*state.caches, *state[:6], *state[7:]))
+
+
+def test_decoding_has_no_host_sync_in_a_step():
+    """It looks at the rows once in as many passes as they need at least."""
+    gpt = decode.for_decoding(tiny_model(block_size=128), torch.bfloat16)
+    for speculative, temperature in itertools.product((False, True), (0, 1.0)):
+        with Audit() as audit, HostCopies(audit):
+            decode.Decoder(gpt).generate([[1, 2, 3], [4]], 101, temperature, 10, speculative=speculative)
+        looks = [n for line, n in audit.syncs.items() if 'left = ' in line]
+        assert len(looks) == 1 and (1 < looks[0] <= 20 if speculative else looks[0] == 1), audit.syncs
+        # and where it takes up the result
+        assert {line.split(': ')[0] for line in audit.syncs if 'left = ' not in line} <= {'tolist', 'cpu'}, audit.syncs
+
+
 class Audit(TorchDispatchMode):
     """Counts the operations that would make the host wait for the GPU, by the project's line that asked for them.
 
@@ -120,7 +151,7 @@ class HostCopies(TorchFunctionMode):
 def projects_line():
     """The line of train.py, model.py or another script that is being run."""
     frame = sys._getframe()
-    names = ('train.py', 'model.py', 'fp8.py', 'optim.py', 'syncing.py')
+    names = ('train.py', 'model.py', 'decode.py', 'fp8.py', 'optim.py', 'syncing.py')
     while frame and Path(frame.f_code.co_filename).name not in names:
         frame = frame.f_back
     return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() if frame else '?'

@@ -1,12 +1,14 @@
-"""Speculative decoding against plain decoding: the same tokens when greedy, the same distribution when sampled."""
+"""The decoder against GPT.generate and whole forwards: greedy tokens, the distribution of sampled ones, its caches."""
+
+import itertools
 
 import pytest
 import torch
 from conftest import tiny_model
 
 from extras import decode
-from extras.decode import verify
-from model import draw, probabilities
+from extras.decode import Decoder, verify
+from model import probabilities
 
 COUNTING = 11  # t_{i+1} = t_i + 1 modulo this: every offset is predictable
 
@@ -24,48 +26,109 @@ def counting_model(steps=150, **overrides):
     return model.eval()
 
 
-@pytest.mark.parametrize('overrides', [{}, {'num_nextn_predict_layers': 1}, {'num_nextn_predict_layers': 3},
-                                       {'mtp_n_layer': 2, 'first_k_dense_replace': 1}])
-@pytest.mark.parametrize('prompt', [1, 7])
-def test_greedy_output_is_the_same_up_to_block_size_and_beyond(overrides, prompt):
-    model = tiny_model(**overrides).eval()
-    idx = torch.randint(61, (3, prompt))
-    for n in (0, 1, 2, 40):
-        plain = model.generate(idx, n, temperature=0)
-        assert torch.equal(decode.generate(model, idx, n, temperature=0)[0], plain)
+def prompts_of(*lengths, vocab_size=61):
+    return [torch.randint(vocab_size, (n,)).tolist() for n in lengths]
+
+
+def plain(model, prompts, n, stop_token=None):
+    """Each prompt alone, by the slow twin, cut behind its stop token."""
+    rows = [model.generate(torch.tensor([p]), n, temperature=0, stop_token=stop_token)[0].tolist() for p in prompts]
+    if stop_token is None:
+        return rows
+    new = [row[len(p):] for row, p in zip(rows, prompts)]
+    return [p + (row[:row.index(stop_token) + 1] if stop_token in row else row) for p, row in zip(prompts, new)]
+
+
+@pytest.mark.parametrize('overrides', [
+    {}, dict(num_nextn_predict_layers=1), dict(num_nextn_predict_layers=3), dict(mtp_n_layer=2, q_lora_rank=0),
+    dict(first_k_dense_replace=1, n_shared_experts=0, v_head_dim=24, bias=True), dict(n_routed_experts=0)])
+@pytest.mark.parametrize('speculative', [False, True])
+def test_greedy_tokens_are_generates_for_prompts_of_all_lengths_and_beyond_block_size(overrides, speculative):
+    model = tiny_model(**overrides).eval()                           # block_size is 32
+    decoder = Decoder(model)
+    for lengths, n in itertools.product([(1,), (7, 1, 3), (31, 32, 33, 40, 2)], (0, 1, 2, 25)):
+        prompts = prompts_of(*lengths)
+        assert decoder.generate(prompts, n, temperature=0, speculative=speculative)[0] == plain(model, prompts, n)
+
+
+def test_a_stop_token_ends_each_row_for_itself():
+    model, ended = tiny_model(block_size=64).eval(), []
+    decoder, prompts = Decoder(model), prompts_of(5, 1, 9, 4, 4, 2)
+    for stop_token in plain(model, prompts[:1], 40)[0][8:30:6]:
+        want = plain(model, prompts, 40, stop_token)
+        ended += [row[-1] == stop_token for row in want]
+        for speculative in (False, True):
+            got, _ = decoder.generate(prompts, 40, temperature=0, stop_token=stop_token, speculative=speculative)
+            assert got == want
+    assert 4 <= sum(ended) < len(ended)
+    # a prompt that ends with it is not complete
+    assert decoder.generate([[3, 7, stop_token]], 5, stop_token=stop_token)[0][0][3:] != []
+
+
+def test_rooms_hold_the_last_tokens_drafts():
+    """Of a compiled step, here run eagerly: 96, 160 and 288 positions."""
+    decoder, rooms = Decoder(tiny_model(block_size=300, num_nextn_predict_layers=3).eval()), set()
+    decoder.step = lambda *args: decode.step(*args)
+    for length in range(1, 200):
+        rooms.add(decoder.state(1, length, 3).tokens.size(1))
+        assert length + 4 <= max(rooms)
+    assert rooms == {64, 96, 160, 288}
+    for start, n in ((90, 10), (60, 33), (92, 2), (150, 20)):
+        prompts = prompts_of(start, 3)
+        for speculative in (False, True):
+            got, _ = decoder.generate(prompts, n, temperature=0, speculative=speculative)
+            assert got == plain(decoder.model, prompts, n)
+
+
+@pytest.mark.parametrize('modules', [1, 2, 3])
+def test_caches_equal_those_of_whole_forwards(monkeypatch, modules):
+    """Rejected drafts must leave the modules' caches too. Sampled, so that rows accept different numbers of drafts."""
+    torch.manual_seed(1)
+    model = counting_model(steps=30, num_nextn_predict_layers=modules)
+    decoder, prompts = Decoder(model), prompts_of(5, 2, 9, vocab_size=COUNTING)
+    states, empty_state = [], decode.empty_state
+    monkeypatch.setattr(decode, 'empty_state', lambda *args: states.append(empty_state(*args)) or states[-1])
+    rows, told = decoder.generate(prompts, 20, temperature=2.0, speculative=True)
+    assert 0 < told.accepted.sum() < told.drafts.sum()
+    state, = states
+    for i, row in enumerate(rows):
+        idx = torch.tensor([row])
+        caches = model.make_cache(1, 32, blocks=len(model.blocks()))
+        with torch.no_grad():
+            h, _ = model.main_stack(idx, caches)
+            n = len(row) - 2                                         # the newest token has been through nothing yet
+            torch.testing.assert_close(state.h[i, :n], h[0, :n], rtol=1e-5, atol=1e-5)
+            layer = model.config.n_layer
+            for k, module in enumerate(model.mtp, start=1):
+                h, _ = model.mtp_module(module, idx[:, k:], h[:, :len(row) - k], caches[layer:])
+                layer += len(module.h)
+        for block, cache in enumerate(state.caches):
+            k = 0 if block < model.config.n_layer else 1 + (block - model.config.n_layer) // model.config.mtp_n_layer
+            torch.testing.assert_close(cache[i, :n - k], caches[block, 0, :n - k], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('modules', [1, 2, 3])
 def test_drafts_of_a_model_that_knows_its_text_are_all_accepted(modules):
     model = counting_model(num_nextn_predict_layers=modules)
-    idx = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8]])
-    out, speculation = decode.generate(model, idx, 24, temperature=0)
-    assert torch.equal(out, (idx[:, :1] + torch.arange(28)) % COUNTING)
-    drafts, accepted = speculation.drafts, speculation.accepted
-    assert torch.equal(drafts, accepted) and len(drafts) == modules
-    assert speculation.passes <= -(-24 // (modules + 1))
+    rows, told = Decoder(model).generate([[0, 1, 2, 3], [5, 6, 7]], 24, temperature=0, speculative=True)
+    assert rows == [[(row[0] + i) % COUNTING for i in range(len(row))] for row in rows]
+    assert torch.equal(told.drafts, told.accepted) and told.drafts.shape == (2, modules)
+    assert told.passes.tolist() == [-(-23 // (modules + 1))] * 2
 
 
-def test_states_from_the_modules_caches_equal_those_of_whole_forwards():
-    """Rejected drafts must leave the modules' caches too: every state that drafts is made again without a cache."""
-    torch.manual_seed(1)
-    model = tiny_model(num_nextn_predict_layers=3).eval()
-    cached, calls = model.mtp_module, []
+def test_a_row_keeps_its_drafts_whatever_the_others_accept(monkeypatch):
+    """The second row accepts none."""
+    def picky(drafts, q, p):
+        new, a = verify(drafts, q, p)
+        if drafts.size(1) > 0:
+            new[1, 0], a[1] = p[1, 0].argmax(), 0
+        return new, a
 
-    def spy(module, token, h, cache, start):
-        out = cached(module, token, h, cache, start)
-        calls.append((token.clone(), start, out[0]))
-        return out
-
-    model.mtp_module = spy
-    out, _ = decode.generate(model, torch.randint(61, (2, 5)), 20, temperature=0.3)
-    assert len(calls) >= 30
-    for i in range(0, len(calls), 3):
-        _, start, state = calls[i]
-        h, _ = model.main_stack(out[:, :start + state.size(1)])
-        for k, (token, start, state) in enumerate(calls[i:i + 3], start=1):
-            h, _ = cached(model.mtp[k - 1], torch.cat((out[:, k:start + k], token), dim=1), h)
-            torch.testing.assert_close(h[:, start:], state, rtol=1e-4, atol=1e-4)
+    model, prompts = counting_model(block_size=64), [[4, 5, 6], [0, 1]]
+    monkeypatch.setattr('extras.decode.verify', picky)
+    rows, told = Decoder(model).generate(prompts, 31, top_k=1, speculative=True)
+    assert rows == plain(model, prompts, 31)
+    assert told.passes.tolist() == [10, 30] and told.accepted.sum(dim=1).tolist() == [20, 0]
 
 
 def chi_square(counts, expected):
@@ -73,87 +136,101 @@ def chi_square(counts, expected):
     return ((counts - expected)[keep] ** 2 / expected[keep]).sum().item(), int(keep.sum()) - 1
 
 
-def test_verify_keeps_the_distribution():
-    """Of the first two tokens, however the drafts are distributed."""
+def pairs_drawn(rule):
+    """The first two of the tokens that a rule makes of 4,000 pairs of drafts: how often each pair, and p's share."""
     torch.manual_seed(0)
     V, n = 5, 4000
-    p1, p2 = torch.rand(V).pow(2), torch.rand(V, V).pow(2)
-    q1, q2 = torch.rand(V).pow(2), torch.rand(V, V).pow(2)
-    p1, p2, q1, q2 = (x / x.sum(-1, keepdim=True) for x in (p1, p2, q1, q2))
-    pairs = torch.zeros(V, V)
-    first = torch.zeros(V)
+    p1, p2, q1, q2 = (x / x.sum(-1, keepdim=True) for x in (torch.rand(*shape).pow(2) for shape in (
+        (V,), (V, V), (V,), (V, V))))
     d1 = torch.multinomial(q1, n, replacement=True)
     d2 = torch.multinomial(q2[d1], 1).squeeze(1)
-    for i in range(n):  # a row at a time: every row of a batch goes as far as the least lucky one
-        drafts = torch.stack((d1[i], d2[i])).view(1, 2)
-        q = torch.stack((q1, q2[d1[i]])).unsqueeze(0)
-        p = torch.stack((p1, p2[d1[i]], torch.full((V,), 1 / V))).unsqueeze(0)
-        new = verify(drafts, q, p, torch.zeros(1, 1, dtype=torch.bool))[0][0]
-        first[new[0]] += 1
-        second = new[1] if len(new) > 1 else draw(p2[new[0]].view(1, V))[0, 0]
-        pairs[new[0], second] += 1
-    value, dof = chi_square(first, p1 * first.sum())
-    assert value < {3: 16.3, 4: 18.5}[dof]
-    value, dof = chi_square(pairs.flatten(), (p1[:, None] * p2).flatten() * pairs.sum())
-    assert value < dof + 4 * (2 * dof) ** 0.5
-    # the drafts themselves are not so distributed, so the test can fail
-    assert chi_square(torch.bincount(d1, minlength=V).float(), p1 * n)[0] > 100
+    q = torch.stack((q1.expand(n, V), q2[d1]), dim=1)
+    p = torch.stack((p1.expand(n, V), p2[d1], torch.full((n, V), 1 / V)), dim=1)
+    new, a = rule(torch.stack((d1, d2), dim=1), q, p)
+    second = torch.where(a > 0, new[:, 1], torch.multinomial(p2[new[:, 0]], 1).squeeze(1))
+    return torch.bincount(new[:, 0] * V + second, minlength=V * V).float(), (p1[:, None] * p2).flatten() * n
 
 
-def test_a_row_that_is_done_holds_no_other_back():
-    """Its drafts are impossible, the other row's are certain: all of those are taken, and they alone are counted."""
-    certain = torch.eye(4)[[1, 2, 3]].unsqueeze(0)                   # p: tokens 1, 2, 3 in turn
-    p, q = certain.repeat(2, 1, 1), certain[:, :2].repeat(2, 1, 1)
-    drafts = torch.tensor([[1, 2], [0, 0]])
-    q[1] = torch.eye(4)[[0, 0]]
-    tokens, reached, accepted = verify(drafts, q, p, torch.tensor([[False], [True]]))
-    assert tokens[0].tolist() == [1, 2, 3]
-    assert reached.tolist() == accepted.tolist() == [1, 1]
-    tokens, reached, accepted = verify(drafts, q, p, torch.tensor([[False], [False]]))
-    assert tokens.tolist() == [[1], [1]] and reached.tolist() == [2, 1] and accepted.tolist() == [1, 1]
+def test_verify_keeps_the_distribution():
+    value, dof = chi_square(*pairs_drawn(verify))
+    assert dof >= 15 and value < dof + 4 * (2 * dof) ** 0.5
+
+    def accept_all(drafts, q, p):
+        return torch.cat((drafts, drafts[:, :1]), dim=1), torch.full((len(drafts),), 2)
+
+    def redraw_from_p(drafts, q, p):  # rather than from max(p - q, 0)
+        new, a = verify(drafts, q, p)
+        redrawn = torch.multinomial(p[torch.arange(len(a)), a], 1)
+        return new.scatter(1, a.unsqueeze(1), redrawn), a
+
+    for wrong in (accept_all, redraw_from_p):
+        value, dof = chi_square(*pairs_drawn(wrong))
+        assert value > dof + 8 * (2 * dof) ** 0.5
 
 
-@pytest.mark.parametrize('rows', [1, 3])
-def test_sampled_output_of_a_model_keeps_the_distribution(rows):
-    """Third token after a fixed prompt, 600 samples plain and speculative: a two-sample chi-square."""
+def test_sampled_output_of_a_model_keeps_the_distribution():
+    """Of the third new token of rows with prompts of two lengths: a two-sample chi-square."""
     model = counting_model(steps=25, vocab_size=COUNTING)
     torch.manual_seed(0)
-    idx = torch.tensor([[3, 4, 5]]).repeat(rows, 1)
+    prompts = [[3, 4, 5], [4, 5]] * 300
     counts = []
     for speculative in (False, True):
-        count = torch.zeros(COUNTING)
-        accepted = drafts = 0
-        for _ in range(600 // rows):
-            if speculative:
-                out, told = decode.generate(model, idx, 3, temperature=4.0, top_k=8)
-                accepted += told.accepted.sum().item()
-                drafts += told.drafts.sum().item()
-            else:
-                out = model.generate(idx, 3, temperature=4.0, top_k=8)
-            count += torch.bincount(out[:, -1], minlength=COUNTING)
-        counts.append(count)
-    assert 0 < accepted < drafts
-    a, b = counts
-    keep = a + b > 10
-    value = ((a - b)[keep] ** 2 / (a + b)[keep]).sum().item()
-    dof = int(keep.sum()) - 1
-    assert dof >= 4 and value < dof + 4 * (2 * dof) ** 0.5
+        rows, told = Decoder(model).generate(prompts, 3, temperature=4.0, top_k=8, speculative=speculative)
+        counts.append(torch.bincount(torch.tensor([row[-1] for row in rows]), minlength=COUNTING).float())
+    assert 0 < told.accepted.sum() < told.drafts.sum()
+    slow = torch.cat([model.generate(torch.tensor(prompts[i:i + 1]).expand(300, -1), 3, 4.0, 8)[:, -1] for i in (0, 1)])
+    for b in counts:
+        a = torch.bincount(slow, minlength=COUNTING).float()
+        keep = a + b > 10
+        value = ((a - b)[keep] ** 2 / (a + b)[keep]).sum().item()
+        dof = int(keep.sum()) - 1
+        assert dof >= 4 and value < dof + 4 * (2 * dof) ** 0.5
 
 
-def test_stop_token_ends_rows_as_in_plain_decoding():
-    model = counting_model()
-    idx = torch.tensor([[0, 1], [5, 6]])
-    for stop in (8, 3):
-        plain = model.generate(idx, 20, temperature=0, stop_token=stop)
-        out, _ = decode.generate(model, idx, 20, temperature=0, stop_token=stop)
-        n = min(plain.size(1), out.size(1))
-        assert torch.equal(plain[:, :n], out[:, :n])
-        assert (plain[:, n:] == stop).all() and (out[:, n:] == stop).all()
+def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same():
+    """Whatever the position, the prompts' lengths, the stop token and the temperature. One row reads its experts alone.
+    """
+    torch._dynamo.reset()
+    model = tiny_model(n_routed_experts=16, n_layer=1, num_nextn_predict_layers=1, block_size=200).eval()
+    decoder = Decoder(model, compile=True)
+    for length in (5, 9, 160):
+        prompts = prompts_of(length)
+        assert decoder.generate(prompts, 20, temperature=0)[0] == plain(model, prompts, 20)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == len(decoder.compiled) == 1
+    for lengths, temperature, stop_token in (((5, 1, 9), 0.5, None), ((2, 100, 3), 0.8, 7)):
+        prompts = prompts_of(*lengths)                               # top_k=1: the likeliest, but by a sampling step
+        got, _ = decoder.generate(prompts, 20, temperature, 1, stop_token, speculative=True)
+        assert got == plain(model, prompts, 20, stop_token)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == len(decoder.compiled) == 2
+    assert decoder.compile_seconds > 0
 
 
-def test_a_model_without_modules_says_so():
+def test_weights_are_read_as_they_are_at_each_call():
+    model = tiny_model().eval()
+    decoder, prompts = Decoder(model), prompts_of(4)
+    before = decoder.generate(prompts, 10, temperature=0)[0]
+    with torch.no_grad():
+        model.transformer.wte.weight.copy_(model.transformer.wte.weight.flip(0))
+    after = decoder.generate(prompts, 10, temperature=0)[0]
+    assert after == plain(model, prompts, 10) != before
+
+
+def test_without_a_compiler_it_goes_on(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError('no compiler')
+
+    monkeypatch.setattr(torch, 'compile', lambda *_, **__: fail)
+    model, prompts = tiny_model().eval(), prompts_of(4, 2)
+    assert Decoder(model, compile=True).generate(prompts, 10, temperature=0)[0] == plain(model, prompts, 10)
+    assert capsys.readouterr().out == 'going on without torch.compile: RuntimeError: no compiler\n'
+
+
+def test_what_cannot_be_generated_says_so():
+    decoder = Decoder(tiny_model(num_nextn_predict_layers=0).eval())
     with pytest.raises(ValueError, match='MTP'):
-        decode.generate(tiny_model(num_nextn_predict_layers=0).eval(), torch.zeros(1, 1, dtype=torch.long), 1)
+        decoder.generate([[0]], 1, speculative=True)
+    with pytest.raises(ValueError, match='at least one token'):
+        decoder.generate([[0], []], 1)
 
 
 def test_probabilities_at_temperature_0_are_all_at_the_likeliest():

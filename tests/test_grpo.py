@@ -18,6 +18,7 @@ from conftest import ROOT, copy_project, run, run_inside, tiny_model
 
 import grpo
 import model as model_module
+from extras.decode import Decoder
 
 STOP = 0
 
@@ -29,7 +30,7 @@ def policy(**overrides):
 
 def rollouts(model, prompts=((3, 4, 5), (6, 7, 8)), group_size=4, max_new_tokens=8):
     prompts = [list(prompt) for prompt in prompts]
-    responses = grpo.sample_responses(model, prompts, group_size, max_new_tokens, 1.0)
+    responses = grpo.sample_responses(Decoder(model), prompts, group_size, max_new_tokens, 1.0)
     return [p for p in prompts for _ in range(group_size)], responses
 
 
@@ -155,10 +156,10 @@ def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature):
     """The cached, absorbed decode and the training forward give each sampled token one log-probability."""
     model = policy()
     seen, probabilities = [], model_module.probabilities
-    monkeypatch.setattr(model_module, 'probabilities', lambda *args: seen.append(probabilities(*args)) or seen[-1])
+    monkeypatch.setattr('extras.decode.probabilities', lambda *args: seen.append(probabilities(*args)) or seen[-1])
     prompts = [[3, 4, 5], [6, 7, 8], [1, 2, 3]]
-    responses = grpo.sample_responses(model, prompts, 4, 16, temperature)
-    steps = torch.stack(seen, dim=1)                                                    # (B, tokens, V)
+    responses = grpo.sample_responses(Decoder(model), prompts, 4, 16, temperature)
+    steps = torch.cat(seen, dim=1)                                                    # (B, tokens, V)
     rows, mask = grpo.pack([p for p in prompts for _ in range(4)], responses, STOP, 'cpu')
     logp, _, _ = grpo.log_probs(model.train(), rows, temperature)
     assert len({len(response) for response in responses}) > 1
@@ -189,8 +190,8 @@ def test_responses_come_in_the_order_of_prompts_of_any_length():
     """Greedy responses to prompts of two lengths in one call are those of each prompt alone."""
     model = policy()
     prompts = [[3, 4, 5], [6, 7], [8, 9, 1], [2, 2]]
-    together = grpo.sample_responses(model, prompts, 2, 6, 0.0)
-    alone = [grpo.sample_responses(model, [prompt], 2, 6, 0.0) for prompt in prompts]
+    together = grpo.sample_responses(Decoder(model), prompts, 2, 6, 0.0)
+    alone = [grpo.sample_responses(Decoder(model), [prompt], 2, 6, 0.0) for prompt in prompts]
     assert together == [response for pair in alone for response in pair]
     assert all(STOP not in response[:-1] for response in together)
 
@@ -630,7 +631,7 @@ def test_masks_that_do_not_fit_the_data(workshop):
 
 def test_responses_end_with_their_stop_token():
     """Those that were not cut off: it is what ends a row in the loss, too."""
-    responses = grpo.sample_responses(policy(), [[3, 4, 5], [6, 7]], 16, 12, 1.0)
+    responses = grpo.sample_responses(Decoder(policy()), [[3, 4, 5], [6, 7]], 16, 12, 1.0)
     ended = [response for response in responses if response[-1] == STOP]
     assert all(len(response) == 12 for response in responses if response[-1] != STOP)
     assert 0 < len(ended) and min(map(len, ended)) < 12 and not any(STOP in response[:-1] for response in responses)
@@ -638,14 +639,14 @@ def test_responses_end_with_their_stop_token():
 
 def test_the_rate_the_reward_and_the_randomness_of_each_iteration(workshop, monkeypatch):
     """The rate warms up, then falls linearly to zero at max_iters; each iteration draws anew."""
-    generate, drawn = model_module.GPT.generate, []
+    generate, drawn = Decoder.generate, []
 
-    def spy(self, idx, max_new_tokens, temperature, **kwargs):
+    def spy(self, prompts, max_new_tokens, temperature, **kwargs):
         if temperature > 0:
             drawn.append(torch.rand(()).item())
-        return generate(self, idx, max_new_tokens, temperature, **kwargs)
+        return generate(self, prompts, max_new_tokens, temperature, **kwargs)
 
-    monkeypatch.setattr(model_module.GPT, 'generate', spy)
+    monkeypatch.setattr(Decoder, 'generate', spy)
     flags = ['--reward_file=odd.py', '--out_dir=out-rate', '--max_iters=6', '--warmup_iters=1', '--format_weight=0.25',
              '--learning_rate=1e-3', '--max_new_tokens=12']
     for decay in (True, False):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import runpy
 import sys
 from unittest import mock
@@ -13,7 +14,7 @@ from conftest import ROOT, SMALL, optimizer_of, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from extras import decode
+from extras.decode import Decoder
 from model import GPT, GPTConfig
 
 settings.register_profile('steady', deadline=None, derandomize=True, print_blob=False, database=None,
@@ -98,11 +99,10 @@ def test_a_config_is_refused_or_trains_a_step_and_generates():
         assert all(p.isfinite().all() for p in model.parameters())
         assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before))
         model.eval()
-        out = model.generate(idx[:, :1], 3)
-        if config.num_nextn_predict_layers > 0:
-            out, _ = decode.generate(model, idx[:, :1], 3)
-        assert out.shape == (2, 4) and 0 <= out.min() and out.max() < config.vocab_size
-        assert torch.equal(out[:, :1], idx[:, :1])
+        rows, _ = Decoder(model).generate(idx[:, :1].tolist(), 3, speculative=config.num_nextn_predict_layers > 0)
+        for out in (model.generate(idx[:, :1], 3), torch.tensor(rows)):
+            assert out.shape == (2, 4) and 0 <= out.min() and out.max() < config.vocab_size
+            assert torch.equal(out[:, :1], idx[:, :1])
 
     one()
     assert min(tried.values()) >= 50, tried
@@ -171,45 +171,47 @@ def test_every_start_is_drawn(loader):
 MODELS = {D: tiny_model(num_nextn_predict_layers=D).eval() for D in (1, 2, 3)}
 
 
-@given(D=st.sampled_from([1, 2, 3]), B=st.integers(1, 2), T=st.integers(1, 6), new=st.integers(2, 18),
-       accepted=st.lists(st.integers(0, 3), min_size=20, max_size=20), seed=st.integers(0, 2**31))
+@given(D=st.sampled_from([1, 2, 3]), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+       new=st.integers(2, 18), choices=st.lists(st.integers(0, 3), min_size=20, max_size=20),
+       seed=st.integers(0, 2**31))
 @settings(max_examples=60)
-def test_caches_are_right_after_any_acceptance(D, B, T, new, accepted, seed):
-    """As many drafts are kept as chance says, right or wrong: what follows is as if those tokens had been given.
+def test_caches_are_right_after_any_acceptance(D, lengths, new, choices, seed):
+    """Each row keeps as many drafts as chance says, right or wrong: what follows is as if those had been given.
 
     Every draft is its module's, every other token the main stack's likeliest, each computed anew without a cache.
     """
-    model, passes, counts = MODELS[D], [], iter(accepted)
+    model, passes, choices = MODELS[D], [[] for _ in lengths], itertools.cycle(choices)
     torch.manual_seed(seed)
-    idx = torch.randint(61, (B, T))
+    prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
 
-    def chance(drafts, q, p, done):
-        a = min(next(counts), D)
-        passes.append(a)
-        zeros = torch.zeros(D, dtype=torch.long)
-        return torch.cat((drafts[:, :a], p[:, a].argmax(dim=-1, keepdim=True)), dim=1), zeros, zeros
+    def chance(drafts, q, p):
+        a = torch.tensor([min(next(choices), drafts.size(1)) for _ in drafts])
+        if drafts.size(1) > 0:  # not the first token, behind the prompt
+            for row, n in zip(passes, a.tolist()):
+                row.append(n)
+        new = torch.cat((drafts, drafts[:, :0].new_zeros(len(a), 1)), dim=1)
+        return new.scatter(1, a.unsqueeze(1), p[torch.arange(len(a)), a].argmax(dim=-1, keepdim=True)), a
 
-    with mock.patch('extras.decode.verify', chance), torch.no_grad():
-        out, _ = decode.generate(model, idx, new, temperature=0)
-        assert torch.equal(out[:, :T], idx) and out.shape == (B, T + new)
+    with mock.patch('extras.decode.verify', chance):  # top_k=1: drafts are their modules' likeliest
+        rows, _ = Decoder(model).generate(prompts, new, top_k=1, speculative=True)
 
-        def likeliest(h):
-            return model.lm_head(h[:, -1]).argmax(dim=-1)
+    def likeliest(h):
+        return model.lm_head(h[0, -1]).argmax().item()
 
-        def check(position, token):
-            if position < T + new:
-                assert torch.equal(out[:, position], token), f'position {position}, kept {passes}'
-
-        known = T
-        check(known, likeliest(model.main_stack(out[:, :known])[0]))
-        known += 1
-        for a in passes:
-            h, _ = model.main_stack(out[:, :known - 1])
-            for k in range(1, a + 1):
-                if known + k - 1 < T + new:
+    with torch.no_grad():
+        for prompt, row, kept in zip(prompts, rows, passes):
+            assert row[:len(prompt)] == prompt and len(row) == len(prompt) + new
+            out, known = torch.tensor([row]), len(prompt)
+            assert row[known] == likeliest(model.main_stack(out[:, :known])[0])
+            known += 1
+            for a in kept:
+                if known >= len(row):  # a row that is done
+                    break
+                h, _ = model.main_stack(out[:, :known - 1])
+                for k in range(1, min(a, len(row) - known) + 1):
                     h, _ = model.mtp_module(model.mtp[k - 1], out[:, k:known - 1 + k], h)
-                    check(known + k - 1, likeliest(h))
-            known += a + 1
-            if known <= T + new:
-                check(known - 1, likeliest(model.main_stack(out[:, :known - 1])[0]))
-        assert known >= T + new
+                    assert row[known + k - 1] == likeliest(h), f'draft {k} behind {known} tokens, kept {kept}'
+                known += a + 1
+                if known <= len(row):
+                    assert row[known - 1] == likeliest(model.main_stack(out[:, :known - 1])[0])
+            assert known >= len(row)
