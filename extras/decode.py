@@ -61,29 +61,29 @@ class Decoder:
         if speculative and D == 0:
             raise ValueError('speculative decoding needs MTP modules, and this model has none')
         rows, counts = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), 1 + 2 * D, dtype=torch.long)
-        inside = [i for i, row in enumerate(rows) if len(row) <= block_size]
-        if inside and max_new_tokens > 0:
-            longest = max(len(rows[i]) for i in inside)
-            s = self.state(len(inside), min(longest + max_new_tokens, block_size + 1), D)
+        if max_new_tokens > 0 and rows:
+            contexts = [row[-block_size:] for row in rows]
+            longest = max(map(len, contexts))
+            s = self.state(len(rows), min(longest + max_new_tokens, block_size + 1), D)
             how = D, temperature > 0, top_k
-            begin(model, s, [rows[i] for i in inside], max_new_tokens, temperature, stop_token, *how)
+            begin(model, s, contexts, max_new_tokens, temperature, stop_token, *how)
             # To look at the rows makes a GPU's host wait: not before one may be done, and with a stop token, which may
             # come at any time, every 16 steps.
-            left = max(min(max_new_tokens, block_size + 1 - len(rows[i])) for i in inside) - 1
+            left = min(max_new_tokens, block_size + 1 - min(map(len, contexts))) - 1
             look = left if stop_token is None else 16 if s.tokens.is_cuda else 1
             while left > 0:
                 for _ in range(min(look, -(-left // (1 + D)))):
                     self.take_step(s, *how)
                 left = (s.end - s.known).masked_fill(s.done, 0).max().item()
-            counts[inside] = s.counts.cpu()
-            for i, row, known in zip(inside, s.tokens.tolist(), s.known.tolist()):
-                rows[i] = row[:known]
-        for i, (row, prompt) in enumerate(zip(rows, prompts)):
+            counts = s.counts.cpu()
+            for row, context, tokens, known in zip(rows, contexts, s.tokens.tolist(), s.known.tolist()):
+                row += tokens[len(context):known]
+        for row, prompt in zip(rows, prompts):
             left = len(prompt) + max_new_tokens - len(row)
-            if len(row) > block_size and left > 0 and (len(row) == len(prompt) or row[-1] != stop_token):
+            if left > 0 and row[-1] != stop_token:  # the context is full
                 idx = torch.tensor([row], device=model.lm_head.weight.device)
                 new = model.generate(idx, left, temperature, top_k, stop_token)[0, len(row):].tolist()
-                rows[i] += new[:new.index(stop_token) + 1] if stop_token in new else new
+                row += new[:new.index(stop_token) + 1] if stop_token in new else new
         return rows, Speculation(counts[:, 0], *counts[:, 1:].split((D, D), dim=1))
 
     def state(self, B, length, D):
