@@ -59,7 +59,7 @@ new_tokens = 60  # decode: tokens that are timed
 rows = 6144  # loss: tokens
 device = default_device()
 dtype = 'bfloat16'  # or 'float32', which a CPU without native bf16 needs
-compile = what == 'train'  # torch.compile: blocks and loss here, the peers whole
+compile = what == 'train'  # torch.compile: here blocks and loss, or the decoding step; training peers whole
 activation_memory = 1.0  # train: as in train.py, for this model and its dense twin
 with contextlib.redirect_stdout(sys.stderr):  # the table, or the JSON, has standard output to itself
     exec(open(os.path.join(here, 'configurator.py')).read())
@@ -243,7 +243,9 @@ def decode(name):
     first = clock() - t
     run()
     # generate as a user calls it: the time between one step and the next
-    dt = statistics.median(b - a for a, b in zip(starts[1:], starts[2:]))
+    if not ours:  # its first pass is over the prompt, which here is no step
+        del starts[0]
+    dt = statistics.median(b - a for a, b in zip(starts, starts[1:]))
     bandwidth = (bandwidth + weight_bandwidth()) / 2
     row = {'tokens/s': batch_size / dt, 'first run s': first, 'peak GiB': peak_memory()}
     if ours:

@@ -20,7 +20,6 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -34,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, start_wandb, stop
-from extras.decode import Decoder, for_decoding
+from extras.decode import Decoder
 from model import GPT, MoE, first_line, is_of_run, open_log, save_checkpoint
 from tokenizer import of_checkpoint
 
@@ -354,8 +353,7 @@ def main():
     model_args, end = checkpoint['model_args'], model.config.eos_token_id
     checkpoint = other = None  # free the memory
     ctx = autocast(device_type, dtype)
-    policy = model if dtype == 'float32' else for_decoding(copy.deepcopy(model), getattr(torch, dtype))
-    decoder = Decoder(policy, compile)
+    decoder = Decoder(model, compile)
 
     # the task
     max_prompt = model.config.block_size - max_new_tokens
@@ -367,9 +365,8 @@ def main():
     def answer(questions, group_size, temperature):
         """Responses to (prompt, answer) pairs: (prompts, responses) as token ids, texts, and scores (B, 2)."""
         prompts = [tokenizer.begin + tokenizer.encode(prompt) for prompt, _ in questions]
-        if policy is not model:
-            policy.load_state_dict(model.state_dict())  # cast
-        responses = sample_responses(decoder, prompts, group_size, max_new_tokens, temperature)
+        with ctx:
+            responses = sample_responses(decoder, prompts, group_size, max_new_tokens, temperature)
         texts = [tokenizer.decode(response) for response in responses]
         questions = [question for question in questions for _ in range(group_size)]
         scores = [reward(prompt, text, right) for (prompt, right), text in zip(questions, texts)]

@@ -467,12 +467,12 @@ class GPT(nn.Module):
             moved = bias + delta
             bias.copy_(torch.where(idle, bias, moved - moved.mean()))
 
-    def make_cache(self, batch_size, length, blocks=None):
-        """An empty latent cache, a row of kv_lora_rank + qk_rope_head_dim numbers per position and main block:
-        (blocks, B, length, c + r). blocks: for so many of blocks(), rather than the main ones.
+    def make_cache(self, batch_size, length):
+        """An empty latent cache: a row of kv_lora_rank + qk_rope_head_dim numbers per position and main block.
+        (n_layer, B, length, c + r)
         """
         cfg, w = self.config, self.lm_head.weight
-        return torch.zeros(blocks or cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
+        return torch.zeros(cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
                            dtype=compute_dtype(w), device=w.device)
 
     @torch.no_grad()
@@ -799,8 +799,8 @@ def grouped_linear_loop(x, weight, offsets):
 
 
 def is_few(x, top_k, n_experts):
-    """Whether all_experts() is faster for the tokens x (N, C) than sorting them: they choose most of the experts, which
-    it reads, and are no more than a device computes with in the time that it reads.
+    """Whether all_experts() is faster for the tokens x (N, C) than sorting them: they make at least half as many
+    choices as there are experts, and are so few that reading the weights takes the time, not computing.
     """
     N = len(x)
     return N <= (256 if x.is_cuda else 16) and n_experts <= 2 * N * top_k
@@ -992,18 +992,19 @@ def keep_earlier(folder, names):
     return moved
 
 
-def copy_tokenizer(source, target):
-    """A tokenizer goes with its data, and with the checkpoint."""
-    for name in TOKENIZER_FILES:
-        if os.path.exists(os.path.join(source, name)):
-            shutil.copy(os.path.join(source, name), target)
+def copy_tokenizer(source, target, end=''):
+    """A tokenizer goes with its data, and with the checkpoint. -> the paths of the copies, to which `end` is added."""
+    names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(source, name))]
+    for name in names:
+        shutil.copy(os.path.join(source, name), os.path.join(target, name + end))
+    return [os.path.join(target, name) for name in names]
 
 
 def open_log(path, header, tokenizer_from=None):
     """A run's log, to append lines to: it begins with a header, a line of JSON. ValueError where it cannot be written.
 
-    tokenizer_from: a new run begins, with the tokenizer of this folder. Its header is written beside first, so that
-    a full disk shows, and then what an earlier run left is renamed. Without, the log that is there goes on.
+    tokenizer_from: a new run begins, with the tokenizer of this folder. Both are written beside first, so that a full
+    disk shows, and then what an earlier run left is renamed. Without, the log that is there goes on.
     """
     folder, new = os.path.dirname(path), tokenizer_from is not None
     try:
@@ -1013,11 +1014,12 @@ def open_log(path, header, tokenizer_from=None):
             file.write(b'\n')  # a run that was killed may have left half a line
         file.write(json.dumps(header).encode() + b'\n')
         if new:
+            copies = copy_tokenizer(tokenizer_from, folder, end='.tmp')
             names = ['ckpt.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'log.jsonl', *TOKENIZER_FILES]
             for name, kept in keep_earlier(folder, names).items():
                 print(f'{folder}/{name} of an earlier run is now {kept}')
-            os.replace(path + '.tmp', path)
-            copy_tokenizer(tokenizer_from, folder)
+            for new_path in (path, *copies):
+                os.replace(new_path + '.tmp', new_path)
         return file
     except OSError as e:
         raise ValueError(f'out_dir={folder!r} cannot be written: {e.strerror}') from None

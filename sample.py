@@ -37,8 +37,8 @@ speculative = False  # the MTP modules draft and the main stack verifies
 seed = 1337
 device = default_device()
 dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': that of the training run
-compile = True  # the decoding step, where at least compile_from new tokens are asked for: it takes a while
-compile_from = 5000  # new tokens of a sample
+compile = False  # the decoding step, however few are asked for; it takes a while
+compile_from = 5000  # so many steps are compiled anyway
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 
@@ -96,11 +96,17 @@ if speculative and len(model.mtp) == 0:
     stop('speculative=True needs MTP modules, and this model has none')
 
 dtype = dtype or config.get('dtype') or 'float32'
-decoder = Decoder(for_decoding(model, getattr(torch, dtype)), compile and max_new_tokens >= compile_from)
-
+c = model.config
 total = len(prompt) + max_new_tokens
-cache = model.make_cache(1, 2 * min(total, model.config.block_size), len(model.blocks()))
-needed = num_samples * (cache.nbytes + 8 * total + 16 * model.config.vocab_size)  # ... token ids, one position's logits
+context = min(total, c.block_size)
+compile = compile or context - len(prompt) >= compile_from
+decoder = Decoder(for_decoding(model, getattr(torch, dtype)), compile)
+
+# the caches, the token ids, and the logits of a step with their probabilities
+D = len(model.mtp) if speculative else 0
+numbers = (len(model.blocks()) if D else c.n_layer) * (c.kv_lora_rank + c.qk_rope_head_dim) + (c.n_embd if D else 0)
+caches = context * numbers * getattr(torch, dtype).itemsize * (2 if compile else 1)
+needed = num_samples * (caches + 8 * total + 16 * (1 + D) * c.vocab_size)
 try:
     torch.empty(needed, dtype=torch.uint8, device=device)
 except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
@@ -121,7 +127,7 @@ if decoder.compile_seconds:
     print(f'compiled in {decoder.compile_seconds:.1f} s')
 print(f'{made} tokens in {dt:.2f} s: {made / dt:.1f} tokens/s')
 if speculative:
-    passes, drafts, accepted = (count.sum(dim=0) for count in speculation)
+    passes, tokens, drafts, accepted = (count.sum(dim=0) for count in speculation)
     rates = ', '.join(f'module {k} {100 * a / max(n, 1):.0f}%'
                       for k, (a, n) in enumerate(zip(accepted.tolist(), drafts.tolist()), start=1))
-    print(f'accepted drafts: {rates}; {1 + accepted.sum() / passes.clamp(min=1):.2f} tokens per sample and pass')
+    print(f'accepted drafts: {rates}; {tokens / passes.clamp(min=1):.2f} tokens per sample and pass')

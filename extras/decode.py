@@ -1,22 +1,23 @@
 """
-Decoding at the speed of memory: one step whose shapes never change, so that it is compiled once, and is one CUDA graph.
+Fast decoding: one step whose shapes never change, so that it is compiled once, and on a GPU is one CUDA graph.
 
-A step takes each row's newest token, and speculatively (V3 section 5.4.3) the D tokens that the D MTP modules drafted
-behind it, through the main stack, accepts what it may, and drafts again. Rows stand at positions of their own: prompts
-of several lengths go together, and each row keeps all the drafts that were right for it. GPT.generate is the slow twin:
-greedy tokens are the same, and sampled ones have the same distribution.
+A step takes each row's newest token, and in speculative decoding (V3 section 5.4.3) the D tokens that the D MTP modules
+drafted behind it, through the main stack, accepts what it may, and drafts again. Rows stand at positions of their own:
+prompts of several lengths go together, and each row keeps all the drafts that were right for it. GPT.generate does the
+same more slowly: greedy tokens are equal, but for rounding, and sampled ones have the same distribution.
 """
 
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
-from model import MoE, all_experts, draw, first_line, probabilities, swiglu
+from model import MoE, all_experts, compute_dtype, draw, first_line, probabilities, swiglu
 
 
 def for_decoding(model, dtype):
-    """The model, its weights cast once to the dtype that its products then run in. Norms, routers and b stay fp32."""
+    """The model, its weights cast once to the dtype that its products then run in. Norms, routers and b keep theirs."""
     for name, p in model.named_parameters():
         if not name.endswith(('norm.weight', 'ln_f.weight', 'mlp.gate.weight')):
             p.data = p.data.to(dtype)
@@ -26,30 +27,33 @@ def for_decoding(model, dtype):
 class Speculation(NamedTuple):
     """Of each row, over the passes that verified drafts."""
     passes: torch.Tensor    # (B,)
-    drafts: torch.Tensor    # (B, D): drafts of each module that had all before them accepted
-    accepted: torch.Tensor  # (B, D): ... and were accepted too
+    tokens: torch.Tensor    # (B,): tokens that they gave
+    drafts: torch.Tensor    # (B, D): of each module, drafts at the place of one of these tokens
+    accepted: torch.Tensor  # (B, D): drafts that are one of these tokens
 
 
 class Decoder:
     """Generates from a model, in eval mode, with its weights as they are at the time of each call.
 
     compile: the step is compiled, whole (on a GPU it becomes a CUDA graph), which takes a while for each batch size,
-    power of two of the context, and way of sampling. Where that fails, one line says so, and decoding is eager.
+    power of two of the context, and way of sampling. If it cannot be, one line says so, and decoding is eager.
     """
+    STEPS_BETWEEN_LOOKS = 16  # at the stop tokens of a GPU's rows, for which the host must wait
 
     def __init__(self, model, compile=False):
-        self.model, self.step = model, step
-        self.compiled, self.compile_seconds = set(), 0.0
-        self.states = {}  # they stay, for a CUDA graph works where it was recorded
+        self.model, self.compile, self.step = model, compile, step
+        self.states = {}  # of a compiled step: a CUDA graph works on the tensors it was recorded with
+        self.calls = Counter()
+        self.compile_seconds = 0.0
         if compile:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            gpu = model.lm_head.weight.device.type == 'cuda'
-            self.step = torch.compile(step, fullgraph=True, dynamic=False, mode='reduce-overhead' if gpu else None)
+            mode = 'reduce-overhead' if model.lm_head.weight.is_cuda else None
+            self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
-        """Prompts, lists of token ids: each with up to max_new_tokens more, a list that ends with the stop_token if it
-        came; and their Speculation. temperature 0: the likeliest token, always.
+        """Each prompt, a list of token ids, with up to max_new_tokens more, of which the last may be the stop_token;
+        and their Speculation. temperature 0: the likeliest token, always.
 
         Past block_size the last block_size tokens are the context, as in nanoGPT: that is left to GPT.generate.
         ValueError for an empty prompt, or speculation with a model that has no MTP modules.
@@ -60,89 +64,89 @@ class Decoder:
             raise ValueError('generate needs a prompt of at least one token')
         if speculative and D == 0:
             raise ValueError('speculative decoding needs MTP modules, and this model has none')
-        rows, counts = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), 1 + 2 * D, dtype=torch.long)
+        rows, counts = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), 2 + 2 * D, dtype=torch.long)
         if max_new_tokens > 0 and rows:
             contexts = [row[-block_size:] for row in rows]
-            longest = max(map(len, contexts))
-            s = self.state(len(rows), min(longest + max_new_tokens, block_size + 1), D)
-            how = D, temperature > 0, top_k
-            begin(model, s, contexts, max_new_tokens, temperature, stop_token, *how)
-            # To look at the rows makes a GPU's host wait: not before one may be done, and with a stop token, which may
-            # come at any time, every 16 steps.
+            s = self.state(len(rows), min(max(map(len, contexts)) + max_new_tokens, block_size + 1), D)
+            kind = D, temperature > 0, top_k
+            begin(model, s, contexts, max_new_tokens, temperature, stop_token, *kind)
+            # a look at the rows: not before one may be done, and with a stop token, which may come at any time, often
             left = min(max_new_tokens, block_size + 1 - min(map(len, contexts))) - 1
-            look = left if stop_token is None else 16 if s.tokens.is_cuda else 1
+            steps = 1 if s.tokens.device.type == 'cpu' else self.STEPS_BETWEEN_LOOKS
             while left > 0:
-                for _ in range(min(look, -(-left // (1 + D)))):
-                    self.take_step(s, *how)
+                fewest = -(-left // (1 + D))
+                for _ in range(fewest if stop_token is None else min(fewest, steps)):
+                    self.take_step(s, *kind)
                 left = (s.end - s.known).masked_fill(s.done, 0).max().item()
-            counts = s.counts.cpu()
+            counts = s.counts.to('cpu', copy=True)
             for row, context, tokens, known in zip(rows, contexts, s.tokens.tolist(), s.known.tolist()):
                 row += tokens[len(context):known]
-        for row, prompt in zip(rows, prompts):
-            left = len(prompt) + max_new_tokens - len(row)
-            if left > 0 and row[-1] != stop_token:  # the context is full
-                idx = torch.tensor([row], device=model.lm_head.weight.device)
-                new = model.generate(idx, left, temperature, top_k, stop_token)[0, len(row):].tolist()
+        full = [(row, left) for row, prompt in zip(rows, prompts)
+                if (left := len(prompt) + max_new_tokens - len(row)) > 0 and row[-1] != stop_token]
+        if full:  # these have filled the context, and go on together
+            idx = torch.tensor([row[-block_size:] for row, _ in full], device=model.lm_head.weight.device)
+            out = model.generate(idx, max(left for _, left in full), temperature, top_k, stop_token)
+            for (row, left), new in zip(full, out[:, block_size:].tolist()):
+                new = new[:left]
                 row += new[:new.index(stop_token) + 1] if stop_token in new else new
-        return rows, Speculation(counts[:, 0], *counts[:, 1:].split((D, D), dim=1))
+        return rows, Speculation(counts[:, 0], counts[:, 1], *counts[:, 2:].split((D, D), dim=1))
 
     def state(self, B, length, D):
-        """A State for B rows of up to `length` tokens, and 1 + D behind them, which a row that is done writes still.
+        """A State for B rows of up to `length` tokens, and 1 + D behind them, where a row that is done writes still.
         A compiled step has few sizes of it: powers of two, and 32 more, so that a whole context fits closely.
         """
         S = length + 1 + D
-        if self.step is step:
+        if not self.compile:
             return empty_state(self.model, B, S, D)
         S = 32 + max(32, 1 << (S - 33).bit_length())
         if (B, S, D) not in self.states:
-            self.states[B, S, D] = empty_state(self.model, B, S, D)
+            s = self.states[B, S, D] = empty_state(self.model, B, S, D)
+            for x in (*s.caches, *(x for x in s if isinstance(x, torch.Tensor))):
+                torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it where it lies
         return self.states[B, S, D]
 
-    def take_step(self, s, *how):
-        """One step(), which the first of its kind compiles."""
-        kind = (*s.tokens.shape, *how)
-        if self.step is step or kind in self.compiled:
-            return self.step(self.model, s, *how)
+    def take_step(self, s, *kind):
+        """One step(). The first two of a kind compile it, and record the CUDA graph."""
+        kind_and_shape = (*kind, *s.tokens.shape)
+        self.calls[kind_and_shape] += 1
+        if not self.compile or self.calls[kind_and_shape] > 2:
+            return self.step(self.model, s, *kind)
         t0 = time.time()
         try:
-            self.step(self.model, s, *how)
-        except Exception as e:
+            self.step(self.model, s, *kind)
+            self.compile_seconds += time.time() - t0
+        except Exception as e:  # raised before anything of the state changed
             print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
-            self.step = step
-            return self.step(self.model, s, *how)
-        self.compiled.add(kind)
-        self.compile_seconds += time.time() - t0
+            self.compile, self.step = False, step
+            self.step(self.model, s, *kind)
 
 
 class State(NamedTuple):
-    """What a step reads, and changes in place. S: the positions that there is room for."""
+    """What a step reads, and changes in place. S: the positions of the longest row."""
     tokens: torch.Tensor       # (B, S): the known ones, then drafts
     known: torch.Tensor        # (B,): how many are known
-    end: torch.Tensor          # (B,): how many that may become
-    done: torch.Tensor         # (B,): which rows are complete: a step computes them too, but changes nothing of theirs
+    end: torch.Tensor          # (B,): how many that may become, block_size + 1 at most
+    done: torch.Tensor         # (B,): which rows are complete: a step computes them too, and changes no known token
     stop: torch.Tensor         # (): the token that completes a row, or -1
     temperature: torch.Tensor  # ()
     caches: list               # (B, S, c + r) of each block; in one tensor, a compiled write would copy all of them
     h: torch.Tensor            # (B, S, C): the main stack's states, from which the modules draft
     q: torch.Tensor            # (B, D, V): the probabilities that sampled drafts were drawn with
-    counts: torch.Tensor       # (B, 1 + 2 D): passes; of each module the drafts, as in Speculation; the accepted ones
+    counts: torch.Tensor       # (B, 2 + 2 D): Speculation's
 
 
 def empty_state(model, B, S, D):
     w = model.lm_head.weight
 
     def zeros(*shape, dtype=torch.long):
-        x = torch.zeros(shape, dtype=dtype, device=w.device)
-        if w.is_cuda:
-            torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it where it lies
-        return x
+        return torch.zeros(shape, dtype=dtype, device=w.device)
 
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     blocks = len(model.blocks()) if D else model.config.n_layer
     return State(zeros(B, S), zeros(B), zeros(B), zeros(B, dtype=torch.bool), zeros(), zeros(dtype=torch.float32),
-                 [zeros(B, S, width, dtype=w.dtype) for _ in range(blocks)],
+                 [zeros(B, S, width, dtype=compute_dtype(w)) for _ in range(blocks)],
                  zeros(B, S if D else 0, model.config.n_embd, dtype=w.dtype),
-                 zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 1 + 2 * D))
+                 zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
 
 
 def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled, top_k):
@@ -154,7 +158,8 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     s.done.fill_(False)
     s.stop.fill_(-1 if stop_token is None else stop_token)
     s.temperature.fill_(min(temperature, 1e30))  # which float32 holds
-    s.counts.zero_()
+    for x in (*s.caches, s.counts):  # a nan that an earlier call left would spread, though its weight is 0
+        x.zero_()
     h, _ = model.main_stack(s.tokens[:, :longest], s.caches)                                  # (B, longest, C)
     advance(model, s, h[rows_of(h), s.known.unsqueeze(1) - 1], 0, sampled, top_k)
     if D > 0:
@@ -223,16 +228,17 @@ def advance(model, s, h, drafted, sampled, top_k):
     drafts = s.tokens.gather(1, places[:, :drafted])
     logits = model.lm_head(h)                                                                 # (B, 1+drafted, V)
     if sampled:
-        new, accepted = verify(drafts, s.q[:, :drafted], probabilities(logits / s.temperature, 1.0, top_k))
+        new, accepted = verify(drafts, s.q[:, :drafted], probabilities(logits.float() / s.temperature, 1.0, top_k))
     else:
         new = logits.argmax(dim=-1)
         accepted = (new[:, :drafted] == drafts).long().cumprod(dim=1).sum(dim=1)              # (B,)
     alive, run = ~s.done.unsqueeze(1), n <= accepted.unsqueeze(1)                             # (B, 1), (B, 1+drafted)
-    if drafted:
-        s.counts.add_(torch.cat((alive, run[:, :-1] & alive, run[:, 1:] & alive), dim=1))
     stops = new == s.stop
     after_stop = stops.cumsum(dim=1) > stops.long()
     kept = run & alive & ~after_stop & (places < s.end.unsqueeze(1))
+    if drafted:
+        at_draft = kept[:, :-1]
+        s.counts.add_(torch.cat((alive, kept.sum(dim=1, keepdim=True), at_draft, at_draft & run[:, 1:]), dim=1))
     s.tokens.scatter_(1, places, new)
     s.known.add_(kept.sum(dim=1))
     s.done.logical_or_((kept & stops).any(dim=1) | (s.known >= s.end))
@@ -258,19 +264,19 @@ def verify(drafts, q, p):
 def draft(model, s, sampled, top_k):
     """The modules' D drafts, behind the known tokens.
 
-    All modules take the last 2 D positions again: up to 1 + D of them are new, and module k made its last k - 1 rows
-    from drafts, which may have been wrong.
+    All modules take the last 1 + D positions: up to so many are new, and where a draft was rejected, module k made its
+    last k rows from it.
     """
     D, layer = len(model.mtp), model.config.n_layer
-    window = (s.known.unsqueeze(1) - 2 + torch.arange(1 - 2 * D, 1, device=s.known.device)).clamp(min=0)  # (B, 2D)
-    h = s.h[rows_of(s.h), window]                                                             # (B, 2D, C)
+    window = (s.known.unsqueeze(1) - 2 + torch.arange(-D, 1, device=s.known.device)).clamp(min=0)  # (B, 1+D)
+    h = s.h[rows_of(s.h), window]                                                             # (B, 1+D, C)
     for k, module in enumerate(model.mtp, start=1):
         x = module.combine(model.transformer.wte(s.tokens.gather(1, window + k)), h)
         h = module.norm(run_blocks(model, module.h, x, s.caches[layer:], window))
         layer += len(module.h)
         logits = model.lm_head(h[:, -1])                                                      # (B, V)
         if sampled:
-            q = probabilities(logits / s.temperature, 1.0, top_k)
+            q = probabilities(logits.float() / s.temperature, 1.0, top_k)
             s.q[:, k - 1] = q
             token = draw(q)
         else:
