@@ -33,22 +33,25 @@ class Speculation(NamedTuple):
 
 
 class Decoder:
-    """Generates from a model, in eval mode, with its weights as they are at the time of each call.
+    """Generates from a model, in eval mode, with its weights as they are at the time of each call. They may change, but
+    not in dtype or size.
 
     compile: the step is compiled, whole (on a GPU it becomes a CUDA graph), which takes a while for each batch size,
     power of two of the context, and way of sampling. If it cannot be, one line says so, and decoding is eager.
     """
-    STEPS_BETWEEN_LOOKS = 16  # at the stop tokens of a GPU's rows, for which the host must wait
-
     def __init__(self, model, compile=False):
         self.model, self.compile, self.step = model, compile, step
         self.states = {}  # of a compiled step: a CUDA graph works on the tensors it was recorded with
         self.calls = Counter()
         self.compile_seconds = 0.0
+        # at the rows' stop tokens, for which a GPU's host must wait
+        self.steps_between_looks = 1 if model.lm_head.weight.device.type == 'cpu' else 16
         if compile:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            mode = 'reduce-overhead' if model.lm_head.weight.is_cuda else None
-            self.step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
+            # the host's part of a step is a CUDA graph, or C++; and it looks at the state, but not at every module
+            options = {'triton.cudagraphs' if model.lm_head.weight.is_cuda else 'cpp_wrapper': True,
+                       'guard_filter_fn': torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
@@ -72,10 +75,9 @@ class Decoder:
             begin(model, s, contexts, max_new_tokens, temperature, stop_token, *kind)
             # a look at the rows: not before one may be done, and with a stop token, which may come at any time, often
             left = min(max_new_tokens, block_size + 1 - min(map(len, contexts))) - 1
-            steps = 1 if s.tokens.device.type == 'cpu' else self.STEPS_BETWEEN_LOOKS
             while left > 0:
                 fewest = -(-left // (1 + D))
-                for _ in range(fewest if stop_token is None else min(fewest, steps)):
+                for _ in range(fewest if stop_token is None else min(fewest, self.steps_between_looks)):
                     self.take_step(s, *kind)
                 left = (s.end - s.known).masked_fill(s.done, 0).max().item()
             counts = s.counts.to('cpu', copy=True)

@@ -1,6 +1,7 @@
 """The decoder against GPT.generate and whole forwards: greedy tokens, the distribution of sampled ones, its caches."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -61,8 +62,46 @@ def test_a_stop_token_ends_each_row_for_itself():
             got, _ = decoder.generate(prompts, 40, temperature=0, stop_token=stop_token, speculative=speculative)
             assert got == want
     assert 4 <= sum(ended) < len(ended)
+    # one behind every position of a pass, among the drafts too; and beyond block_size
+    model = counting_model(block_size=16)
+    for stop_token, n in itertools.product(range(COUNTING), (12, 40)):
+        got, _ = Decoder(model).generate([[0, 1], [5], [2, 3, 4]], n, 0, stop_token=stop_token, speculative=True)
+        assert got == plain(model, [[0, 1], [5], [2, 3, 4]], n, stop_token)
     # a prompt that ends with it is not complete
     assert decoder.generate([[3, 7, stop_token]], 5, stop_token=stop_token)[0][0][3:] != []
+
+
+def test_rows_that_are_done_wait_for_the_next_look():
+    decoder = Decoder(counting_model())
+    decoder.steps_between_looks = 7                                  # as a GPU's host does
+    for speculative in (False, True):
+        got, _ = decoder.generate([[0, 1], [5]], 20, 0, stop_token=8, speculative=speculative)
+        assert got == [[*range(9)], [5, 6, 7, 8]]
+
+
+def test_past_block_size_the_settings_are_the_same():
+    model = tiny_model().eval()
+    prompts = prompts_of(30, 32, 4)
+    assert Decoder(model).generate(prompts, 40, temperature=1.0, top_k=1)[0] == plain(model, prompts, 40)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('temperature', [0.7, 1e-5])
+def test_half_precision_draws_from_the_plain_probabilities(monkeypatch, dtype, temperature):
+    model, seen, real = decode.for_decoding(tiny_model(), dtype), [], decode.probabilities
+    monkeypatch.setattr(decode, 'probabilities', lambda *args: seen.append(real(*args)) or seen[-1])
+    prompt = prompts_of(6)[0]
+    (row,), _ = Decoder(model).generate([prompt], 8, temperature, 20)
+    assert len(seen) == 8 and all(probs.isfinite().all() for probs in seen)
+    logits, _ = model(torch.tensor([prompt]))
+    assert torch.equal(seen[0], real(logits, temperature, 20))
+    assert 0 <= min(row) and max(row) < 61 and len(set(row[6:])) > 1
+
+
+def test_norms_and_routers_are_not_cast_for_decoding():
+    model = decode.for_decoding(tiny_model(), torch.bfloat16)
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if re.search(r'norm|ln_f|\.gate\.', name) else torch.bfloat16), name
 
 
 def test_rooms_hold_the_last_tokens_drafts():
@@ -75,9 +114,24 @@ def test_rooms_hold_the_last_tokens_drafts():
     assert rooms == {64, 96, 160, 288}
     for start, n in ((90, 10), (60, 33), (92, 2), (150, 20)):
         prompts = prompts_of(start, 3)
-        for speculative in (False, True):
-            got, _ = decoder.generate(prompts, n, temperature=0, speculative=speculative)
-            assert got == plain(decoder.model, prompts, n)
+        want = plain(decoder.model, prompts, n)
+        assert decoder.generate(prompts, n, temperature=0)[0] == want
+        got, told = decoder.generate(prompts, n, temperature=0, speculative=True)
+        assert got == want
+        _, again = decoder.generate(prompts[::-1], n, temperature=0, speculative=True)  # in the same tensors
+        assert all(torch.equal(a, b.flip(0)) for a, b in zip(told, again))
+        assert told.tokens.tolist() == [n - 1] * 2
+
+
+def test_a_nan_does_not_stay():
+    model, prompts = tiny_model().eval(), prompts_of(4, 9)
+    decoder, head = Decoder(model), model.lm_head.weight.detach().clone()
+    decoder.compile = True                                           # its state stays
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float('nan'))
+        decoder.generate(prompts, 10, temperature=0)
+        model.lm_head.weight.copy_(head)
+    assert decoder.generate(prompts, 10, temperature=0)[0] == plain(model, prompts, 10)
 
 
 @pytest.mark.parametrize('modules', [1, 2, 3])
@@ -187,22 +241,28 @@ def test_sampled_output_of_a_model_keeps_the_distribution():
         assert dof >= 4 and value < dof + 4 * (2 * dof) ** 0.5
 
 
-def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same():
-    """Whatever the position, the prompts' lengths, the stop token and the temperature. One row reads its experts alone.
-    """
+@pytest.mark.parametrize('overrides, experts', [
+    ({'n_routed_experts': 16}, 'their own'),
+    ({'n_layer': 2, 'first_k_dense_replace': 1, 'n_shared_experts': 0}, 'all')])
+def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same(overrides, experts):
+    """Whatever the position, the prompts' lengths, the stop token, the temperature and the weights."""
     torch._dynamo.reset()
-    model = tiny_model(n_routed_experts=16, n_layer=1, num_nextn_predict_layers=1, block_size=200).eval()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model(**{'n_layer': 1, 'num_nextn_predict_layers': 1, 'block_size': 200} | overrides).eval()
     decoder = Decoder(model, compile=True)
-    for length in (5, 9, 160):
-        prompts = prompts_of(length)
-        assert decoder.generate(prompts, 20, temperature=0)[0] == plain(model, prompts, 20)
+    if experts == 'their own':
+        for length in (150, 170, 160):
+            prompts = prompts_of(length)
+            assert decoder.generate(prompts, 20, temperature=0)[0] == plain(model, prompts, 20)
+            with torch.no_grad():
+                model.transformer.wte.weight.copy_(model.transformer.wte.weight.flip(0))
+    else:
+        for lengths, temperature, stop_token in (((5, 1, 9), 0.5, None), ((2, 19, 3), 0.8, 7)):
+            prompts = prompts_of(*lengths)                           # top_k=1: the likeliest, but by a sampling step
+            got, _ = decoder.generate(prompts, 20, temperature, 1, stop_token, speculative=True)
+            assert got == plain(model, prompts, 20, stop_token)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == len(decoder.calls) == 1
-    for lengths, temperature, stop_token in (((5, 1, 9), 0.5, None), ((2, 100, 3), 0.8, 7)):
-        prompts = prompts_of(*lengths)                               # top_k=1: the likeliest, but by a sampling step
-        got, _ = decoder.generate(prompts, 20, temperature, 1, stop_token, speculative=True)
-        assert got == plain(model, prompts, 20, stop_token)
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == len(decoder.calls) == 2
-    assert decoder.compile_seconds > 0
+    assert decoder.compile and decoder.compile_seconds > 0
 
 
 def test_weights_are_read_as_they_are_at_each_call():
