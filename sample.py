@@ -37,8 +37,8 @@ speculative = False  # the MTP modules draft and the main stack verifies
 seed = 1337
 device = default_device()
 dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': that of the training run
-compile = False  # the decoding step, however few are asked for; it takes a while
-compile_from = 5000  # so many steps are compiled anyway
+compile = False  # torch.compile the decoding step, which takes half a minute
+compile_from = 3000  # ... as is done anyway for so many steps
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 

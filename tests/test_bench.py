@@ -19,7 +19,7 @@ def bench(*args):
 
 
 @pytest.mark.parametrize('what, args', [('train', ['--peer=ours,transformers', '--steps=1']),
-                                        ('decode', ['--peer=ours', '--prompt_tokens=4', '--new_tokens=4'])])
+                                        ('decode', ['--peer=ours,gpt2', '--prompt_tokens=4', '--new_tokens=2'])])
 def test_every_row_is_measured(what, args):
     done = bench(what, '--json', *TOY, *args)
     assert done.returncode == 0, done.stderr

@@ -151,21 +151,25 @@ def test_the_second_step_in_bf16_sees_the_first(monkeypatch):
     assert (second - before)[mask].abs().max() > 0.1
 
 
-@pytest.mark.parametrize('temperature', [1.0, 0.7])
-def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature):
+@pytest.mark.parametrize('temperature, dtype, near', [(1.0, 'float32', 1e-5), (0.7, 'float32', 1e-5),
+                                                      (0.7, 'bfloat16', 0.1)])
+def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature, dtype, near):
     """The cached, absorbed decode and the training forward give each sampled token one log-probability."""
     model = policy()
     seen, probabilities = [], model_module.probabilities
     monkeypatch.setattr('extras.decode.probabilities', lambda *args: seen.append(probabilities(*args)) or seen[-1])
     prompts = [[3, 4, 5], [6, 7, 8], [1, 2, 3]]
-    responses = grpo.sample_responses(Decoder(model), prompts, 4, 16, temperature)
+    context = grpo.autocast('cpu', dtype)
+    with context:
+        responses = grpo.sample_responses(Decoder(model), prompts, 4, 16, temperature)
     steps = torch.cat(seen, dim=1)                                                    # (B, tokens, V)
     rows, mask = grpo.pack([p for p in prompts for _ in range(4)], responses, STOP, 'cpu')
-    logp, _, _ = grpo.log_probs(model.train(), rows, temperature)
+    with context:
+        logp, _, _ = grpo.log_probs(model.train(), rows, temperature)
     assert len({len(response) for response in responses}) > 1
     for i, response in enumerate(responses):
         drawn = steps[i, torch.arange(len(response)), torch.tensor(response)].log()
-        torch.testing.assert_close(logp[i][mask[i]], drawn, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logp[i][mask[i]], drawn, atol=near, rtol=near)
 
 
 def test_nothing_after_the_stop_token_counts():
@@ -668,6 +672,12 @@ def test_the_entropy_is_that_of_the_policy_at_the_counted_tokens():
     want = (torch.distributions.Categorical(logits=logp).entropy() * mask).sum() / mask.sum()
     numbers = grpo.update(gpt, torch.optim.SGD(gpt.parameters(), lr=0.0), rows, mask, torch.randn(len(rows)))
     assert numbers['entropy'] == pytest.approx(want.item(), rel=1e-4) and want > 0.1
+
+
+def test_a_run_in_bfloat16(workshop):
+    inside('grpo.py', *GRPO, '--reward_file=odd.py', '--out_dir=out-bf16', '--max_iters=2', '--dtype=bfloat16',
+           '--max_new_tokens=12', cwd=workshop)
+    assert [r['step'] for r in records(workshop, 'out-bf16') if 'reward' in r] == [0, 1]
 
 
 @pytest.mark.parametrize('drop', [True, False])

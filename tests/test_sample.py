@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,27 @@ def text(cwd, *args):
     lines = out.splitlines(keepends=True)
     start = max(i for i, line in enumerate(lines) if line.startswith('Overriding')) + 1
     return ''.join(lines[start:lines.index('---------------\n', start)])[:-1]
+
+
+# -----------------------------------------------------------------------------
+# ways of decoding
+
+def test_every_way_of_decoding_gives_the_same_text(made, monkeypatch):
+    """Greedy; and says how fast it was, how the drafts did, and how long it compiled."""
+    plain = text(made)
+    asked = []
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: asked.append(kwargs) or f)
+    for flags, compiled in (((), False), (('--speculative=True',), False), (('--compile=True',), True),
+                            (('--compile_from=20',), True), (('--compile_from=21',), False)):
+        asked.clear()
+        code, out, err = run_inside(str(ROOT / 'sample.py'), *FEW, '--num_samples=2', *flags, cwd=made)
+        assert code == 0 and out.count(plain + '\n---------------\n') == 2, err
+        said = out.splitlines()
+        assert bool(asked) == compiled == any(re.fullmatch(r'compiled in \d+\.\d s', line) for line in said)
+        if '--speculative=True' in flags:
+            drafts = said.pop()
+            assert re.fullmatch(r'accepted drafts: module 1 \d+%; [12]\.\d\d tokens per sample and pass', drafts)
+        assert re.fullmatch(r'40 tokens in \d+\.\d\d s: \d+\.\d tokens/s', said[-1])
 
 
 # -----------------------------------------------------------------------------
