@@ -39,6 +39,7 @@ class Decoder:
     compile: the step is compiled, whole (on a GPU it becomes a CUDA graph), which takes a while for each batch size,
     power of two of the context, and way of sampling. If it cannot be, one line says so, and decoding is eager.
     """
+
     def __init__(self, model, compile=False):
         self.model, self.compile, self.step = model, compile, step
         self.states = {}  # of a compiled step: a CUDA graph works on the tensors it was recorded with
@@ -100,7 +101,7 @@ class Decoder:
         S = length + 1 + D
         if not self.compile:
             return empty_state(self.model, B, S, D)
-        S = 32 + max(32, 1 << (S - 33).bit_length())
+        S = 32 + (1 << (max(S, 64) - 33).bit_length())
         if (B, S, D) not in self.states:
             s = self.states[B, S, D] = empty_state(self.model, B, S, D)
             for x in (*s.caches, *(x for x in s if isinstance(x, torch.Tensor))):
