@@ -215,8 +215,10 @@ def feed_experts(moe, x):
     flat = x.flatten(0, 1)                                                                    # (N, C)
     _, gates, experts = moe.route(flat)                                                       # (N, K) each
     if experts.numel() < moe.config.n_routed_experts:
-        hidden = (moe.experts_gate_up[experts] * flat[:, None, None]).sum(dim=-1)             # (N, K, 2h)
-        hidden = swiglu(hidden, gates.unsqueeze(-1).to(x.dtype))                              # (N, K, h)
+        # in quarters, fused into one loop that reads four places at a time: a CPU's memory gives more than for one
+        quarters = moe.experts_gate_up.unflatten(1, (4, -1))                                  # (E, 4, h/2, C)
+        hidden = torch.cat([(quarters[experts, i] * flat[:, None, None]).sum(dim=-1) for i in range(4)], dim=-1)
+        hidden = swiglu(hidden, gates.unsqueeze(-1).to(x.dtype))                              # (N, K, 2h) -> (N, K, h)
         out = (moe.experts_down[experts] * hidden.unsqueeze(2)).sum(dim=(1, 3))               # (N, K, C, h) -> (N, C)
     else:
         out = all_experts(flat, gates, experts, moe.experts_gate_up, moe.experts_down)
