@@ -110,9 +110,9 @@ class Decoder:
 
     def take_step(self, s, *kind):
         """One step(). The first two of a kind compile it, and record the CUDA graph."""
-        kind_and_shape = (*kind, *s.tokens.shape)
-        self.calls[kind_and_shape] += 1
-        if not self.compile or self.calls[kind_and_shape] > 2:
+        if self.compile:
+            self.calls[kind, s.tokens.shape] += 1
+        if not self.compile or self.calls[kind, s.tokens.shape] > 2:
             return self.step(self.model, s, *kind)
         t0 = time.time()
         try:
