@@ -515,7 +515,7 @@ class GPT(nn.Module):
     def uncompile(self):
         for block in self.blocks():
             block._compiled_call_impl = None
-        self.rows_fn = cross_entropy_rows  # compile() replaces it
+        self.rows_fn = cross_entropy_rows
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, without embedding and head unless asked for. A tied head counts once."""

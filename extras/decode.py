@@ -102,7 +102,10 @@ class Decoder:
         if not self.compile:
             return empty_state(self.model, B, S, D)
         S = 32 + (1 << (max(S, 64) - 33).bit_length())
-        if (B, S, D) not in self.states:
+        if (B, S, D) in self.states:
+            for cache in self.states[B, S, D].caches:  # a nan that an earlier call left would spread: 0 * nan is nan
+                cache.zero_()
+        else:
             s = self.states[B, S, D] = empty_state(self.model, B, S, D)
             for x in (*s.caches, *(x for x in s if isinstance(x, torch.Tensor))):
                 torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it where it lies
@@ -161,17 +164,21 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     s.done.fill_(False)
     s.stop.fill_(-1 if stop_token is None else stop_token)
     s.temperature.fill_(min(temperature, 1e30))  # which float32 holds
-    for x in (*s.caches, s.counts):  # a nan that an earlier call left would spread, though its weight is 0
-        x.zero_()
+    s.counts.zero_()
     h, _ = model.main_stack(s.tokens[:, :longest], s.caches)                                  # (B, longest, C)
     advance(model, s, h[rows_of(h), s.known.unsqueeze(1) - 1], 0, sampled, top_k)
     if D > 0:
         s.h[:, :longest] = h
-        layer = model.config.n_layer
-        for k, module in enumerate(model.mtp, start=1):  # rows whose token is not known yet, draft() computes again
-            h, _ = model.mtp_module(module, s.tokens[:, k:longest + k], h, s.caches[layer:])
-            layer += len(module.h)
+        for k, module, caches in mtp_modules(model, s):  # rows whose token is not known yet, draft() computes again
+            h, _ = model.mtp_module(module, s.tokens[:, k:longest + k], h, caches)
         draft(model, s, sampled, top_k)
+
+
+def mtp_modules(model, s):
+    """Of each MTP module: its number k, from 1, the module, and the caches of its blocks."""
+    for k, module in enumerate(model.mtp, start=1):
+        first = model.config.n_layer + (k - 1) * len(module.h)
+        yield k, module, s.caches[first:first + len(module.h)]
 
 
 def rows_of(x):
@@ -196,9 +203,10 @@ def run_blocks(model, blocks, x, caches, positions):
     place = positions.clamp(max=model.config.block_size - 1)                  # drafts may lie beyond the context
     cos, sin = model.rope_cos[place], model.rope_sin[place]                   # (B, T, r/2)
     seen = torch.arange(caches[0].size(1), device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
+    row = rows_of(x)
     for block, cache in zip(blocks, caches):
         q_nope, q_rope, c_kv, k_rope = block.attn.project(block.input_layernorm(x), cos, sin)
-        cache[rows_of(x), positions] = torch.cat((c_kv, k_rope), dim=-1)
+        cache[row, positions] = torch.cat((c_kv, k_rope), dim=-1)
         x = x + block.attn.o_proj(block.attn.attend_absorbed(q_nope, q_rope, cache, seen))
         y = block.post_attention_layernorm(x)
         x = x + (feed_experts(block.mlp, y) if isinstance(block.mlp, MoE) else block.mlp(y))
@@ -272,13 +280,12 @@ def draft(model, s, sampled, top_k):
     All modules take the last 1 + D positions: up to so many are new, and where a draft was rejected, module k made its
     last k rows from it.
     """
-    D, layer = len(model.mtp), model.config.n_layer
+    D = len(model.mtp)
     window = (s.known.unsqueeze(1) - 2 + torch.arange(-D, 1, device=s.known.device)).clamp(min=0)  # (B, 1+D)
     h = s.h[rows_of(s.h), window]                                                             # (B, 1+D, C)
-    for k, module in enumerate(model.mtp, start=1):
+    for k, module, caches in mtp_modules(model, s):
         x = module.combine(model.transformer.wte(s.tokens.gather(1, window + k)), h)
-        h = module.norm(run_blocks(model, module.h, x, s.caches[layer:], window))
-        layer += len(module.h)
+        h = module.norm(run_blocks(model, module.h, x, caches, window))
         logits = model.lm_head(h[:, -1])                                                      # (B, V)
         if sampled:
             q = probabilities(logits.float() / s.temperature, 1.0, top_k)
