@@ -33,7 +33,7 @@ ROWS = {'empty experts': [0, 5, 0, 130, 0], 'one expert': [200], 'one row each':
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('rows', ROWS.values(), ids=list(ROWS))
 def test_products_against_fp64(kernels, rows, dtype, gather):
-    """y, dx and dW, off by one place of the dtype at most: the interpreter truncates bf16. Nan stands beyond the rows."""
+    """y, dx and dW, off by one place of the dtype at most: the interpreter truncates bf16. Nan lies beyond the rows."""
     N, K, tokens = 40, 72, 19
     offsets = torch.tensor(rows).cumsum(0).int()
     used, M = int(offsets[-1]), int(offsets[-1]) + 6
