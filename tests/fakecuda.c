@@ -25,9 +25,8 @@ _Atomic long fake_replays;     // of graphs
 _Atomic long fake_syncs;       // times that the host waited
 _Atomic long fake_mallocs;     // of device memory
 
-// What fakegpu.py sets: what is called when the host waits, and what a count reads as that no kernel has computed.
-void (*fake_on_sync)(void);
-long fake_left;
+void (*fake_on_sync)(void);    // set by fakegpu.py: called when the host waits
+void *fake_read;               // where the host's last copy from the device went
 
 static const struct gpu { int sm, processors, threads, shared, gigabytes; const char *name; } gpus[] = {
     {80, 108, 2048, 166912, 80, "NVIDIA A100-SXM4-80GB"},
@@ -152,10 +151,11 @@ static int copy(void *to, const void *from, size_t n) {
     if (on_device(to) && on_device(from))
         return 0;
     memcpy(to, from, n);
-    if (on_device(from) && n == 1)  // the host asks whether: yes
-        *(char *)to = 1;
-    if (on_device(from) && n == 8 && *(long *)to == 0)  // it asks how many
-        *(long *)to = fake_left;
+    if (on_device(from)) {
+        fake_read = to;
+        if (n == 1)
+            *(char *)to = 1;  // the host asks whether: yes
+    }
     return 0;
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind k, cudaStream_t s) {

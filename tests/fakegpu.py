@@ -92,20 +92,22 @@ def report(script, args):
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # there is no fake cuDNN
     fake = ctypes.CDLL(None)
-    waits = Counter()
-
-    @ctypes.CFUNCTYPE(None)
-    def on_sync():
-        waits[projects_line()] += 1
-
-    ctypes.c_void_p.in_dll(fake, 'fake_on_sync').value = ctypes.cast(on_sync, ctypes.c_void_p).value
+    waits, marks = Counter(), {'iterations': [], 'steps': []}
 
     def now():
         return {name: ctypes.c_long.in_dll(fake, f'fake_{name}').value for name in COUNTERS}, Counter(waits)
 
-    marks = {'iterations': [], 'steps': []}
     register_optimizer_step_post_hook(lambda *_: marks['iterations'].append(now()))
-    watch_decoding(ctypes.c_long.in_dll(fake, 'fake_left'), lambda: marks['steps'].append(now()))
+    tokens_left = watch_decoding(lambda: marks['steps'].append(now()))
+
+    @ctypes.CFUNCTYPE(None)
+    def on_sync():
+        line = projects_line()
+        waits[line] += 1
+        if line.startswith('decode.py: left = '):
+            ctypes.c_long.from_address(ctypes.c_void_p.in_dll(fake, 'fake_read').value).value = tokens_left()
+
+    ctypes.c_void_p.in_dll(fake, 'fake_on_sync').value = ctypes.cast(on_sync, ctypes.c_void_p).value
     before = now()
     printed, code = io.StringIO(), 0
     sys.argv = [script, *args]
@@ -139,23 +141,24 @@ def projects_line():
     return f'{Path(frame.f_code.co_filename).name}: ' + linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
 
 
-def watch_decoding(left, mark):
-    """mark() after each decoding step, for which this also does what no kernel does: rows grow, by 1 and half of their
-    drafts, and so many tokens are left.
+def watch_decoding(mark):
+    """mark() after each decoding step. And what no kernel does: rows grow with each step, by a token and half of their
+    drafts. Returns a function: how many tokens a row lacks.
     """
     from extras import decode
 
-    begin, take_step = decode.begin, decode.Decoder.take_step
+    begin, take_step, left = decode.begin, decode.Decoder.take_step, 0
 
     def grow(s, n):
-        left.value = max(left.value - n, 0)
+        nonlocal left
+        left -= n
         known = (ctypes.c_long * len(s.known)).from_address(s.known.data_ptr())
         known[:] = [length + n for length in known]
 
     def begin_and_grow(model, s, prompts, max_new_tokens, *args):
-        left.value = 0
+        nonlocal left
         begin(model, s, prompts, max_new_tokens, *args)
-        left.value = max_new_tokens
+        left = max_new_tokens
         grow(s, 1)
 
     def step_and_grow(self, s, D, *kind):
@@ -164,6 +167,7 @@ def watch_decoding(left, mark):
         mark()
 
     decode.begin, decode.Decoder.take_step = begin_and_grow, step_and_grow
+    return lambda: left
 
 
 if __name__ == '__main__':
