@@ -31,7 +31,7 @@ import torch
 import torch._functorch.config
 from torch.nn import functional as F
 
-from common import autocast, default_device, device_type_of, stop
+from common import autocast, default_device, device_type_of, stop, use_kernels
 from extras.decode import Decoder, for_decoding
 from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_line
 
@@ -130,7 +130,7 @@ def build(name):
     if name in ('ours', 'dense'):
         # dense: one FFN as wide as the experts that a token meets
         model = GPT(dataclasses.replace(config, n_routed_experts=0) if name == 'dense' else config)
-        return model.to(device), model.flops_per_token()
+        return use_kernels(model.to(device)), model.flops_per_token()
     try:
         import transformers
     except ImportError:

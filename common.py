@@ -73,6 +73,20 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
     return x
 
 
+def use_kernels(model):
+    """The model; on a GPU it uses extras/kernels.py from now on."""
+    if model.lm_head.weight.device.type != 'cuda':
+        return model
+    try:
+        from extras import kernels
+        fault = kernels.enable(model)
+    except ImportError as e:  # triton is missing
+        fault = first_line(e)
+    if fault:
+        print(f'going on without extras/kernels.py: {fault}')
+    return model
+
+
 def start_wandb(**settings):
     """wandb's module, with a run begun; stops where wandb is missing or nobody is logged in."""
     try:

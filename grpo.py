@@ -32,7 +32,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, start_wandb, stop
+from common import (
+    all_reduce,
+    autocast,
+    connect,
+    default_device,
+    device_type_of,
+    disconnect,
+    start_wandb,
+    stop,
+    use_kernels,
+)
 from extras.decode import Decoder
 from model import GPT, MoE, first_line, is_of_run, open_log, save_checkpoint
 from tokenizer import of_checkpoint
@@ -249,7 +259,7 @@ def load_model(folder, device):
         stop(f'{path} has no eos_token_id, with which a response ends: train it with one, as config/sft_arithmetic.py')
     if model.config.eos_token_id < 0:
         model.config.eos_token_id = tokenizer.end
-    return model.to(device), checkpoint, tokenizer
+    return use_kernels(model.to(device)), checkpoint, tokenizer
 
 
 def load_prompts(path, tokenizer, max_prompt):

@@ -239,30 +239,37 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config, config.n_shared_experts * h) if config.n_shared_experts > 0 else None
         # b of eq. 16: moved by GPT.update_balance after an optimizer step, never by a gradient
         self.register_buffer('e_score_correction_bias', torch.zeros(E))
-        self.swiglu, self.grouped_linear = swiglu, grouped_linear           # FP8 has its own
+        # what extras/fp8.py and extras/kernels.py replace
+        self.swiglu, self.linear = swiglu, linear
+        self.dispatch_linear, self.grouped_linear = dispatch_linear, grouped_linear
+        self.kernels = False
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C), and in training its balance loss (scalar) and load (E,), else None."""
         B, T, C = x.shape
-        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         flat = x.view(-1, C)                                                # (N, C)
         scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
-        if not self.training and is_few(flat, K, E):
-            out = all_experts(flat, gates, experts, self.experts_gate_up, self.experts_down)
-        else:
-            rows = sort_by_expert(experts, gates, E)                        # which token each of M rows is of
-            hidden = Dispatch.apply(flat.to(compute_dtype(x)), rows.token, rows.place)  # (M, C)
-            hidden = self.grouped_linear(hidden, self.experts_gate_up, rows.offsets)    # (M, 2h)
-            # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
-            hidden = self.swiglu(hidden, rows.gates.to(hidden.dtype))                   # (M, h)
-            hidden = self.grouped_linear(hidden, self.experts_down, rows.offsets)       # (M, C)
-            out = Combine.apply(hidden, rows.token, rows.place)                         # (N, C)
-        out = out.view(B, T, C)
+        out = self.routed(flat, gates, experts).view(B, T, C)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)                              # eq. 12
         if not self.training:
             return out, None
-        return out, (self.balance_loss(scores.view(B, T, -1)), rows.load)
+        load = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, True).sum(dim=0)
+        return out, (self.balance_loss(scores.view(B, T, -1)), load)
+
+    def routed(self, x, gates, experts):
+        """The sum over the chosen experts in eq. 12. x (N, C), gates and experts (N, K) -> (N, C)"""
+        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
+        if not self.training and is_few(x, K, E):
+            return all_experts(x, gates, experts, self.experts_gate_up, self.experts_down)
+        if is_wide(x.device, compute_dtype(x), self):
+            return wide_experts(x, gates, experts, self.experts_gate_up, self.experts_down, self.linear, self.swiglu)
+        rows = sort_by_expert(experts, gates, E)                            # which token each of M rows is of
+        hidden = self.dispatch_linear(x, self.experts_gate_up, rows)        # (M, 2h)
+        # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
+        hidden = self.swiglu(hidden, rows.gates.to(hidden.dtype))           # (M, h)
+        hidden = self.grouped_linear(hidden, self.experts_down, rows.offsets)  # (M, C)
+        return Combine.apply(hidden, rows.token, rows.place)                # (N, C)
 
     def route(self, x):
         """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
@@ -351,7 +358,7 @@ class GPT(nn.Module):
         self.register_buffer('rope_cos', cos, persistent=False)
         self.register_buffer('rope_sin', sin, persistent=False)
         self.stats = {}  # of the last training forward: see forward()
-        self.rows_fn = cross_entropy_rows  # compile() replaces it
+        self.rows_fn = self.plain_rows_fn = cross_entropy_rows  # compile() replaces the first, extras/kernels.py both
 
         for name, p in self.named_parameters():
             if p.dim() >= 2:
@@ -510,12 +517,13 @@ class GPT(nn.Module):
         """Compile block by block (equal blocks share one graph) and the loss, rather than the whole model at once."""
         for block in self.blocks():
             block.compile(**kwargs)
-        self.rows_fn = torch.compile(cross_entropy_rows, **kwargs)
+        if self.rows_fn is cross_entropy_rows:
+            self.rows_fn = torch.compile(cross_entropy_rows, **kwargs)
 
     def uncompile(self):
         for block in self.blocks():
             block._compiled_call_impl = None
-        self.rows_fn = cross_entropy_rows
+        self.rows_fn = self.plain_rows_fn
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, without embedding and head unless asked for. A tied head counts once."""
@@ -710,7 +718,6 @@ class Rows(NamedTuple):
     place: torch.Tensor    # (N, K): the row of each choice
     gates: torch.Tensor    # (M, 1)
     offsets: torch.Tensor  # (E,) int32: where each expert's rows end
-    load: torch.Tensor     # (E,): how many tokens each expert got
 
 
 def sort_by_expert(experts, gates, n_experts):
@@ -723,7 +730,7 @@ def sort_by_expert(experts, gates, n_experts):
     align = row_alignment(experts.numel(), n_experts)
     expert, order = experts.view(-1).sort(stable=True)                      # (N*K,)
     ends = torch.searchsorted(expert, torch.arange(n_experts, device=expert.device), right=True)
-    load = ends.diff(prepend=ends.new_zeros(1))                             # (E,)
+    load = ends.diff(prepend=ends.new_zeros(1))                             # (E,): how many tokens each expert got
     padded = (load + align - 1) // align * align
     offsets = padded.cumsum(0)                                              # (E,)
     shift = (offsets - padded) - (ends - load)                              # (E,): how far its rows move
@@ -732,7 +739,7 @@ def sort_by_expert(experts, gates, n_experts):
     M = order.numel() + n_experts * (align - 1)                             # rows that suffice, however they fall
     token = place.new_zeros(M).scatter_(0, place, position // K)            # (M,)
     row_gates = gates.new_zeros(M).scatter(0, place, gates.view(-1))        # (M,)
-    return Rows(token, place.view(-1, K), row_gates.unsqueeze(-1), offsets.int(), load)
+    return Rows(token, place.view(-1, K), row_gates.unsqueeze(-1), offsets.int())
 
 
 def row_alignment(n, n_experts):
@@ -771,6 +778,12 @@ class Combine(torch.autograd.Function):
     def backward(ctx, grad):
         token, place = ctx.saved_tensors
         return Dispatch.apply(grad.contiguous(), token, place), None, None
+
+
+def dispatch_linear(x, weight, rows):
+    """grouped_linear() of each choice's token: x (N, C), weight (E, out, C) -> (M, out)"""
+    rows_of_x = Dispatch.apply(x.to(compute_dtype(x)), rows.token, rows.place)                # (M, C)
+    return grouped_linear(rows_of_x, weight, rows.offsets)
 
 
 def grouped_linear(x, weight, offsets):
@@ -819,6 +832,41 @@ def all_experts(x, gates, experts, gate_up, down):
     return (hidden @ down.to(dtype).transpose(1, 2)).sum(dim=0)                              # (E, N, C) -> (N, C)
 
 
+def has_grouped_kernel(device, dtype):
+    """Whether torch multiplies grouped rows there by one kernel. Elsewhere its host loops over the experts, and waits.
+    """
+    if device.type == 'cuda':
+        return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+    return device.type == 'cpu'
+
+
+def is_wide(device, dtype, moe):
+    """Whether wide_experts() is to be preferred to sorting the tokens.
+
+    Unchosen experts cost products; copies of each token for each of its experts cost memory traffic. On GPUs the two
+    are about equal with twice as many experts as are chosen (estimated, not timed). Where the host would have to wait,
+    more products are the lesser evil. On CPUs wide experts took 1.08 times as long in fp32 (14 of 20), 1.3 in bf16.
+    """
+    if device.type == 'cpu':
+        return False
+    grouped = moe.kernels or has_grouped_kernel(device, dtype)
+    return moe.config.n_routed_experts <= (2 if grouped else 4) * moe.config.num_experts_per_tok
+
+
+def wide_experts(x, gates, experts, gate_up, down, linear, swiglu):
+    """The routed part as one FFN of all experts' width, unchosen ones with gate 0. (N, C) -> (N, C)"""
+    E, C, h = down.shape
+    dtype = compute_dtype(x)
+    gates = gates.new_zeros(len(x), E).scatter(1, experts, gates)                            # (N, E)
+    hidden = linear(x.to(dtype), gate_up.flatten(0, 1)).unflatten(1, (E, 2 * h))             # (N, E, 2h)
+    hidden = swiglu(hidden, gates.unsqueeze(-1).to(dtype)).flatten(1)                        # (N, E*h)
+    return linear(hidden, down.transpose(0, 1).flatten(1))                                   # (N, C)
+
+
+def linear(x, weight):
+    return F.linear(x, weight.to(x.dtype))
+
+
 # the loss
 
 def cross_entropy_rows(logits, target, row_weight):
@@ -855,12 +903,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         unit = row_weight.max().clamp(min=1e-20)  # the largest row weight is scaled to 1: fp16 would underflow
         share = row_weight / unit
         held = x.new_empty(min(len(x), LinearCrossEntropy.CHUNK), len(w))   # (chunk, V): logits, then gradients
+        one_pass = x.is_cuda and rows_fn is not cross_entropy_rows          # which holds no copy of them in fp32
+        size = LinearCrossEntropy.CHUNK if one_pass else LinearCrossEntropy.SLICE
         losses, grad_x, grad_w = [], torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), LinearCrossEntropy.CHUNK):
             chunk = slice(start, start + LinearCrossEntropy.CHUNK)
             grad = held[:len(x[chunk])]
-            for part, out, t, r in zip(*(a.split(LinearCrossEntropy.SLICE)
-                                         for a in (x[chunk], grad, target[chunk], share[chunk]))):
+            for part, out, t, r in zip(*(a.split(size) for a in (x[chunk], grad, target[chunk], share[chunk]))):
                 torch.mm(part, w.t(), out=out)
                 losses.append(rows_fn(out, t, r))
             torch.mm(grad, w, out=grad_x[chunk])

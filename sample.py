@@ -20,7 +20,7 @@ if __name__ == '__main__':  # Ctrl-C, and a reader that leaves as `head` does, e
 
 import torch
 
-from common import default_device, device_type_of, stop
+from common import default_device, device_type_of, stop, use_kernels
 from extras.decode import Decoder, for_decoding
 from model import GPT, first_line
 from tokenizer import of_checkpoint
@@ -84,7 +84,7 @@ try:
         stop('start: an empty prompt; there must be at least one token')
     if init_from != 'resume':
         model = convert.load_folder(init_from)
-    model.eval().to(device)
+    use_kernels(model.eval().to(device))
 except ValueError as e:
     stop(str(e))
 except RuntimeError as e:

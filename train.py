@@ -423,6 +423,18 @@ def build_model():
     return model.to(device), checkpoint
 
 
+def use_kernels(model):
+    """extras/kernels.py, on a GPU and where it lies beside this file: without it the experts may wait for the host."""
+    if device_type != 'cuda' or not os.path.exists(os.path.join(here, 'extras/kernels.py')):
+        return
+    try:
+        fault = importlib.import_module('extras.kernels').enable(model)
+    except ImportError as e:
+        fault = first_line(e)
+    if fault and master:
+        print(f'going on without extras/kernels.py: {fault}')
+
+
 def build_optimizer(model, checkpoint):
     betas = (beta1, beta2)
     if optimizer == 'muon':
@@ -476,6 +488,7 @@ try:
     if most(restarted and is_of_run(resume_path(), run)):
         init_from = 'resume'  # torchrun lost a rank and starts all of them again
     raw_model, checkpoint = build_model()
+    use_kernels(raw_model)
     if fp8:
         grad_dtype = {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad]
         file = beside('extras/fp8.py', 'fp8=True')

@@ -36,6 +36,7 @@ class Recipe(NamedTuple):
     power_of_two: bool = False
     hardware: bool = False  # multiply by scaled_mm
     grouped: bool = False   # ... and the experts by scaled_grouped_mm
+    kernels: bool = False   # elsewhere the experts' products are those of extras/kernels.py
 
 
 # the tile (rows, columns) of an operand whose last dimension is the contraction; 0: all of that dimension
@@ -145,13 +146,21 @@ def grouped_product(a, b, offsets, recipe, dtype):
                                 offs=offsets, output_dtype=torch.bfloat16).to(dtype)
     else:
         with torch.autocast(a.q.device.type, enabled=False):
-            y = model_file.grouped_linear(a.wide(dtype), b.wide(dtype), offsets)
+            multiply = kernels().grouped_linear if recipe.kernels else model_file.grouped_linear
+            y = multiply(a.wide(dtype), b.wide(dtype), offsets)
     return without_idle_rows(y, offsets)
 
 
-def grouped_weight_grad(grad, x, offsets, dtype):
+def kernels():
+    from extras import kernels  # which needs triton
+    return kernels
+
+
+def grouped_weight_grad(grad, x, offsets, recipe, dtype):
     """dW of each expert over its own rows: Quantised grad (M, N) and x (M, K) -> (E, N, K)."""
     grad, x = grad.wide(dtype), x.wide(dtype)
+    if recipe.kernels and not model_file.has_grouped_kernel(x.device, dtype):
+        return kernels().weight_grad(grad, x, offsets)
     with torch.autocast(x.device.type, enabled=False):
         if dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
             return F.grouped_mm(grad.t(), x, offs=offsets)
@@ -201,7 +210,7 @@ def grouped_gradients(grad, weight, x, offsets, recipe, dtype):
     grad_x = grouped_product(activation(grad, recipe, recipe.grad_dtype), transposed, offsets, recipe, dtype)
     tile, two = ALONG_ROWS[recipe.scaling], recipe.power_of_two
     grad_w = grouped_weight_grad(quantise(grad, tile, recipe.grad_dtype, two),
-                                 quantise(x.wide(), tile, power_of_two=two), offsets, dtype)
+                                 quantise(x.wide(), tile, power_of_two=two), offsets, recipe, dtype)
     return grad_x, grad_w.to(weight.dtype)
 
 
@@ -275,8 +284,17 @@ class Linear(torch.nn.Linear):
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
+def linear(x, weight, recipe):
+    return LinearFunction.apply(x, weight, recipe, x.dtype, False)
+
+
 def grouped_linear(x, weight, offsets, recipe):
     return GroupedFunction.apply(x, weight, offsets, recipe)
+
+
+def dispatch_linear(x, weight, rows, recipe):
+    rows_of_x = model_file.Dispatch.apply(x.to(model_file.compute_dtype(x)), rows.token, rows.place)
+    return GroupedFunction.apply(rows_of_x, weight, rows.offsets, recipe)
 
 
 def swiglu(x, gates=None):
@@ -308,11 +326,15 @@ def enable(model, recipe):
             module.swiglu = swiglu
         elif isinstance(module, model_file.MoE):
             module.swiglu = swiglu
-            module.grouped_linear = functools.partial(grouped_linear, recipe=recipe)
+            own = recipe._replace(kernels=module.kernels)
+            module.linear, module.dispatch_linear, module.grouped_linear = (
+                functools.partial(f, recipe=own) for f in (linear, dispatch_linear, grouped_linear))
     if fault:
         return f'FP8 products are emulated ({fault}): the numbers of {recipe.scaling} scaling, not its speed'
-    experts = 'scaled_grouped_mm' if recipe.grouped else 'multiplied out and by grouped_mm'
-    return f'FP8 products of {recipe.scaling} scaling by scaled_mm, which agrees with the emulation; experts {experts}'
+    wide = all(model_file.is_wide(device, torch.bfloat16, moe) for moe in model.moe_layers())
+    experts = ('so are the experts' if wide else 'experts by scaled_grouped_mm' if recipe.grouped else
+               'experts multiplied out')
+    return f'FP8 products of {recipe.scaling} scaling by scaled_mm, which agrees with the emulation; {experts}'
 
 
 @torch.no_grad()

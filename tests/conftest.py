@@ -38,6 +38,13 @@ def tiny_model(std=0.2, **overrides):
     return GPT(GPTConfig(**{**TINY, 'initializer_range': std, **overrides}))
 
 
+@pytest.fixture(params=[(8, 0), (9, 0)], ids='sm_{0[0]}{0[1]}'.format)
+def capability(request, monkeypatch):
+    """That of the pretended GPU."""
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: request.param)
+    return request.param
+
+
 def optimizer_of(model, kind, *args):
     """As train.py builds it: kind 'adamw' or 'muon'; args: weight_decay, learning_rate, betas, device_type."""
     return (optim.muon if kind == 'muon' else GPT.configure_optimizers)(model, *args)

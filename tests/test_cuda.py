@@ -4,6 +4,7 @@ import itertools
 import linecache
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,17 @@ def on_fake_cuda(model):
 
 
 @needs_cuda_build
+@pytest.mark.parametrize('experts', [20, 64])
 @pytest.mark.parametrize('training', [True, False])
-def test_full_size_forward_traces_on_fake_cuda_tensors(training):
-    """Fails on a data-dependent shape, on a dtype that grouped_mm refuses, and on a tensor left on the CPU."""
+def test_full_size_forward_traces_on_fake_cuda_tensors(training, experts, capability):
+    """Fails on a data-dependent shape, on a dtype that grouped_mm refuses, and on a tensor left on the CPU.
+
+    14 of 20 experts are one wide product, and of 64 grouped ones.
+    """
     from torch._subclasses import FakeTensorMode
 
     _, config = main_config()
+    config = replace(config, n_routed_experts=experts)
     with FakeTensorMode():
         gpt, idx = on_fake_cuda(GPT(config).train(training))
         try:

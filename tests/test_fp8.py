@@ -326,11 +326,14 @@ def test_the_grouped_kernel_is_tried_on_hopper_alone(monkeypatch, capability, tr
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
     monkeypatch.setattr(fp8, 'fault_of_hardware', lambda recipe, device: trials.append(recipe) or '')
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model, _ = on_fake_cuda(tiny_model())
+        model, _ = on_fake_cuda(tiny_model(n_routed_experts=16))
         torch.set_autocast_enabled('cuda', False)
         said = fp8.enable(model, fp8.Recipe('row'))
-    assert [recipe.grouped for recipe in trials] == [False, True][:1 + tried]
-    assert said.endswith('experts scaled_grouped_mm' if tried else 'experts multiplied out and by grouped_mm')
+        assert [recipe.grouped for recipe in trials] == [False, True][:1 + tried]
+        assert said.endswith('experts by scaled_grouped_mm' if tried else 'experts multiplied out')
+        model, _ = on_fake_cuda(tiny_model(n_routed_experts=6))
+        torch.set_autocast_enabled('cuda', False)
+        assert fp8.enable(model, fp8.Recipe('row')).endswith('so are the experts')
 
 
 def cublas(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype=None, **_):
@@ -384,9 +387,11 @@ def test_scale_layouts_are_those_cublas_documents(monkeypatch, rows, grad_dtype)
 
 
 @needs_cuda_build
+@pytest.mark.parametrize('experts', [20, 64])
 @pytest.mark.parametrize('scaling', ['tile', 'row', 'tensor'])
-def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeypatch, scaling):
-    """Each FP8 linear layer comes to one scaled_mm; and the two products of its backward pass, as direct calls."""
+def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeypatch, scaling, experts, capability):
+    """Each FP8 linear layer comes to one scaled_mm, and the experts to two where 14 of 20 are one wide layer; and the
+    two products of a linear layer's backward pass, as direct calls."""
     from torch._subclasses import FakeTensorMode
 
     calls, shapes, scaled_mm = [], set(), torch.nn.functional.scaled_mm
@@ -397,7 +402,7 @@ def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeyp
         return scaled_mm(*args, **kwargs)
 
     _, config = main_config()
-    model = GPT(dataclasses.replace(config, n_layer=2, num_nextn_predict_layers=1))
+    model = GPT(dataclasses.replace(config, n_layer=2, num_nextn_predict_layers=1, n_routed_experts=experts))
     fp8.enable(model, fp8.Recipe(scaling))
     recipe = fp8.Recipe(scaling, hardware=True, grouped=scaling == 'row')
     linear = [m for m in model.modules() if isinstance(m, fp8.Linear)]
@@ -405,7 +410,8 @@ def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeyp
         if isinstance(module, fp8.Linear):
             module.recipe = recipe
         elif isinstance(module, MoE):
-            module.grouped_linear = functools.partial(fp8.grouped_linear, recipe=recipe)
+            for name in ('linear', 'dispatch_linear', 'grouped_linear'):
+                setattr(module, name, functools.partial(getattr(fp8, name), recipe=recipe))
     monkeypatch.setattr(fp8.F, 'scaled_mm', checked)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, idx = on_fake_cuda(model.train())
@@ -413,7 +419,8 @@ def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeyp
             _, loss = model(idx, idx)
         finally:
             torch.set_autocast_enabled('cuda', False)
-        assert loss.device.type == 'cuda' and len(calls) == len(linear)
+        in_forward = len(linear) + (2 * len(model.moe_layers()) if experts == 20 else 0)
+        assert loss.device.type == 'cuda' and len(calls) == in_forward
         for rows in (idx.numel(), 1000):
             for weight in [m.weight for m in linear]:
                 x, dy = (torch.empty(rows, n, device='cuda', dtype=torch.bfloat16) for n in reversed(weight.shape))
@@ -426,7 +433,7 @@ def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeyp
             offsets = torch.empty(E, dtype=torch.int32, device='cuda')
             grad_x, grad_w = fp8.grouped_gradients(dy, weight, fp8.activation(x, recipe), offsets, recipe, x.dtype)
             assert grad_x.shape == x.shape and grad_w.shape == weight.shape
-    assert len(calls) == 5 * len(linear) and len(shapes) == 7
+    assert len(calls) == in_forward + 4 * len(linear) and len(shapes) == 7
 
 
 def test_two_ranks_learn_what_one_does(small):
@@ -460,3 +467,24 @@ def test_blocks_compile(scaling):
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*results):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize('scaling', ['tile', 'row'])
+def test_wide_experts_are_quantised_as_grouped_ones(monkeypatch, scaling):
+    """Widths of whole tiles, so that none crosses from one expert to the next: by tiles the same numbers, forward."""
+    moe = tiny_model(n_embd=128, moe_intermediate_size=128, n_shared_experts=0).transformer.h[0].mlp
+    gpt = torch.nn.Module()
+    gpt.lm_head, gpt.mlp, gpt.moe_layers = torch.nn.Linear(1, 1), moe, lambda: [moe]
+    fp8.enable(gpt, fp8.Recipe(scaling))
+    x = torch.randn(2, 20, 128, requires_grad=True)
+    results = []
+    for wide in (False, True):
+        monkeypatch.setattr(fp8.model_file, 'is_wide', lambda *args, wide=wide: wide)
+        x.grad = None
+        y, _ = moe(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    (grouped, grouped_grad), (wide, wide_grad) = results
+    # by rows, an activation's scale is one for all of its experts in the one, and for each of them in the other
+    assert (wide - grouped).norm() < (1e-5 if scaling == 'tile' else 0.1) * grouped.norm()
+    assert (wide_grad - grouped_grad).norm() < 0.1 * grouped_grad.norm()

@@ -264,10 +264,11 @@ def plain_moe(moe, x):
     return (moe.shared_experts(flat) + routed_token_by_token(moe, flat, gates, experts)).view_as(x)
 
 
-@pytest.mark.parametrize('path', ['grouped_mm', 'loop'])
+@pytest.mark.parametrize('path', ['grouped_mm', 'loop', 'wide'])
 def test_dispatch_equals_a_loop_over_experts(path, monkeypatch):
     if path == 'loop':  # what fp32 takes on an accelerator
         monkeypatch.setattr(model_file, 'grouped_linear', model_file.grouped_linear_loop)
+    monkeypatch.setattr(model_file, 'is_wide', lambda *args: path == 'wide')
     moe = tiny_model().transformer.h[0].mlp
     moe.e_score_correction_bias[:] = torch.tensor([-9., 1, 0, .5, -9., 0, .2, 0])  # two experts stay empty
     x = torch.randn(2, 9, 32, requires_grad=True)
