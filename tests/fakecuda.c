@@ -145,7 +145,10 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void
     *(on_device(p) ? &a->devicePointer : &a->hostPointer) = (void *)p;
     return 0;
 }
-CUresult cuPointerGetAttribute(void *value, CUpointer_attribute a, CUdeviceptr p) { *(CUdeviceptr *)value = p; return 0; }
+CUresult cuPointerGetAttribute(void *value, CUpointer_attribute a, CUdeviceptr p) {
+    *(CUdeviceptr *)value = p;
+    return 0;
+}
 
 static int copy(void *to, const void *from, size_t n) {
     if (on_device(to) && on_device(from))
@@ -161,7 +164,10 @@ static int copy(void *to, const void *from, size_t n) {
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind k, cudaStream_t s) {
     return copy(to, from, n);
 }
-cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind k) { copy(to, from, n); return wait(); }
+cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind k) {
+    copy(to, from, n);
+    return wait();
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { return wait(); }
 cudaError_t cudaDeviceSynchronize(void) { return wait(); }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) { fake_syncs++; return 0; }  // the allocator may hold a lock
@@ -264,7 +270,7 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) {
     memset(a, 0, sizeof *a);
     a->maxThreadsPerBlock = 1024;
     a->numRegs = 32;
-    a->binaryVersion = a->ptxVersion = gpu->sm;
+    a->binaryVersion = a->ptxVersion = gpu->sm == 89 ? 86 : gpu->sm;  // torch is built for 8.6, whose code 8.9 runs
     a->maxDynamicSharedSizeBytes = gpu->shared;
     return 0;
 }
@@ -292,7 +298,8 @@ static void *named(const char *name) {
     void *f = dlsym(RTLD_DEFAULT, name);
     return f ? f : succeed;
 }
-CUresult cuGetProcAddress_v2(const char *name, void **f, int version, cuuint64_t flags, CUdriverProcAddressQueryResult *r) {
+CUresult cuGetProcAddress_v2(const char *name, void **f, int version, cuuint64_t flags,
+                             CUdriverProcAddressQueryResult *r) {
     *f = named(name);
     if (r)
         *r = 0;
