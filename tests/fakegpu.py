@@ -42,8 +42,8 @@ def what_is_missing():
 def build(folder):
     """libcuda.so.1 in the folder: fakecuda.c, and a function that does nothing for each other one that torch wants."""
     torch, triton = (Path(importlib.util.find_spec(name).origin).parent for name in ('torch', 'triton'))
-    wanted = subprocess.run(['nm', '-D', '--undefined-only', *torch.glob('lib/*.so')], stdout=subprocess.PIPE, text=True)
-    names = re.findall(r' [Uw] ((?:__cuda|cuda|cublas|cu[A-Z])\w+)', wanted.stdout)
+    symbols = subprocess.check_output(['nm', '-D', '--undefined-only', *torch.glob('lib/*.so')], text=True)
+    names = re.findall(r' [Uw] ((?:__cuda|cuda|cublas|cu[A-Z])\w+)', symbols)
     names += re.findall(r'\bcu[A-Z]\w+(?=\()', (triton / 'backends/nvidia/driver.c').read_text())
     with open(folder / 'others.c', 'w') as f:  # weak: those of fakecuda.c win
         print('int fake_gemm(void);', file=f)
@@ -138,7 +138,8 @@ def projects_line():
         frame = frame.f_back
     if frame is None:  # in a thread of autograd's
         return 'in the backward'
-    return f'{Path(frame.f_code.co_filename).name}: ' + linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    path = frame.f_code.co_filename
+    return f'{os.path.basename(path)}: {linecache.getline(path, frame.f_lineno).strip()}'
 
 
 def watch_decoding(mark):

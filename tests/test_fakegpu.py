@@ -7,10 +7,10 @@ import math
 import re
 import shutil
 
+import fakegpu
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL, train
-
-import fakegpu
 
 pytestmark = pytest.mark.skipif(fakegpu.what_is_missing() != '', reason=fakegpu.what_is_missing() or 'none')
 slow = pytest.mark.slow
@@ -31,7 +31,9 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def on_gpu(library, small):
-    """on_gpu(sm, script, *flags): what fakegpu.run() finds, in a clone with data of 4,000 tokens."""
+    """on_gpu(sm, script, *flags): what fakegpu.run() finds, in a clone with a data set."""
+    for split in ('train', 'val'):
+        np.arange(4000, dtype=np.uint16).clip(max=39).tofile(small / f'data/abc/{split}.bin')
     yield lambda sm, script, *flags: fakegpu.run(library, sm, script, *flags, cwd=small)
     for folder in small.glob('out*'):  # the main config's checkpoint is 1.7 GB
         shutil.rmtree(folder)
@@ -94,16 +96,16 @@ def test_grouped_experts(on_gpu, sm, mode):
 
 
 FORWARD = '            _, loss = model(x, y, mtp_lambda=get_mtp_lambda(iter_num))\n'
-DISPATCH = 'hidden = self.dispatch_linear(x, self.experts_gate_up, rows)'
-BLOCK = '        x = x + '  # the first line that adds to the residual stream
+SECOND = 'self.grouped_linear(hidden, self.experts_down, rows.offsets)'
+BLOCK = '        x = x + self.attn('
 
 
 @pytest.mark.parametrize('file, line, planted, compiled, seen', [
     ('train.py', FORWARD, FORWARD + '            loss.item()\n', False, ['host syncs: .*loss.item']),
     ('train.py', FORWARD, 2 * FORWARD, False, ['kernels', 'GEMMs']),
-    ('model.py', DISPATCH, 'hidden = dispatch_linear(x, self.experts_gate_up.float(), rows).to(x.dtype)', False,
+    ('model.py', SECOND, 'grouped_linear(hidden.float(), self.experts_down, rows.offsets)', False,
      ['host syncs: .*ends = offsets.tolist', 'kernels']),
-    ('model.py', BLOCK, '        assert not torch.compiler.is_compiling()\n' + BLOCK, True,
+    ('model.py', 'block.compile(**kwargs)', 'block.compile(backend=lambda *args: 1 / 0)', True,
      ['kernels', 'going on without torch.compile', 'eager'])],
     ids=['item', 'two forwards', 'grouped product in fp32', 'no compiler'])
 def test_a_planted_mistake_of_training_is_seen(on_gpu, small, file, line, planted, compiled, seen):
