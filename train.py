@@ -461,17 +461,28 @@ def is_out_of_memory(e):
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 
+def micro_batch(n):
+    """All that takes memory, for n sequences: forward, backward, an evaluation, and the optimizer's state."""
+    optimizer.zero_grad(set_to_none=True)
+    x, y = (rows[:n] for rows in get_batch('train', 0, 0))
+    with ctx:
+        raw_model.train()(x, y)[1].backward()
+        with torch.no_grad():
+            raw_model.eval()(x, y, return_logits=False)
+    if optimizer.defaults['fused']:
+        optimizer.found_inf = torch.ones((), device=device)  # a step that makes the state and changes nothing
+        optimizer.step()
+
+
 def try_micro_batch():
-    """Forward and backward, and an evaluation, before anything is renamed. -> the ranks' worst fault: 0, 1, 2 (memory).
+    """One before anything is renamed. -> the ranks' worst fault: 0, 1, 2 (memory).
 
     Each rank prints its own fault; all take the same decision by the result.
     """
     fault = 0
     try:
-        with ctx:
-            raw_model.train()(*get_batch('train', 0, 0))[1].backward()
-            with torch.no_grad():
-                raw_model.eval()(*get_batch('train', 0, 0), return_logits=False)
+        for _ in range(2 if device_type == 'cuda' else 1):  # the second one beside the optimizer's state
+            micro_batch(batch_size)
     except Exception as e:
         fault = 2 if is_out_of_memory(e) else 1
         if fault == 1 and not compile:
@@ -480,6 +491,22 @@ def try_micro_batch():
             print(f'rank {rank}: ' * ddp + f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
     optimizer.zero_grad(set_to_none=True)
     return most(fault)
+
+
+def what_fits():
+    """Advice for a GPU whose memory was too small, from the peaks of one sequence and of two."""
+    peaks = []
+    for n in (1, 1, 2):  # the first may have to make the optimizer's state
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            micro_batch(n)
+        except Exception:  # most likely out of memory again
+            return ': make the model smaller (n_embd, n_layer, n_routed_experts)'
+        peaks.append(torch.cuda.max_memory_allocated(device))
+    room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)  # what other programs leave
+    fits = 2 + int((0.95 * room - peaks[2]) / (peaks[2] - peaks[1]))  # the last few percent are in pieces
+    return f': about batch_size={fits} fits here'
 
 
 try:
@@ -507,7 +534,8 @@ try:
         compile = False
         fault = try_micro_batch()
     if fault == 2:
-        raise ValueError('out of memory: make batch_size smaller, and gradient_accumulation_steps larger')
+        fits = what_fits() if device_type == 'cuda' and not ddp else ''
+        raise ValueError(f'out of memory: make batch_size smaller, and gradient_accumulation_steps larger{fits}')
 except ValueError as e:
     stop(e)
 except (RuntimeError, MemoryError) as e:
