@@ -29,6 +29,7 @@ void (*fake_on_sync)(void);    // set by fakegpu.py: called when the host waits
 void *fake_read;               // where the host's last copy from the device went
 
 static const struct gpu { int sm, processors, threads, shared, gigabytes; const char *name; } gpus[] = {
+    {75, 40, 1024, 65536, 15, "Tesla T4"},
     {80, 108, 2048, 166912, 80, "NVIDIA A100-SXM4-80GB"},
     {89, 128, 1536, 101376, 24, "NVIDIA GeForce RTX 4090"},
     {90, 132, 2048, 232448, 80, "NVIDIA H100 80GB HBM3"},
@@ -36,7 +37,7 @@ static const struct gpu { int sm, processors, threads, shared, gigabytes; const 
 
 static const size_t ROOM = 1UL << 40;  // addresses, of which the touched ones alone take memory
 static char *memory;
-static _Atomic size_t used;
+static _Atomic size_t used, live;
 
 __attribute__((constructor)) static void start(void) {
     int sm = atoi(getenv("FAKE_SM"));
@@ -117,14 +118,21 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
     return 0;
 }
 
-// memory: addresses are given out once, and freed by nobody
+// memory: each address is given out once; before an allocation stands its size
 
 cudaError_t cudaMalloc(void **p, size_t n) {
-    size_t size = (n + 511) / 512 * 512, before = used;
-    if (before + size > ROOM)
+    size_t size = (n + 511) / 512 * 512, place = used, limit = (size_t)gpu->gigabytes << 30;
+    if (live + size > limit || place + size + 512 > ROOM)
         return cudaErrorMemoryAllocation;
-    *p = memory + (used += size) - size;
+    *p = memory + (used += size + 512) - size;
+    ((size_t *)*p)[-1] = size;
+    live += size;
     fake_mallocs++;
+    return 0;
+}
+cudaError_t cudaFree(void *p) {
+    if (p)
+        live -= ((size_t *)p)[-1];
     return 0;
 }
 cudaError_t cudaHostAlloc(void **p, size_t n, unsigned flags) { return posix_memalign(p, 4096, n); }
@@ -133,7 +141,7 @@ cudaError_t cudaFreeHost(void *p) { free(p); return 0; }
 cudaError_t cudaGetSymbolAddress(void **p, const void *symbol) { return cudaMalloc(p, 4096); }
 cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
     *total = (size_t)gpu->gigabytes << 30;
-    *unused = *total - used;
+    *unused = *total - live;
     return 0;
 }
 
