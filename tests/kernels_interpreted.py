@@ -58,7 +58,7 @@ def with_kernels(model, kernels, monkeypatch):
     for module in (model_file, kernels):
         monkeypatch.setattr(module, 'has_grouped_kernel', lambda device, dtype: False)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
-    assert kernels.enable(model) == ''
+    assert kernels.enable(model) == '' and model.rows_fn is kernels.cross_entropy_rows
     return model
 
 

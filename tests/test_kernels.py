@@ -37,12 +37,17 @@ def test_each_kernel_compiles_for_each_gpu(cc, tmp_path):
     from triton.compiler import ASTSource
 
     from extras import kernels
-    block = kernels.tile_sizes(torch.bfloat16)
-    sizes = dict(zip(('BLOCK_M', 'BLOCK_N', 'BLOCK_K'), block))
-    rows_last = dict(zip(('BLOCK_N', 'BLOCK_K', 'BLOCK_M'), block))
+
+    def sizes(dtype, *names):
+        return dict(zip(names, kernels.tile_sizes(dtype)))
+
+    half, single = (sizes(dtype, 'BLOCK_M', 'BLOCK_N', 'BLOCK_K') for dtype in (torch.bfloat16, torch.float32))
+    rows_last = sizes(torch.bfloat16, 'BLOCK_N', 'BLOCK_K', 'BLOCK_M')
     # kernel, its dtype, its constants; the last dimension of w is contiguous, as for y, or the first, as for dx
-    cases = [(kernels.product_kernel, 'bf16', dict(sizes, GATHER=True, stride_wk=1, E=20, E2=32, PRECISION='tf32')),
-             (kernels.product_kernel, 'bf16', dict(sizes, GATHER=False, stride_wn=1, E=256, E2=256, PRECISION='tf32')),
+    cases = [(kernels.product_kernel, 'bf16', dict(half, GATHER=True, stride_wk=1, E=20, E2=32, PRECISION='tf32')),
+             (kernels.product_kernel, 'bf16', dict(half, GATHER=False, stride_wn=1, E=256, E2=256, PRECISION='tf32')),
+             (kernels.product_kernel, 'fp32', dict(single, GATHER=True, stride_wk=1, E=20, E2=32, PRECISION='tf32')),
+             (kernels.product_kernel, 'fp32', dict(single, GATHER=True, stride_wk=1, E=20, E2=32, PRECISION='ieee')),
              (kernels.weight_grad_kernel, 'bf16', dict(rows_last, GATHER=True, PRECISION='tf32')),
              (kernels.weight_grad_kernel, 'fp16', dict(rows_last, GATHER=False, PRECISION='tf32')),
              (kernels.loss_kernel, 'bf16', dict(BLOCK=kernels.LOSS_BLOCK))]
@@ -64,5 +69,5 @@ def test_each_kernel_compiles_for_each_gpu(cc, tmp_path):
         said = subprocess.run([ptxas, '-v', f'--gpu-name=sm_{cc}' + 'a' * (cc >= 90), tmp_path / 'kernel.ptx', '-o',
                                tmp_path / 'kernel.cubin'], capture_output=True, text=True, check=True).stderr
         assert re.findall(r'(\d+) bytes spill', said) == ['0', '0'], (kernel, said)
-        if kernel is not kernels.loss_kernel:
+        if constants.get('PRECISION') == 'tf32':
             assert re.search(r'mma\.sync|wgmma|tcgen05\.mma', made.asm['ptx'])

@@ -286,6 +286,25 @@ def test_dispatch_equals_a_loop_over_experts(path, monkeypatch):
     assert load.sum() == 2 * 9 * 3 and load[0] == load[4] == 0
 
 
+def test_where_experts_are_one_wide_ffn(monkeypatch):
+    """On accelerators, where few experts stay unchosen, or where sorted rows would make the host wait."""
+    half, single, fp16 = torch.bfloat16, torch.float32, torch.float16
+    cases = [  # device, capability, dtype, extras/kernels.py; whether 7 of 14, 15, 28 and 29 experts are wide
+        ('cpu', None, half, False, '0000'), ('cpu', None, single, False, '0000'),
+        ('cuda', (9, 0), half, False, '1000'), ('cuda', (10, 0), half, False, '1000'),
+        ('cuda', (8, 0), half, False, '1110'), ('cuda', (12, 0), half, False, '1110'),
+        ('cuda', (8, 0), half, True, '1000'), ('cuda', (9, 0), single, True, '1000'),
+        ('cuda', (9, 0), single, False, '1110'), ('cuda', (7, 5), fp16, False, '1110'),
+        ('mps', None, half, False, '1110')]
+    for device, capability, dtype, kernels, expected in cases:
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, capability=capability: capability)
+        for experts, wide in zip((14, 15, 28, 29), expected):
+            moe = tiny_model(n_layer=1, num_nextn_predict_layers=0, n_routed_experts=experts, num_experts_per_tok=7)
+            moe = moe.moe_layers()[0]
+            moe.kernels = kernels
+            assert model_file.is_wide(torch.device(device), dtype, moe) == (wide == '1'), (device, dtype, experts)
+
+
 def test_dispatch_and_combine_are_each_others_transpose():
     token = torch.tensor([1, 0, 2, 0, 1, 2])                         # 3 tokens with 2 experts each
     place = torch.tensor([[1, 3], [0, 4], [2, 5]])
