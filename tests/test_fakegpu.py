@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL, train
 pytestmark = pytest.mark.skipif(fakegpu.what_is_missing() != '', reason=fakegpu.what_is_missing() or 'none')
 slow = pytest.mark.slow
 
-# an iteration is logged at the run's start alone; the third is the first that is like all others
+# the first iteration alone is logged, after its optimizer step; the third is the first that is like all others
 LOOP = ['--device=cuda', '--dtype=bfloat16', '--max_iters=3', '--log_interval=1000', '--eval_interval=1000',
         '--eval_iters=1']
 MAIN = ['config/train_deepseek.py', '--dataset=abc', '--vocab_size=50304', '--gradient_accumulation_steps=1', *LOOP]
