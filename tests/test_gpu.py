@@ -5,8 +5,8 @@ What the first person with a GPU runs: its numbers against the CPU's, its host s
     python tests/test_gpu.py -k decoding   # a part of it
     TEST_GPU=cpu python -m pytest tests/test_gpu.py   # the comparisons themselves: the CPU in the GPU's place
 
-An error is a share of what is right: see distance(). What it may be follows from the errors that the CPU, or a plain
-product on the GPU, makes in the same dtype against fp32 or fp64: see limits().
+An error is a share of what is right: see distance(). What it may be follows from the errors that the CPU itself makes
+in the same dtype against fp32 or fp64: see limits().
 """
 
 import contextlib
@@ -116,7 +116,6 @@ def on_gpu(x):
 
 
 def autocast(device, dtype):
-    """None for the dtypes that need none."""
     half = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(torch.device(device).type, dtype) if half else contextlib.nullcontext()
 
@@ -225,12 +224,11 @@ def outcomes(function, tensors, device, dtype):
 
 
 def judge_product(judge, ours, plainly, tensors, dtype):
-    """ours(*tensors) on the GPU: its errors against fp64 on the CPU may be twice those of plainly(*tensors) there, in
-    half precision; in fp32 8 times."""
+    """ours(*tensors) on the GPU may be 3 times as far from fp64 as plainly(*tensors) on the CPU is, in fp32 8 times."""
     tensors = [t.to(dtype) for t in tensors]
     want = outcomes(plainly, tensors, 'cpu', torch.float64)
-    own = distances(outcomes(plainly, tensors, GPU, dtype), want)
-    judge(distances(outcomes(ours, tensors, GPU, dtype), want), limits(own, 8 if dtype == torch.float32 else 2))
+    own = distances(outcomes(plainly, tensors, 'cpu', dtype), want)
+    judge(distances(outcomes(ours, tensors, GPU, dtype), want), limits(own, 8 if dtype == torch.float32 else 3))
 
 
 def grouped(function, loads):
@@ -346,7 +344,7 @@ def test_loss(dtype, rows_fn, judge):
         h, w = (t.to(device, leaf_dtype, copy=True).requires_grad_() for t in (hidden, weight))
         loss, rows = function(h, w)
         loss.backward()
-        return {'loss': loss, 'loss of each row': rows[row_weight.to(device) > 0], 'gradient of h': h.grad,
+        return {'loss': loss, 'loss of each row': rows.cpu()[row_weight > 0], 'gradient of h': h.grad,
                 'gradient of the head': w.grad}
     hidden, weight = torch.randn(N, C), torch.randn(V, C) * 0.3
     want = found(plainly, 'cpu', torch.float64)
@@ -575,20 +573,16 @@ def test_a_host_sync_is_seen(small, after, planted):
 @pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
 def test_a_decoding_step_has_no_host_sync(compiled):
     """The first steps of a kind compile it, and record its CUDA graph."""
-    decoder = decode.Decoder(decode.for_decoding(use_kernels(on_gpu(tiny_model(block_size=128))), HALF), compiled)
-    take_step, steps = decoder.take_step, []
-
-    def strictly(*args):
-        steps.append(args)
-        with sync_is_error(len(steps) > 5):
-            take_step(*args)
-    decoder.take_step = strictly
-    for temperature in (0, 1.0):
-        for speculative in (False, True):
-            steps.clear()
-            decoder.generate([[1, 2, 3], [4]], 60, temperature, 10, speculative=speculative)
-            assert len(steps) > 15
-    assert decoder.compile == compiled
+    model = decode.for_decoding(use_kernels(on_gpu(tiny_model(block_size=128))), HALF)
+    decoder = decode.Decoder(model, compiled)
+    with torch.no_grad():
+        for D, sampled in ((0, False), (2, False), (0, True), (2, True)):
+            s = decoder.state(2, 64, D)
+            decode.begin(model, s, [[1, 2, 3], [4]], 60, float(sampled), None, D, sampled, 10)
+            for i in range(12):
+                with sync_is_error(i >= 4):
+                    decoder.take_step(s, D, sampled, 10)
+    assert decoder.compile == compiled and s.known.min() >= 13
     with pytest.raises(RuntimeError, match='synchronizing'), sync_is_error(True):
         torch.ones(1, device=GPU).item()
 
