@@ -147,7 +147,7 @@ def numbers(model, dtype):
     (found['loss'] * scale).backward()
     found |= {f'loss of head {k}': loss for k, loss in enumerate(model.stats['losses'])}
     if 'balance' in model.stats:
-        found['loss of balance'] = model.stats['balance']
+        found['balance'] = model.stats['balance']
     for name, p in model.named_parameters():
         found[f'gradient of {name}'] = p.grad / scale
     return found, model.stats.get('load')
@@ -202,7 +202,8 @@ def test_model_in_half_precision(kind, way, judge):
     want, load = numbers(copy.deepcopy(model), torch.float32)
     own = distances(numbers(copy.deepcopy(model), torch.bfloat16)[0], want)
     got, load_there = numbers(prepared(model, way), HALF)
-    judge(distances(got, want), limits(own, 3))
+    # the balance loss counts the choices without the bias, which rounding changes
+    judge(distances(got, want), limits(own, 3) | {'balance': 0.01})
     if load is not None:
         assert torch.equal(load_there.cpu(), load)
 
@@ -395,7 +396,7 @@ def test_fp8_model(scaling, kind, way, judge, record_property):
     record_property('execution', fp8.enable(there, fp8.Recipe(scaling)))
     fp8.enable(here, fp8.Recipe(scaling))
     own = distances(numbers(here, torch.bfloat16)[0], want)
-    judge(distances(numbers(there, HALF)[0], want), limits(own, 2))
+    judge(distances(numbers(there, HALF)[0], want), limits(own, 2) | {'balance': 0.05})
 
 
 # -----------------------------------------------------------------------------
