@@ -1,8 +1,9 @@
 # make demo: from nothing to a trained model's samples.   make test: ruff and pytest.   make soak: kills, 20 minutes.
+# make gpu: what a GPU computes, and how fast; a report.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak
+.PHONY: demo test soak gpu
 demo: .venv/installed
 	$(BIN)/python data/pydocs_char/prepare.py
 	$(BIN)/python train.py config/demo.py
@@ -15,6 +16,9 @@ test: .venv/installed-dev
 
 soak: .venv/installed-dev
 	$(BIN)/python tests/soak.py
+
+gpu: .venv/installed-dev
+	$(BIN)/python tests/test_gpu.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
