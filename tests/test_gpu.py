@@ -556,6 +556,8 @@ def without_syncs(folder, flags, planted=()):
 def test_a_training_iteration_has_no_host_sync(small, flags):
     if '--bf16_moments=True' in flags and HALF == torch.float16:
         pytest.skip('not for fp16')
+    if set(SORTED) <= set(flags) and CAPABILITY < (8, 0):
+        pytest.skip('without extras/kernels.py, more than four times as many experts as are chosen wait for the host')
     code, printed = without_syncs(small, flags)
     assert code == 0 and 'going on without torch.compile' not in printed, printed
     assert (small / 'out/ckpt.pt').exists()
