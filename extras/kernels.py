@@ -208,6 +208,7 @@ def enable(model):
     device = model.lm_head.weight.device
     if torch.cuda.get_device_capability(device) < (8, 0):
         return 'Triton has no tensor-core products there'
+    torch.cuda.set_device(device)  # where Triton launches, wherever the tensors are
     fault = fault_of_kernels(device)
     if not fault:
         model.rows_fn = model.plain_rows_fn = cross_entropy_rows

@@ -58,6 +58,7 @@ def with_kernels(model, kernels, monkeypatch):
     for module in (model_file, kernels):
         monkeypatch.setattr(module, 'has_grouped_kernel', lambda device, dtype: False)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     assert kernels.enable(model) == '' and model.rows_fn is kernels.cross_entropy_rows
     return model
 
@@ -125,6 +126,7 @@ def test_kernels_that_are_wrong_or_do_not_fit_are_left_alone(kernels, monkeypatc
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     assert 'tensor-core' in kernels.enable(model)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     for name, wrong in (('product', 'product'), ('weight_grad', 'gradient'), ('cross_entropy_rows', 'loss')):
         right = getattr(kernels, name)
         with monkeypatch.context() as patch:
