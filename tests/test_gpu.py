@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import model as model_file
 from common import use_kernels
 from extras import decode, fp8, optim
-from model import LinearCrossEntropy, cross_entropy_rows, sort_by_expert
+from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, sort_by_expert
 
 ON_GPU = GPU == 'cuda'
 CAPABILITY = torch.cuda.get_device_capability() if ON_GPU and torch.cuda.is_available() else (0, 0)
@@ -675,6 +675,34 @@ def test_50_steps_of_the_main_config(random_tokens, flags, record_property):
         record_property(name, value)
     uniform = math.log(50257)                                               # the loss that random tokens allow
     assert all(uniform - 0.1 < r['loss'] < uniform + 0.5 and r['skipped'] < 10 for r in records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('experts, chosen', [(20, 14), (16, 8), (24, 8), (64, 6)])
+def test_speed_of_the_experts_ways(experts, chosen, monkeypatch, record_property):
+    """A compiled layer of the main run's width, forward and backward: model.is_wide() chooses by estimates."""
+    config = GPTConfig(n_layer=1, n_head=8, n_embd=512, n_routed_experts=experts, num_experts_per_tok=chosen,
+                       moe_intermediate_size=256, num_nextn_predict_layers=0)
+    x = torch.randn(12 if ON_GPU else 1, 1024, 512, device=GPU, requires_grad=True)
+    seconds = {}
+    for way in ('wide', 'grouped', 'kernels'):
+        model = GPT(config).to(GPU)
+        if way == 'kernels' and use_kernels(model) and not model.moe_layers()[0].kernels:
+            continue
+        monkeypatch.setattr(model_file, 'is_wide', lambda *args, way=way: way == 'wide')
+        moe = model.moe_layers()[0].train()
+        moe.compile()
+        times = []
+        for _ in range(23):
+            t0 = time.time()
+            with autocast(GPU, HALF):
+                moe(x)[0].sum().backward()
+            if ON_GPU:
+                torch.cuda.synchronize()
+            times.append(time.time() - t0)
+        seconds[way] = statistics.median(times[3:])
+        torch._dynamo.reset()
+    record_property('figures', ', '.join(f'{way} {1000 * s:.2f} ms' for way, s in seconds.items()))
 
 
 @pytest.mark.slow
