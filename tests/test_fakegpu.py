@@ -68,11 +68,9 @@ def numbers_of_the_docs(sm, mode):
     return [float(cell.replace(',', '')) for cell in row[2:]]
 
 
-modes = pytest.mark.parametrize('mode', ['eager', pytest.param('compiled', marks=slow)])
-
-
-@pytest.mark.parametrize('sm', [80, pytest.param(89, marks=slow), 90])
-@modes
+@pytest.mark.parametrize('sm, mode', [
+    (80, 'eager'), *(pytest.param(sm, mode, marks=slow) for sm in (80, 89, 90) for mode in ('eager', 'compiled')
+                     if (sm, mode) != (80, 'eager'))])
 def test_the_main_run(on_gpu, sm, mode):
     """An iteration of one micro-batch of config/train_deepseek.py, beside docs/gpu.md."""
     found = on_gpu(sm, 'train.py', *MAIN, f'--compile={mode == "compiled"}')
@@ -168,8 +166,9 @@ def sampled(on_gpu, *flags, sm=80):
     return found, found['steps'][2:]
 
 
-@pytest.mark.parametrize('sm', [80, 90])
-@pytest.mark.parametrize('speculative, launches, gemms', [(False, 195, 28), (True, 425, 60)])
+@pytest.mark.parametrize('sm, speculative, launches, gemms', [
+    (80, False, 195, 28), (90, True, 425, 60), pytest.param(80, True, 425, 60, marks=slow),
+    pytest.param(90, False, 195, 28, marks=slow)])
 def test_decoding(on_gpu, trained, sm, speculative, launches, gemms):
     """No step waits; between them the host looks at most 7 times whether 100 tokens are there."""
     found, steps = sampled(on_gpu, f'--speculative={speculative}', sm=sm)
