@@ -83,7 +83,7 @@ def use_kernels(model):
     except ImportError as e:  # triton is missing
         fault = first_line(e)
     if fault:
-        print(f'going on without extras/kernels.py: {fault}')
+        print(f'going on without extras/kernels.py: {fault}', file=sys.stderr)
     return model
 
 

@@ -308,7 +308,7 @@ def main():
     master = rank == 0
     place = f'cuda:{os.environ["LOCAL_RANK"]}' if ddp and device.startswith('cuda') else device
     device_type = device_type_of(place)
-    if ddp and device_type == 'cuda':
+    if device_type == 'cuda' and torch.device(place).index is not None:
         torch.cuda.set_device(place)
 
     for key, (low, high) in RANGES.items():

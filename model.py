@@ -845,7 +845,7 @@ def is_wide(device, dtype, moe):
 
     Unchosen experts cost products; copies of each token for each of its experts cost memory traffic. On GPUs the two
     are about equal with twice as many experts as are chosen (estimated, not timed). Where the host would have to wait,
-    more products are the lesser evil. On CPUs wide experts took 1.08 times as long in fp32 (14 of 20), 1.3 in bf16.
+    more products cost less. On CPUs wide experts took 1.08 times as long in fp32 (14 of 20), 1.3 in bf16.
     """
     if device.type == 'cpu':
         return False

@@ -431,8 +431,8 @@ def use_kernels(model):
         fault = importlib.import_module('extras.kernels').enable(model)
     except ImportError as e:
         fault = first_line(e)
-    if fault and master:
-        print(f'going on without extras/kernels.py: {fault}')
+    if fault:
+        print(f'rank {rank}: ' * ddp + f'going on without extras/kernels.py: {fault}')
 
 
 def build_optimizer(model, checkpoint):
@@ -462,15 +462,16 @@ def is_out_of_memory(e):
 
 
 def micro_batch(n):
-    """All that takes memory, for n sequences: forward, backward, an evaluation, and the optimizer's state."""
-    optimizer.zero_grad(set_to_none=True)
+    """Forward and backward of n sequences, an evaluation, and a step that makes the optimizer's state and changes
+    nothing. The gradients stay: the next one is as the later micro-batches of an iteration."""
     x, y = (rows[:n] for rows in get_batch('train', 0, 0))
     with ctx:
-        raw_model.train()(x, y)[1].backward()
-        with torch.no_grad():
-            raw_model.eval()(x, y, return_logits=False)
+        _, loss = raw_model.train()(x, y)
+    loss.backward()
+    with ctx, torch.no_grad():
+        raw_model.eval()(x, y, return_logits=False)
     if optimizer.defaults['fused']:
-        optimizer.found_inf = torch.ones((), device=device)  # a step that makes the state and changes nothing
+        optimizer.found_inf = torch.ones((), device=device)
         optimizer.step()
 
 
@@ -481,7 +482,7 @@ def try_micro_batch():
     """
     fault = 0
     try:
-        for _ in range(2 if device_type == 'cuda' else 1):  # the second one beside the optimizer's state
+        for _ in range(2 if device_type == 'cuda' else 1):  # the second beside gradients and the optimizer's state
             micro_batch(batch_size)
     except Exception as e:
         fault = 2 if is_out_of_memory(e) else 1
@@ -493,20 +494,34 @@ def try_micro_batch():
     return most(fault)
 
 
+def peak_memory(n):
+    """Bytes that micro-batches of n sequences take on a GPU; 0 where they do not fit."""
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        micro_batch(n)
+        micro_batch(n)
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        return 0
+    return torch.cuda.max_memory_allocated(device)
+
+
 def what_fits():
-    """Advice for a GPU whose memory was too small, from the peaks of one sequence and of two."""
-    peaks = []
-    for n in (1, 1, 2):  # the first may have to make the optimizer's state
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        try:
-            micro_batch(n)
-        except Exception:  # most likely out of memory again
-            return ': make the model smaller (n_embd, n_layer, n_routed_experts)'
-        peaks.append(torch.cuda.max_memory_allocated(device))
+    """The batch size for a GPU whose memory was too small, in words: half of it, and half again, until it fits, and as
+    much more as the peaks of that one and of its half allow."""
+    n = batch_size // 2
+    while n > 0 and (peak := peak_memory(n)) == 0:
+        n //= 2
+    if n == 0:
+        return 'make the model smaller (n_embd, n_layer, n_routed_experts)'
+    per_sequence = (peak - peak_memory(n // 2)) / (n - n // 2) if n > 1 else peak
     room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)  # what other programs leave
-    fits = 2 + int((0.95 * room - peaks[2]) / (peaks[2] - peaks[1]))  # the last few percent are in pieces
-    return f': about batch_size={fits} fits here'
+    more = (0.95 * room - peak) / max(per_sequence, 1)  # the last few percent are in pieces
+    n += max(0, min(int(more), n, batch_size - 1 - n))
+    return f'about batch_size={n} fits here; make gradient_accumulation_steps larger'
 
 
 try:
@@ -534,8 +549,8 @@ try:
         compile = False
         fault = try_micro_batch()
     if fault == 2:
-        fits = what_fits() if device_type == 'cuda' and not ddp else ''
-        raise ValueError(f'out of memory: make batch_size smaller, and gradient_accumulation_steps larger{fits}')
+        advice = 'make batch_size smaller, and gradient_accumulation_steps larger'
+        raise ValueError(f'out of memory: {what_fits() if device_type == "cuda" and not ddp else advice}')
 except ValueError as e:
     stop(e)
 except (RuntimeError, MemoryError) as e:

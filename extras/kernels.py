@@ -5,8 +5,8 @@ torch's grouped_mm is one kernel in bf16 on compute capability 9.0 and 10.0. Els
 copies the offsets to the host and loops over the experts. Here the host never learns how many rows an expert has: a
 kernel is launched for as many tiles of rows as there can be at most, and each tile finds its expert from the offsets.
 
-The first product gathers its rows as it reads them, so that no copy of each token for each of its experts is ever held
-(ScatterMoE, arXiv 2403.08245).
+The first product gathers its rows as it reads them, so that no copy of each token for each of its experts is kept for
+the backward pass (ScatterMoE, arXiv 2403.08245).
 
 Letters: M rows, E experts, K the contraction and N the width of a product's result.
 """
@@ -83,13 +83,13 @@ def weight_grad_kernel(dy, x, token, dw, offsets, N, K, GATHER: tl.constexpr, BL
 
 
 def precision(dtype):
-    """Of fp32 products, as torch's own."""
+    """Of fp32 products, as torch's own; it does not matter for 16 bits."""
     return 'tf32' if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else 'ieee'
 
 
 def tile_sizes(dtype):
     """Of rows, of the result and of the contraction. In every case at most 96 KiB of shared memory."""
-    return (128, 128, 32) if dtype.itemsize == 2 else (64, 64, 32)
+    return (128, 128, 32) if dtype.itemsize == 2 else (64, 32, 32)
 
 
 def product(x, weight, offsets, token=None):
@@ -175,7 +175,8 @@ def loss_kernel(logits, target, row_weight, loss, V, BLOCK: tl.constexpr):
     z = logits + row * V
     label = tl.maximum(tl.load(target + row), 0)
     weight = tl.load(row_weight + row)
-    at_label = tl.load(z + label).to(tl.float32)  # before any other thread writes there: the maximum waits for all
+    # read before any thread writes there: the reductions below wait for all of them. A wrong label makes the loss nan
+    at_label = tl.load(z + label, mask=label < V, other=float('nan')).to(tl.float32)
     # each lane keeps its largest logit, and the sum of exp(logit - largest)
     largest = tl.full((BLOCK,), -1e30, dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -196,7 +197,7 @@ def loss_kernel(logits, target, row_weight, loss, V, BLOCK: tl.constexpr):
 
 
 def cross_entropy_rows(logits, target, row_weight):
-    """model.cross_entropy_rows(), in one kernel."""
+    """model.cross_entropy_rows(), in one kernel; at the target p - 1 is a plain difference."""
     n, V = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     loss_kernel[(n,)](logits, target.contiguous(), row_weight.contiguous(), loss, V, LOSS_BLOCK, num_warps=8)
@@ -209,7 +210,7 @@ def enable(model):
     if torch.cuda.get_device_capability(device) < (8, 0):
         return 'Triton has no tensor-core products there'
     torch.cuda.set_device(device)  # where Triton launches, wherever the tensors are
-    fault = fault_of_kernels(device)
+    fault = fault_of_kernels(model)
     if not fault:
         model.rows_fn = model.plain_rows_fn = cross_entropy_rows
         for moe in model.moe_layers():
@@ -218,25 +219,39 @@ def enable(model):
 
 
 @torch.no_grad()
-def fault_of_kernels(device):
-    """Why the kernels cannot be used on this device; '' where they give what torch does."""
+def fault_of_kernels(model):
+    """Why the kernels cannot be used on this model's device; '' where they give what torch does.
+
+    Triton compiles them for the alignment of their sizes, so the sizes are the model's.
+    """
+    config, device = model.config, model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, device=device)
 
-    ends = [0, 0, 150, 151, 200]  # of the experts' rows; the first has none
-    x, w, dy = normal(200, 72), normal(5, 40, 72), normal(200, 40)
-    logits, target, weight = normal(9, 5000), torch.arange(9, device=device) * 600, normal(9)
+    C, h = config.n_embd, config.moe_intermediate_size
+    ends = [0, 0, 150, 151, 200]  # of the rows of four experts; the first has none
+    offsets = torch.tensor(ends[1:], dtype=torch.int32, device=device)
+    parts = list(zip(range(4), ends, ends[1:]))
+    token = torch.randperm(200, generator=generator, device=device)
+    target, weight = torch.arange(9, device=device) * (config.vocab_size - 1) // 8, normal(9)
     try:
         for dtype in (torch.float32, torch.bfloat16):
-            x, w, dy = (a.to(dtype) for a in (x, w, dy))
-            offsets = torch.tensor(ends[1:] + ends[-1:], dtype=torch.int32, device=device)
-            parts = list(zip(ends, [*ends[1:], ends[-1]]))
-            pairs = [('product', product(x, w, offsets),
-                      torch.cat([x[a:b] @ w[e].t() for e, (a, b) in enumerate(parts)])),
-                     ('gradient', weight_grad(dy, x, offsets), torch.stack([dy[a:b].t() @ x[a:b] for a, b in parts]))]
-            ours, torchs = logits.to(dtype, copy=True), logits.to(dtype, copy=True)
+            x, up, hidden, down, logits = (a.to(dtype) for a in (
+                normal(200, C), normal(4, 2 * h, C), normal(200, h), normal(4, C, h), normal(9, config.vocab_size)))
+            dy, rows = normal(200, 2 * h).to(dtype), x[token]
+            pairs = [('product', product(x, up, offsets, token),
+                      torch.cat([rows[a:b] @ up[e].t() for e, a, b in parts])),
+                     ('product', product(hidden, down, offsets),
+                      torch.cat([hidden[a:b] @ down[e].t() for e, a, b in parts])),
+                     ('gradient', product(dy, up.transpose(1, 2), offsets),
+                      torch.cat([dy[a:b] @ up[e] for e, a, b in parts])),
+                     ('gradient', weight_grad(dy, x, offsets, token),
+                      torch.stack([dy[a:b].t() @ rows[a:b] for e, a, b in parts])),
+                     ('gradient', weight_grad(x, hidden, offsets),
+                      torch.stack([x[a:b].t() @ hidden[a:b] for e, a, b in parts]))]
+            ours, torchs = logits.clone(), logits.clone()
             pairs += [('loss', cross_entropy_rows(ours, target, weight),
                        model_file.cross_entropy_rows(torchs, target, weight)), ("loss's gradient", ours, torchs)]
             for name, ours, torchs in pairs:
