@@ -112,9 +112,20 @@ def scaled_mm(a, b, dtype):
     kinds = {(1, TILE): F.ScalingType.BlockWise1x128, (TILE, TILE): F.ScalingType.BlockWise128x128,
              (1, 0): F.ScalingType.RowWise, (0, 0): F.ScalingType.TensorWise}
     scale_b = scale_layout(b).t() if b.tile == (1, 0) else scale_layout(b)
-    y = F.scaled_mm(padded(a.q), padded(b.q).t(), scale_layout(a), kinds[a.tile], scale_b, kinds[b.tile],
-                    output_dtype=torch.bfloat16)
+    multiply = opaque_scaled_mm if torch.compiler.is_compiling() else multiply_scaled
+    y = multiply(padded(a.q), padded(b.q), scale_layout(a), scale_b, kinds[a.tile].value, kinds[b.tile].value)
     return y[:M, :N].to(dtype)
+
+
+def multiply_scaled(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, kind_a: int,
+                    kind_b: int) -> torch.Tensor:
+    return F.scaled_mm(a, b.t(), scale_a, F.ScalingType(kind_a), scale_b, F.ScalingType(kind_b),
+                       output_dtype=torch.bfloat16)
+
+
+# inductor's own lowering of scaled_mm hands on 128 x 128 scales in a layout that scaled_mm refuses (torch 2.14)
+opaque_scaled_mm = torch.library.custom_op('nanodeepseek::scaled_mm', multiply_scaled, mutates_args=())
+opaque_scaled_mm.register_fake(lambda a, b, *_: a.new_empty(len(a), len(b), dtype=torch.bfloat16))
 
 
 def padded(q):

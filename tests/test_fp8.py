@@ -469,6 +469,22 @@ def test_blocks_compile(scaling):
         assert (a - b).norm() <= 1e-4 * b.norm()
 
 
+@pytest.mark.parametrize('scaling', ['row', 'tensor'])
+def test_scaled_mm_under_compile_is_the_eager_one(scaling):
+    """There it is an operation of its own. The CPU has it for rows and tensors."""
+    recipe = fp8.Recipe(scaling, hardware=True)
+    compiled = torch.compile(fp8.LinearFunction.apply, backend='aot_eager', fullgraph=True)
+    results = []
+    for function in (fp8.LinearFunction.apply, compiled):
+        torch.manual_seed(1)
+        x, w = torch.randn(40, 96, requires_grad=True), torch.randn(64, 96, requires_grad=True)
+        y = function(x, w, recipe, torch.float32, False)
+        y.square().sum().backward()
+        results.append((y, x.grad, w.grad))
+    for eager, opaque in zip(*results):
+        assert torch.equal(eager, opaque) and eager.any()
+
+
 @pytest.mark.parametrize('scaling', ['tile', 'row'])
 def test_wide_experts_are_quantised_as_grouped_ones(monkeypatch, scaling):
     """Widths of whole tiles, so that none crosses from one expert to the next: by tiles the same numbers, forward."""
