@@ -305,7 +305,7 @@ def grouped_linear(x, weight, offsets, recipe):
 
 def dispatch_linear(x, weight, rows, recipe):
     rows_of_x = model_file.Dispatch.apply(x.to(model_file.compute_dtype(x)), rows.token, rows.place)
-    return GroupedFunction.apply(rows_of_x, weight, rows.offsets, recipe)
+    return grouped_linear(rows_of_x, weight, rows.offsets, recipe)
 
 
 def swiglu(x, gates=None):

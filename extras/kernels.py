@@ -93,9 +93,10 @@ def tile_sizes(dtype):
 
 
 def product(x, weight, offsets, token=None):
-    """x (M, K), or where there is a token (M,), x (N, K) by its rows token; weight (E, N, K), of any strides. -> (M, N)
+    """x (M, K) times weight (E, N, K), which may have any strides. -> (M, N)
 
-    Rows offsets[e-1]..offsets[e] meet weight[e]. What those beyond the last offset become is not defined.
+    With token (M,), x is (tokens, K), and row m is x[token[m]]. Rows offsets[e-1]..offsets[e] meet weight[e]. What
+    those beyond the last offset become is not defined.
     """
     M = len(x if token is None else token)
     E, N, K = weight.shape
@@ -135,7 +136,7 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class DispatchLinear(torch.autograd.Function):
-    """The same of the rows token (M,) of x (N, in); place (N, K): the rows that each token became. -> (M, out)"""
+    """The same of the rows x[token]: x (tokens, in), token (M,); place (tokens, chosen): each token's rows."""
 
     @staticmethod
     def forward(ctx, x, weight, offsets, token, place):
