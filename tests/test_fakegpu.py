@@ -21,7 +21,7 @@ LOOP = ['--device=cuda', '--dtype=bfloat16', '--max_iters=3', '--log_interval=10
 MAIN = ['config/train_deepseek.py', '--dataset=abc', '--vocab_size=50304', '--gradient_accumulation_steps=1', *LOOP]
 # few of many experts: grouped products, where the main config's 14 of 20 are one wide one
 GROUPED = [*SMALL, *LOOP, '--n_layer=1', '--num_nextn_predict_layers=1', '--n_routed_experts=16']
-LOOK = 'decode.py: left = (s.end - s.known).masked_fill(s.done, 0).max().item()'
+LOOK = 'decode.py: remaining = (s.end - s.known).masked_fill(s.done, 0).tolist()'
 
 
 @pytest.fixture(scope='module')
