@@ -240,9 +240,9 @@ def heads_of(model, states, ids):
 
 def layers_of(model, attn_inputs, mlp_inputs, counts):
     """Of each block, the main stack's first: its attention, and where it has them its experts."""
-    names = [(str(i), 0) for i in range(1, model.config.n_layer + 1)]
+    names = [(str(i), 0) for i in range(model.config.n_layer)]  # as in the code: transformer.h.0
     for k, module in enumerate(model.mtp, start=1):
-        names += [(f'MTP {k}' + (f'.{i}' if len(module.h) > 1 else ''), k) for i in range(1, len(module.h) + 1)]
+        names += [(f'MTP {k}' + (f'.{i}' if len(module.h) > 1 else ''), k) for i in range(len(module.h))]
     T = attn_inputs[0].size(1)
     side = (math.isqrt(1 + 8 * (map_bytes // (3 * len(names) * model.config.n_head))) - 1) // 2
     cell = -(-T // max(side, 1))
@@ -354,9 +354,14 @@ def main():
         config = checkpoint.get('config') or {}
         dtype = (config.get('dtype') if type(config) is dict else '') or 'float32'
         tokenizer = of_checkpoint(out_dir, checkpoint.get('meta') or {}, model.config.vocab_size)
+    except ValueError as e:
+        stop(str(e))
+    except RuntimeError as e:
+        stop(f'the model cannot be loaded: {first_line(e)}')
+    try:
         ids = tokenizer.begin + tokenizer.encode(words)
     except ValueError as e:
-        stop(f'{text}: {e}' if 'model' in locals() else str(e))
+        stop(f'text={text}: {e}')
     least = 2 + len(model.mtp)
     if len(ids) < least or model.config.block_size < least:
         stop(f'{text} has {len(ids)} tokens, the context {model.config.block_size}: it takes {least} at least')
