@@ -12,7 +12,6 @@ import json
 import math
 import os
 import signal
-import sys
 import unicodedata
 
 if __name__ == '__main__':  # Ctrl-C ends it without a traceback
@@ -338,8 +337,8 @@ def page(data, title):
 def main():
     if not out_dir or not text:
         stop('--out_dir=DIR names the folder of ckpt.pt, --text=FILE the text to read')
-    if count_tokens <= 0:
-        stop(f'count_tokens={count_tokens} must be positive')
+    if min(count_tokens, map_bytes) <= 0:
+        stop('count_tokens and map_bytes must be positive')
     path = out or os.path.join(out_dir, 'inside.html')
     if not path.endswith('.html') or not os.path.isdir(os.path.dirname(path) or '.'):
         stop(f'out={path} must end in .html, and its folder must be there')

@@ -27,7 +27,7 @@ SPEAKS = tokenizer.characters(LETTERS, {i: ch for ch, i in LETTERS.items()})
 
 def unpacked(packed):
     numbers = np.frombuffer(base64.b64decode(packed['data']), dtype=f'<u{packed["bits"] // 8}')
-    return torch.from_numpy(numbers.astype(np.int64)).view(packed['shape']) * packed['scale']
+    return torch.from_numpy(numbers.astype(np.float64)).view(packed['shape']) * packed['scale']
 
 
 def looked(model, ids, **kwargs):
@@ -59,7 +59,7 @@ def test_experts_gates_and_losses_are_those_of_a_training_forward(monkeypatch, o
         n, shown = 20 - layer['start'], layer['experts']
         torch.testing.assert_close(unpacked(shown['scores']), scores[:n], atol=2e-5, rtol=0, check_dtype=False)
         all_gates, wanted = (torch.zeros(n, 8).double() for _ in range(2))
-        all_gates.scatter_(1, unpacked(shown['chosen']), unpacked(shown['gates']))
+        all_gates.scatter_(1, unpacked(shown['chosen']).long(), unpacked(shown['gates']))
         wanted.scatter_(1, experts[:n], gates[:n].double())
         torch.testing.assert_close(all_gates, wanted, atol=5e-5, rtol=0)
         assert (unpacked(shown['gates']).diff(dim=1) <= 0).all()          # the largest first
@@ -114,8 +114,8 @@ def test_cells_of_several_tokens():
     below = torch.ones(10, 10).tril() > 0
     for name in ('weights', 'nope'):
         whole = torch.zeros(3, 10, 10).double()
-        whole[:, below] = unpacked(one[name]).square() if name == 'weights' else (unpacked(one[name]) - 1) * one['limit']
-        got = unpacked(four[name]).square() if name == 'weights' else (unpacked(four[name]) - 1) * four['limit']
+        whole[:, below], got = (unpacked(x[name]).square() if name == 'weights' else
+                                (unpacked(x[name]) - 1) * x['limit'] for x in (one, four))
         for n, (i, j) in enumerate([(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]):
             cell = whole[:, 4 * i:4 * i + 4, 4 * j:4 * j + 4]
             pairs = below[4 * i:4 * i + 4, 4 * j:4 * j + 4].sum() if name == 'nope' else cell.size(1)
@@ -125,7 +125,7 @@ def test_cells_of_several_tokens():
 @pytest.mark.parametrize('overrides', [{}, dict(num_nextn_predict_layers=3), dict(num_nextn_predict_layers=1)])
 def test_drafts_are_those_of_the_decoder(overrides):
     """Its passes over a text of its own: from each place that one begins at, as many accepted drafts."""
-    model, seen = counting_model(steps=25, **overrides), set()
+    model, seen = counting_model(steps=4, **overrides), set()
     D = len(model.mtp)
     for start in ([3, 9, 40, 2], [7, 7], [1, 50, 50, 22, 6, 6, 0]):
         (row,), told = decode.Decoder(model).generate([start], 32 - len(start), temperature=0, speculative=True)
@@ -146,7 +146,7 @@ def test_drafts_are_those_of_the_decoder(overrides):
 
 def test_drafts_in_a_text_that_the_model_would_not_write():
     """Against the decoder, which is put at each place with the text before it."""
-    model, ids = counting_model(steps=25), random_ids(12)
+    model, ids = counting_model(steps=4), random_ids(12)
     drafts = looked(model, ids)['drafts']
     for p in range(1, 11):
         s = decode.empty_state(model, 1, 40, 2)
@@ -191,7 +191,8 @@ def test_cache_bytes():
 
 
 @pytest.mark.parametrize('records, steps', [
-    (None, None), ([{'step': 0, 'loss': 1.0}], None), ([{'step': 1, 'loss': 1.0, 'load': [[1]], 'bias': [[0.0]]}], None),
+    (None, None), ([{'step': 0, 'loss': 1.0}], None),
+    ([{'step': 1, 'loss': 1.0, 'load': [[1]], 'bias': [[0.0]]}], None),
     ([{'step': i, 'loss': 1.0, 'load': [[i, 3]] * 2, 'bias': [[0.0, i]] * 2} for i in range(201)], 67),
     ([{'step': 1, 'loss': 1.0, 'load': [[1, 'x']] * 2, 'bias': [[0, 0]] * 2}], None)])
 def test_the_log(tmp_path, records, steps):
@@ -233,12 +234,13 @@ def test_a_token_without_a_text(tmp_path):
 EVIL = '</script><!--\0\x1b\u202e\u2028\ufeff&"\'<>`\\ \n\tab'
 
 
-def write_checkpoint(folder, chars=''.join(LETTERS), **overrides):
+def write_checkpoint(folder, chars=None, **overrides):
+    chars = ''.join(LETTERS) if chars is None else chars
     model = tiny_model(**{'vocab_size': max(61, len(chars)), **overrides})
     folder.mkdir(exist_ok=True)
     meta = {'stoi': {ch: i for i, ch in enumerate(chars)}, 'itos': dict(enumerate(chars))} if chars else {}
-    torch.save({'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter_num': 7, 'meta': meta,
-                'config': {'dtype': 'bfloat16'}}, folder / 'ckpt.pt')
+    torch.save({'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter_num': 7,
+                'meta': meta, 'config': {'dtype': 'bfloat16'}}, folder / 'ckpt.pt')
 
 
 def write_page(folder, *flags):
@@ -276,8 +278,9 @@ def test_no_token_is_markup(evil):
 
 def test_the_page_needs_no_network(evil):
     page, *_ = write_page(evil)
+    page = re.sub(r'(id="data">).*?<', r'\1<', page, flags=re.S)         # the numbers may spell anything
     page = page.replace('http://www.w3.org/2000/svg', '')               # a name, not an address
-    assert not re.search(r'https?:|//[a-z]|@import|fetch\(|XMLHttp|WebSocket|import\(|src=', page)
+    assert not re.search(r'https?:|["\'(]//|@import|fetch\(|XMLHttp|WebSocket|import\(|src=', page)
     assert re.findall(r'(?:href|url)[=(]"?([^")]*)', page) == ['data:,']
 
 
@@ -328,11 +331,15 @@ def test_tokenizer_json_and_gpt2(tmp_path, tiktoken_cache, monkeypatch):
     (['--out=text.txt'], 'must end in .html'), (['--out=nowhere/a.html'], 'must end in .html'),
     (['--out=folder.html'], 'cannot be written'), (['--out_dir=nowhere', '--out=a.html'], 'is missing'),
     (['--out_dir='], '--out_dir=DIR'), (['--count_tokens=0'], 'positive'), (['--device=gpu'], 'cannot be used'),
-    (['--map_bytes=0'], 'positive'), (['--tekst=a'], 'did you mean text'), (['--out_dir=nan', '--out=a.html'], 'finite'),
+    (['--map_bytes=0'], 'positive'), (['--tekst=a'], 'did you mean text'),
+    (['--out_dir=nan', '--out=a.html'], 'finite'),
 ])
 def test_mistakes(tmp_path, flags, message):
     write_checkpoint(tmp_path / 'out')
-    write_checkpoint(tmp_path / 'nan', initializer_range=1e30)
+    write_checkpoint(tmp_path / 'nan')
+    saved = torch.load(tmp_path / 'nan/ckpt.pt', weights_only=True)
+    saved['model']['transformer.ln_f.weight'][0] = torch.nan
+    torch.save(saved, tmp_path / 'nan/ckpt.pt')
     (tmp_path / 'folder.html').mkdir()
     for name, content in (('text.txt', b'(())'), ('binary', b'\xff'), ('short', b'(()'), ('empty', b''),
                           ('other', '(é)'.encode())):
@@ -382,7 +389,7 @@ document.body.append(out);
 
 
 def in_browser(folder, page):
-    """What ACTS found on the page, 390 pixels wide."""
+    """What ACTS found on the page, 500 pixels wide: a headless window is no narrower."""
     browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if browser is None:
         pytest.skip('no Chromium here: apt-get install chromium')
@@ -390,7 +397,6 @@ def in_browser(folder, page):
             "console.error = console.warn = (...words) => errors.push(words.join(' '));</script>"
     page = page.replace('<head>', '<head>' + start).replace('</body>', f'<script>{ACTS}</script></body>')
     (folder / 'acts.html').write_text(page)
-    (folder / 'frame.html').write_text('')
     command = [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}/profile',
                '--window-size=500,844', '--dump-dom', f'file://{folder}/acts.html']
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -411,14 +417,14 @@ def test_hover_keys_and_layers(evil):
         assert ('Drafts from here' in shown) == (i > 0)
         experts = data['layers'][0]['experts']
         gates = [f'{g:.2f}' for g in unpacked(experts['gates'])[i].tolist()]
-        chosen = unpacked(experts['chosen'])[i].tolist()
+        chosen = unpacked(experts['chosen'])[i].long().tolist()
         assert '  '.join(f'{e} {g}' for e, g in zip(chosen, gates)) in shown
     assert said['focus'].startswith('1: <; experts ')
     first, *each = said['bands']
     assert first == each[0] and len(set(each)) == len(data['layers']) == 4
     for layer, shown in zip(data['layers'], each):
-        want = [' '] * layer['start'] + [str(row[0]) for row in unpacked(layer['experts']['chosen']).tolist()]
-        assert shown == '|'.join(want)
+        want = [' '] * layer['start'] + [f'{row[0]:.0f}' for row in unpacked(layer['experts']['chosen']).tolist()]
+        assert [band.split(' ')[0] or ' ' for band in shown.split('|')] == want
     last = data['layers'][-1]['experts']
     assert said['chips'] == 8 and said['away'] == n - (unpacked(last['chosen']) == 0).any(dim=1).sum()
     assert len(said['canvases']) == 3 * 4 and min(said['canvases']) > 10 and said['charts'] == 3
@@ -431,4 +437,5 @@ def test_other_models_in_a_browser(tmp_path, overrides):
     (tmp_path / 'text.txt').write_text('(+,-.)' * 9)
     page, data, _ = write_page(tmp_path)
     said = in_browser(tmp_path, page)
-    assert said['errors'] == [] and said['tokens'] == 32 and ('Experts' in said['End']) == ('first_k_dense_replace' in overrides)
+    assert said['errors'] == [] and said['tokens'] == 32
+    assert ('Experts' in said['End']) == ('first_k_dense_replace' in overrides)
