@@ -365,9 +365,14 @@ said.tokens = document.querySelectorAll('.token').length;
 said.title = document.title;
 said.words = [...document.querySelectorAll('.word')].map(x => x.textContent);
 said.bands = [bands()];
-token(5).dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'}));
+const hover = i => token(i).dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'}));
+hover(5);
 said.hovered = [detail()];
 token(2).click();
+hover(5);
+said.hovered.push(detail());
+token(2).click();
+hover(7);
 said.hovered.push(detail());
 for (const key of ['ArrowRight', 'End', 'Home'])
   document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})), said[key] = detail();
@@ -412,7 +417,7 @@ def test_hover_keys_and_layers(evil):
     assert said['errors'] == [] and said['tokens'] == n and said['stops'] == 1
     assert 'evil<b>' in said['title'] and said['width'] <= 500
     assert said['words'][:3] == ['<', '/', 's'] and 'U+202E' in said['words'] and '⏎' in said['words']
-    for shown, i in zip([*said['hovered'], said['ArrowRight'], said['End'], said['Home']], (5, 2, 3, n - 1, 0)):
+    for shown, i in zip([*said['hovered'], said['ArrowRight'], said['End'], said['Home']], (5, 2, 7, 8, n - 1, 0)):
         assert f'{i + 1} of {n}' in shown and 'What comes next' in shown
         assert ('Drafts from here' in shown) == (i > 0)
         experts = data['layers'][0]['experts']
