@@ -215,6 +215,15 @@ def typical_tokens(met, there, most=8):
     return out
 
 
+def moved_by_bias(moe, x, experts):
+    """The share of tokens (N, C) that would meet other experts than these (N, K) without the bias b."""
+    bias = moe.e_score_correction_bias.clone()
+    moe.e_score_correction_bias.zero_()
+    _, _, plain = moe.route(x)
+    moe.e_score_correction_bias.copy_(bias)
+    return (plain.sort(dim=1).values != experts.sort(dim=1).values).any(dim=1).float().mean().item()
+
+
 # the page's numbers
 
 def heads_of(model, states, ids):
@@ -257,7 +266,7 @@ def layers_of(model, attn_inputs, mlp_inputs, counts):
                 'number': moe_layer, 'scores': pack(scores), 'gates': pack(gates.gather(1, order)),
                 'chosen': pack(experts.gather(1, order), 16), 'bias': rounded(block.mlp.e_score_correction_bias, 6),
                 'load': load.long().tolist(), 'max_vio': (load.max() / load.mean() - 1).item(),
-                'chance': rounded(load / there[moe_layer].sum()),
+                'moved': moved_by_bias(block.mlp, y.flatten(0, 1), experts),
                 'typical': typical_tokens(met[moe_layer], there[moe_layer])}
             moe_layer += 1
         layers.append(layer)

@@ -48,7 +48,9 @@ def test_experts_gates_and_losses_are_those_of_a_training_forward(monkeypatch, o
     model, ids = tiny_model(**overrides), random_ids(20)
     for moe in model.moe_layers():
         moe.e_score_correction_bias.uniform_(-0.2, 0.2)
+    before = [moe.e_score_correction_bias.clone() for moe in model.moe_layers()]
     data = looked(model, ids)
+    assert all(torch.equal(moe.e_score_correction_bias, b) for moe, b in zip(model.moe_layers(), before))
     routed, route = [], MoE.route
     monkeypatch.setattr(MoE, 'route', lambda self, x: routed.append(route(self, x)) or routed[-1])
     idx, targets = torch.tensor([ids]), torch.tensor([[*ids[1:], -1]])
@@ -63,6 +65,10 @@ def test_experts_gates_and_losses_are_those_of_a_training_forward(monkeypatch, o
         wanted.scatter_(1, experts[:n], gates[:n].double())
         torch.testing.assert_close(all_gates, wanted, atol=5e-5, rtol=0)
         assert (unpacked(shown['gates']).diff(dim=1) <= 0).all()          # the largest first
+        without = [set(row.topk(3).indices.tolist()) for row in scores[:n]]
+        if overrides.get('n_group', 1) == 1:
+            moved = sum(a != set(b.tolist()) for a, b in zip(without, experts[:n])) / n
+            assert shown['moved'] == pytest.approx(moved) and 0 < moved < 1
         if not layer['start']:
             assert shown['load'] == load.tolist()
             assert shown['max_vio'] == pytest.approx((load.max() / load.float().mean() - 1).item())
