@@ -1,6 +1,6 @@
 """
-Draws the log.jsonl of one or several runs: losses, tokens per second, and the balance of the experts; of grpo.py's
-runs the accuracy on held-out prompts and what is logged of each batch.
+Draws the log.jsonl of one or several runs: losses, the balance of the experts, rate, gradient norm and speed; of
+grpo.py's runs the accuracy on held-out prompts and what is logged of each batch.
 
     python plot.py out-demo/log.jsonl [out-other/log.jsonl ...] [--out=PNG]
     python plot.py out-fp8-*/log.jsonl --relative_to out-bf16-*/log.jsonl
@@ -82,44 +82,61 @@ def read_log(path):
 
 
 def draw_losses(plt, logs):
-    fig, (loss_ax, speed_ax, balance_ax) = plt.subplots(1, 3, figsize=(15, 4.5), layout='constrained')
+    """A panel for whatever one of the runs logged at least."""
+    fig, axes = plt.subplots(2, 3, figsize=(15, 8), layout='constrained')
+    loss_ax, modules_ax, balance_ax, lr_ax, norm_ax, speed_ax = axes.flat
     for i, (name, train, evals) in enumerate(logs):
-        color = f'C{i}'
-
-        def curve(ax, records, values, color=color, **style):
+        def curve(ax, records, values, color=f'C{i}', linewidth=0.9, **style):
             if known(values):
-                ax.plot([r['step'] for r in records], values, color=color, **style)
+                ax.plot([r['step'] for r in records], values, color=color, linewidth=linewidth, **style)
 
-        curve(loss_ax, train, [number(r, 'loss') for r in train], alpha=0.35, linewidth=0.8,
-              label=f'{name}: main, training batches')
+        main = [number(r, 'loss') for r in train]
+        curve(loss_ax, train, main, alpha=0.4, label=f'{name}: training batches')
+        curve(loss_ax, evals, [number(r, 'train_loss') for r in evals], linewidth=1.5, linestyle='--', marker='.',
+              label=f'{name}: train')
+        curve(loss_ax, evals, [number(r, 'val_loss') for r in evals], linewidth=1.5, marker='o', markersize=4,
+              label=f'{name}: val')
+        # one batch's losses rise and fall together: their differences show what the losses themselves would hide
         modules = [numbers(r, 'mtp_losses') for r in train]
         for k in range(max(map(len, modules), default=0)):
-            curve(loss_ax, train, [losses[k] if k < len(losses) else math.nan for losses in modules], alpha=0.35,
-                  linewidth=0.8, linestyle=(':', '--', '-.')[k % 3], label=f'{name}: MTP module {k + 1}')
-        curve(loss_ax, evals, [number(r, 'train_loss') for r in evals], linestyle='--', marker='.',
-              label=f'{name}: train')
-        curve(loss_ax, evals, [number(r, 'val_loss') for r in evals], marker='o', markersize=4, label=f'{name}: val')
-        curve(speed_ax, train, [number(r, 'tokens_per_s') for r in train], linewidth=0.8, label=name)
+            above = [losses[k] - loss if k < len(losses) else math.nan for losses, loss in zip(modules, main)]
+            curve(modules_ax, train, above, color=f'C{k + 1}' if len(logs) == 1 else f'C{i}',
+                  linestyle=('-', '--', ':', '-.')[k % 4], label=f'{name}: MTP {k + 1}')
         routed = [r for r in train if numbers(r, 'max_vio')]
         layers = [numbers(r, 'max_vio') for r in routed]
-        curve(balance_ax, routed, [sum(vio) / len(vio) for vio in layers], label=f'{name}: mean over layers')
-        curve(balance_ax, routed, [max(vio) for vio in layers], alpha=0.35, linewidth=0.8, label=f'{name}: worst layer')
-    loss_ax.set(xlabel='step', ylabel='loss (nats per token)', title='loss')
-    speed_ax.set(xlabel='step', ylabel='tokens / s', title='speed', ylim=(0, None))
-    balance_ax.set(xlabel='step', ylabel='max load / mean load - 1', title='balance (MaxVio)', ylim=(0, None))
-    for ax in fig.axes:
-        if ax.lines:
+        curve(balance_ax, routed, [sum(vio) / len(vio) for vio in layers], linewidth=1.5,
+              label=f'{name}: mean over layers')
+        curve(balance_ax, routed, [max(vio) for vio in layers], alpha=0.4, label=f'{name}: worst layer')
+        for ax, key in ((lr_ax, 'lr'), (norm_ax, 'grad_norm'), (speed_ax, 'tokens_per_s')):
+            curve(ax, train, [number(r, key) for r in train], label=name)
+    loss_ax.set(ylabel='nats per token', title='loss of the main model')
+    modules_ax.set(ylabel='loss less the main loss (nats)', title='MTP modules against the main model')
+    if modules_ax.lines:
+        modules_ax.axhline(0, color='black', linewidth=0.8, label='main')
+    balance_ax.set(ylabel='max load / mean load - 1', title='balance (MaxVio)', ylim=(0, None))
+    lr_ax.set(title='learning rate', ylim=(0, None))
+    norm_ax.set(title='gradient norm, before clipping', ylim=(0, None))
+    speed_ax.set(ylabel='tokens / s', title='speed', ylim=(0, None))
+    for ax in axes.flat:
+        ax.set_xlabel('step')
+        if not ax.lines:
+            ax.remove()
+        elif len(ax.lines) > 1:
             ax.legend(fontsize=7)
     return fig
 
 
 def draw_rewards(plt, logs):
     """A panel for whatever was computed in one of the runs at least, and one legend for all."""
-    panels = [('length', 'tokens', 'response length'), ('reward', 'mean', 'reward'),
-              ('accuracy', 'share', 'right answers (sampled)'), ('format', 'share', 'well-formed responses'),
-              ('zero_advantage', 'share', 'groups of equal rewards'), ('entropy', 'nats per token', 'entropy'),
-              ('kl', 'nats per token', 'KL from the reference'), ('clip', 'share', 'tokens with a clipped gradient'),
-              ('tokens_per_s', 'response tokens / s', 'speed')]
+    share, positive = (0, 1.02), (0, None)  # the range of an axis
+    panels = [('length', 'tokens', 'response length', positive), ('reward', 'mean', 'reward', (None, None)),
+              ('accuracy', 'share', 'right answers (sampled)', share),
+              ('format', 'share', 'well-formed responses', share),
+              ('zero_advantage', 'share', 'groups of equal rewards', share),
+              ('entropy', 'nats per token', 'entropy', positive),
+              ('kl', 'nats per token', 'KL from the reference', positive),
+              ('clip', 'share', 'tokens with a clipped gradient', positive),
+              ('tokens_per_s', 'response tokens / s', 'speed', positive)]
     panels = [panel for panel in panels if known(number(r, panel[0]) for _, train, _ in logs for r in train)]
     rows = 2 if len(panels) > 2 else 1
     columns = math.ceil((1 + len(panels)) / rows)
@@ -133,13 +150,13 @@ def draw_rewards(plt, logs):
                                 label=name)
         elif evals:  # a run of grpo.py --eval_only=True
             lines.append(first.axhline(accuracy[-1], color=color, linestyle='--', label=name))
-        for ax, (key, _, _) in zip(others, panels):
+        for ax, (key, *_) in zip(others, panels):
             if train:
                 ax.plot([r['step'] for r in train], [number(r, key) for r in train], color=color, linewidth=0.8)
-    first.set(xlabel='seconds of sampling and training', ylabel='share', ylim=(0, 1))
+    first.set(xlabel='seconds of sampling and training', ylabel='share', ylim=share)
     first.set_title('right answers, held out (greedy)', fontsize='medium')
-    for ax, (_, unit, title) in zip(others, panels):
-        ax.set(xlabel='iteration', ylabel=unit)
+    for ax, (_, unit, title, limits) in zip(others, panels):
+        ax.set(xlabel='iteration', ylabel=unit, ylim=limits)
         ax.set_title(title, fontsize='medium')
     for ax in others[len(panels):]:
         ax.remove()
@@ -169,14 +186,20 @@ def draw_relative(plt, logs, bases, skip=100):
     for name, train, _, header in logs:
         seed, steps = seed_of(header), [r['step'] for r in train]
         base = [records for _, records, _, other in bases if seed_of(other) == seed]
-        if len(base) != 1 or [r['step'] for r in base[0]] != steps or len(steps) <= skip:
-            stop(f'{name}: exactly one log of --relative_to must have its seed, {seed}, and its steps')
-        difference = [100 * (a / (b or math.nan) - 1) for a, b in zip(smoothed(train), smoothed(base[0]))][skip:]
+        if len(base) != 1:
+            stop(f'{name}: exactly one log of --relative_to must have its seed, {seed}; {len(base)} have')
+        if [r['step'] for r in base[0]] != steps:
+            stop(f'{name}: the log of --relative_to with its seed, {seed}, has other steps: both runs need the same '
+                 'max_iters and log_interval')
+        first = sum(step < skip for step in steps)
+        if first == len(steps):
+            stop(f'{name}: it has no step from {skip} on, where the comparison begins: train for longer')
+        difference = [100 * (a / (b or math.nan) - 1) for a, b in zip(smoothed(train), smoothed(base[0]))][first:]
         mean = sum(difference) / len(difference)
         print(f'{name}: {max(map(abs, difference)):.2f}%, {mean:+.2f}%')
         kind = name.removesuffix(f'-{seed}')  # runs that differ by their seed alone have one colour
         color = f'C{seeds.setdefault(kind, len(seeds))}'
-        ax.plot(steps[skip:], difference, color=color, linewidth=0.9, label=name)
+        ax.plot(steps[first:], difference, color=color, linewidth=0.9, label=name)
     for bound in (-0.25, 0.25):
         ax.axhline(bound, color='black', linestyle=':', linewidth=0.8)
     ax.set(xlabel='step', ylabel='difference of the smoothed loss (%)', title='training loss, relative')

@@ -763,6 +763,9 @@ while True:
         numbers = means | {'grad_norm': norm, 'skipped': skipped, 'in_a_row': in_a_row}
         if 'load' in stats:
             numbers['max_vio'] = load.amax(dim=1) / load.float().mean(dim=1) - 1
+            if iter_num % max(1, eval_interval // 10) < log_interval:  # long lines: ten or so between evaluations
+                bias = torch.stack([moe.e_score_correction_bias for moe in raw_model.moe_layers()])
+                numbers |= {'load': load, 'bias': bias}                               # (MoE layers, E) each
         numbers = to_host(numbers)
         now = time.time()
         dt = (now - t_log) / iters_logged
@@ -774,6 +777,10 @@ while True:
                   'tokens_per_s': tokens_per_iter / dt, 'mfu': mfu}
         if 'max_vio' in numbers:
             record |= {'balance': numbers['balance'][0], 'max_vio': numbers['max_vio']}
+        if 'load' in numbers:  # rows of E: tokens of this iteration per expert, and b after it
+            for name, digits in (('load', None), ('bias', 6)):
+                row, E = [round(x, digits) for x in numbers[name]], raw_model.config.n_routed_experts
+                record[name] = [row[i:i + E] for i in range(0, len(row), E)]
         if master:
             left = int(dt * (max_iters - iter_num - 1))
             line = f'iter {iter_num}: loss {record["loss"]:.4f}, time {dt * 1000:.2f}ms'

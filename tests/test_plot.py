@@ -42,7 +42,55 @@ def test_the_figure_of_grpo(more, panels):
     assert len(fig.legends) == 1 and not any(ax.get_legend() for ax in fig.axes)
     for ax in fig.axes:
         assert ax.lines and ax.title.get_window_extent().width <= ax.bbox.width
+        if ax.get_title() != 'reward':                               # which may be negative
+            low, high = ax.get_ylim()
+            assert low == 0 and (high == 1.02 or ax.get_title() not in (
+                'right answers, held out (greedy)', 'right answers (sampled)', 'well-formed responses'))
     plt.close(fig)
+
+
+def train_records(n=3, every=1, **more):
+    return [{'step': every * i, 'loss': 3.0 - i / n, 'lr': 1e-3, 'grad_norm': 1.0 + i, 'tokens_per_s': 9.0, **more}
+            for i in range(n)]
+
+
+def test_the_figure_of_training():
+    """Main loss, MTP 1 and MTP 2 are told apart, and lr and gradient norm drawn; no panel for what was not logged."""
+    more = {'mtp_losses': [4.0, 1.0], 'max_vio': [0.5, 1.5]}
+    runs = [('a', train_records(**more), [{'step': 0, 'train_loss': 3.0, 'val_loss': 3.5}]), ('b', train_records(), [])]
+    titles = ['loss of the main model', 'MTP modules against the main model', 'balance (MaxVio)', 'learning rate',
+              'gradient norm, before clipping', 'speed']
+    for logs, missing in ((runs[:1], []), (runs, []), (runs[1:], titles[1:3])):
+        fig = plot.draw_losses(plt, logs)
+        panels = {ax.get_title(): ax for ax in fig.axes}
+        assert list(panels) == [title for title in titles if title not in missing]
+        assert list(panels['gradient norm, before clipping'].lines[0].get_ydata()) == [1.0, 2.0, 3.0]
+        assert list(panels['learning rate'].lines[0].get_ydata()) == [1e-3] * 3
+        if not missing:
+            first, second, main = panels[titles[1]].lines
+            assert list(first.get_ydata()) == pytest.approx([1, 4 / 3, 5 / 3]) and set(main.get_ydata()) == {0}
+            assert list(second.get_ydata()) == pytest.approx([-2, -5 / 3, -4 / 3])
+            assert first.get_linestyle() != second.get_linestyle()
+            assert [text.get_text() for text in panels[titles[1]].get_legend().get_texts()] == [
+                'a: MTP 1', 'a: MTP 2', 'main']
+        plt.close(fig)
+
+
+@pytest.mark.parametrize('theirs, words', [
+    (dict(n=12, every=9), 'it has no step from 100 on, where the comparison begins'), (dict(n=13, every=9), None),
+    (dict(n=14, every=9), 'has other steps'), (None, 'must have its seed, 1; 0 have')])
+def test_runs_that_cannot_be_compared(tmp_path, theirs, words):
+    mine = train_records(**(theirs or dict(n=11)))
+    for name, seed, records in (('mine', 1, mine if words != 'has other steps' else mine[:-1]),
+                                ('theirs', 1 if theirs else 2, mine)):
+        (tmp_path / name).mkdir()
+        lines = [{'command': '', 'config': {'seed': seed}}, *records]
+        (tmp_path / name / 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    code, out, said = run_inside(ROOT / 'plot.py', 'mine/log.jsonl', '--relative_to', 'theirs/log.jsonl', cwd=tmp_path)
+    if words is None:                                                # steps 0, 9 .. 99, 108
+        assert code == 0 and 'mine: 0.00%' in out
+    else:
+        assert code == 2 and words in said and said.startswith('mine') and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize('out, words', [('nowhere/x.png', 'No such file'), ('x.xyz', 'must end in'),

@@ -326,12 +326,16 @@ def test_the_gradient_is_clipped_as_a_whole(small, clip):
 
 
 def test_the_logged_balance_is_the_loads(small, monkeypatch):
-    """max_vio of a layer: the load of the busiest expert over the mean load, less 1; of all micro-batches together."""
-    update_balance, loads = model.GPT.update_balance, []
+    """max_vio of a layer: the load of the busiest expert over the mean load, less 1; of all micro-batches together.
+
+    The load itself, and b after the step, are logged ten times between evaluations.
+    """
+    update_balance, loads, biases = model.GPT.update_balance, [], []
 
     def spy(self, load):
         loads.append(load)
         update_balance(self, load)
+        biases.append([moe.e_score_correction_bias.tolist() for moe in self.moe_layers()])
 
     monkeypatch.setattr(model.GPT, 'update_balance', spy)
     code, _, said = run_inside('train.py', *SMALL, cwd=small)
@@ -339,6 +343,14 @@ def test_the_logged_balance_is_the_loads(small, monkeypatch):
     for load, record in zip(loads, (r for r in log(small) if 'loss' in r), strict=True):
         assert (load.sum(dim=1) == 2 * 4 * 16 * 2).all()           # micro-batches, sequences, tokens, experts of each
         assert record['max_vio'] == pytest.approx([max(row) / (sum(row) / 4) - 1 for row in load.tolist()])
+        assert record['load'] == load.tolist()
+        for row, bias in zip(record['bias'], biases[record['step']], strict=True):
+            assert row == pytest.approx(bias, abs=1e-6)
+    train(small, '--out_dir=rare', '--eval_interval=40', '--log_interval=2', '--max_iters=12')
+    assert [r['step'] for r in log(small, 'rare') if 'load' in r] == [0, 4, 8]
+    assert [r['step'] for r in log(small, 'rare') if 'loss' in r] == [0, 2, 4, 6, 8, 10]
+    train(small, '--out_dir=dense', '--n_routed_experts=0')
+    assert not any('load' in r for r in log(small, 'dense'))
 
 
 def test_a_run_ends_with_an_evaluation_and_a_checkpoint(small):

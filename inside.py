@@ -1,0 +1,396 @@
+"""
+Writes one HTML page that shows a trained model while it reads a text: experts, drafts, attention, caches.
+
+    python inside.py --out_dir=out-demo --text=FILE    # a text of one's own, in UTF-8; writes out-demo/inside.html
+
+The page is one file that needs no network. assets/inside.html is its template: the numbers come from here, as JSON.
+"""
+
+import base64
+import html
+import json
+import math
+import os
+import signal
+import unicodedata
+
+if __name__ == '__main__':  # Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import torch
+from torch.nn import functional as F
+
+from common import default_device, device_type_of, stop
+from extras import decode
+from model import GPT, MoE, first_line
+from plot import read_log
+from tokenizer import of_checkpoint
+
+# -----------------------------------------------------------------------------
+out_dir = 'out'  # the folder of ckpt.pt
+text = ''  # the file to read; its first block_size tokens are on the page
+out = ''  # the page; '': inside.html in out_dir
+count_tokens = 16384  # so many tokens of the file tell the experts' load and typical tokens
+device = default_device()
+map_bytes = 600_000  # of all attention maps together; where one cell per token takes more, a cell is several tokens
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
+# -----------------------------------------------------------------------------
+
+
+def pack(x, bits=16):
+    """A tensor of numbers >= 0 -> its shape, and it in steps of `scale`, as the base64 of so many bits each."""
+    top = 2 ** bits - 1
+    scale = max(x.max().item(), 1e-9) / top if x.is_floating_point() else 1
+    steps = (x / scale).round().long().cpu().numpy().astype(f'<u{bits // 8}')
+    return {'shape': list(x.shape), 'bits': bits, 'scale': scale, 'data': base64.b64encode(steps.tobytes()).decode()}
+
+
+def rounded(x, digits=4):
+    """A tensor as lists of numbers; they are finite, or JSON could not hold them."""
+    return [rounded(row, digits) for row in x] if x.dim() > 0 else round(x.item(), digits)
+
+
+# the tokens as text
+
+def visible(text):
+    """Control and format characters, which a page would obey or hide, as their code points. Line ends and tabs stay."""
+    def shown(ch):
+        hidden = unicodedata.category(ch)[0] == 'C' or unicodedata.category(ch) in ('Zl', 'Zp')
+        return f'U+{ord(ch):04X}' if hidden and ch not in '\n\t' else ch
+
+    return ''.join(map(shown, text))
+
+
+def pieces_of(tokenizer, ids):
+    """The text of each token of a sequence. A character that several tokens hold together stands at the first of them,
+    '' at the others; a token without a text, or of bytes that are no UTF-8, is its number.
+    """
+    pieces, before = [], []
+    while len(pieces) < len(ids):
+        start = len(pieces)
+        already = tokenizer.decode(before)  # a decoder may drop a space that no token stands before
+        for n in range(1, 5):  # UTF-8 has up to four bytes a character
+            group = ids[start:start + n]
+            piece = tokenizer.decode(before + group).removeprefix(already)
+            if '\ufffd' not in piece or start + n >= len(ids):
+                break
+        if not piece or '\ufffd' in piece:
+            group, piece = group[:1], f'#{ids[start]}'
+        pieces += [visible(piece)] + [''] * (len(group) - 1)
+        before = group
+    return pieces
+
+
+# what the model does
+
+def watch(model, idx, caches=None):
+    """The model reads idx (B, T); module k reads t_{i+k} at row i, and its last k rows, which have none, are not kept.
+
+    -> the states from which the main model and each module predict (B, T - k, C), and what went into each block's
+    attention and into its FFN, (B, T - k, C) each.
+    """
+    seen = {}
+    hooks = [part.register_forward_pre_hook(lambda part, args: seen.update({part: args[0]}))
+             for block in model.blocks() for part in (block.attn, block.mlp)]
+    h, _ = model.main_stack(idx, caches)
+    states, blocks = [h], [(block, 0) for block in model.transformer.h]
+    for k, module in enumerate(model.mtp, start=1):
+        first = len(blocks)
+        token = F.pad(idx[:, k:], (0, k))
+        h, _ = model.mtp_module(module, token, h, None if caches is None else caches[first:first + len(module.h)])
+        states.append(h[:, :-k])
+        blocks += [(block, k) for block in module.h]
+    for hook in hooks:
+        hook.remove()
+    into = [[seen[part][:, :idx.size(1) - k] for part in (block.attn, block.mlp)] for block, k in blocks]
+    return states, [x for x, _ in into], [x for _, x in into]
+
+
+def score_parts(model, attn, x):
+    """x (1, T, C) -> the two parts of the attention scores, before the softmax: nope and rope (H, T, T). V3 eq. 10"""
+    cfg, T = attn.config, x.size(1)
+    q_nope, q_rope, c_kv, k_rope = attn.project(x, model.rope_cos[:T], model.rope_sin[:T])
+    kv = attn.kv_b_proj(c_kv).unflatten(-1, (cfg.n_head, -1)).transpose(1, 2)          # (1, H, T, n+v)
+    nope = q_nope @ kv[..., :cfg.qk_nope_head_dim].transpose(-1, -2)                   # (1, H, T, T)
+    rope = q_rope @ k_rope.unsqueeze(1).transpose(-1, -2)
+    return attn.scale * nope[0], attn.scale * rope[0]
+
+
+def attention_of(nope, rope, cell):
+    """Parts of the scores (H, T, T) -> the maps on the page, and numbers about each head.
+
+    The softmax takes no notice of what is added to all of a row: each row of a part is shown less its mean.
+    """
+    H, T, _ = nope.shape
+    seen = torch.ones(T, T, dtype=torch.bool, device=nope.device).tril()
+    weights = (nope + rope).masked_fill(~seen, -math.inf).softmax(dim=-1)              # (H, T, T)
+    parts = [((x - (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)) * seen) for x in (nope, rope)]
+
+    n = -(-T // cell)
+    rows, columns = torch.tril_indices(n, n, device=nope.device)
+
+    def cells(x):
+        """The sum over each cell: (H, T, T) -> (H, n (n + 1) / 2), the lower triangle row by row."""
+        x = F.pad(x, (0, n * cell - T, 0, n * cell - T)).unflatten(2, (n, cell)).unflatten(1, (n, cell))
+        return x.sum(dim=(2, 4))[:, rows, columns]                                     # (H, n, cell, n, cell)
+
+    queries = torch.full((n,), cell, device=nope.device)
+    queries[-1] = T - cell * (n - 1)
+    pairs = cells(seen[None].float())
+    shown = [cells(part) / pairs for part in parts]
+    limit = max(part.abs().max().item() for part in shown) or 1.0
+
+    half = torch.arange(T // 2, T, device=nope.device)
+    distance = (torch.arange(T, device=nope.device)[:, None] - torch.arange(T, device=nope.device)).float()
+    numbers = {'itself': weights[:, half, half], 'previous': weights[:, half, (half - 1).clamp(min=0)],
+               'first': weights[:, half, 0], 'back': (weights * distance).sum(dim=-1)[:, half]}
+    spreads = [(part[:, half].square().sum(dim=(1, 2)) / seen[half].sum()).sqrt() for part in parts]
+    return {'cells': n, 'cell': cell, 'limit': limit,
+            'weights': pack((cells(weights) / queries[rows]).clamp(min=0).sqrt(), 8),  # roots: small ones are many
+            'nope': pack(shown[0] / limit + 1, 8), 'rope': pack(shown[1] / limit + 1, 8),
+            'numbers': {name: rounded(x.mean(dim=1)) for name, x in numbers.items()},
+            'spread': [rounded(x) for x in spreads]}
+
+
+def speculate(model, ids, h, caches):
+    """Greedy speculative decoding from every place of the text, by extras/decode.py: for the known tokens t_0 .. t_p
+    the D drafts for t_{p+1} .. t_{p+D}, the main model's choices given them, and how many of them it accepts.
+
+    ids (T,), h (1, T, C), caches: of each block (1, S, c + r). -> drafts (T, D), choices (T, D), accepted (T,), with
+    -1 at p = 0, where there is no row to draft from.
+    """
+    T, D = len(ids), len(model.mtp)
+    steps = torch.arange(1 + D, device=ids.device)
+    drafts, choices = (torch.full((T, D), -1, device=ids.device) for _ in range(2))
+    accepted = torch.full((T,), -1, device=ids.device)
+    for places in torch.arange(1, T, device=ids.device).split(16):
+        s = decode.empty_state(model, len(places), T + 1 + D, D)
+        s.tokens[:, :T], s.h[:, :T] = ids, h
+        s.known.copy_(places + 1)  # what the rows hold beyond, is not looked at, or written first
+        for cache, of_text in zip(s.caches, caches):
+            cache[:, :T] = of_text[:, :T]
+        decode.draft(model, s, sampled=False, top_k=None)
+        positions = places.unsqueeze(1) + steps                                        # (B, 1+D)
+        tokens = s.tokens.gather(1, positions)
+        x = decode.run_blocks(model, model.transformer.h, model.transformer.wte(tokens), s.caches, positions)
+        choice = model.lm_head(model.transformer.ln_f(x)).argmax(dim=-1)               # (B, 1+D)
+        drafts[places], choices[places] = tokens[:, 1:], choice[:, :-1]
+        accepted[places] = (tokens[:, 1:] == choice[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+    return drafts, choices, accepted
+
+
+def count_experts(model, windows):
+    """The tokens (U,) in windows (n, T), and of each MoE layer how often each token met each expert: (U, E), and how
+    often it was there: (U,). A module's row i counts for t_{i+k}, the newest token that it has read.
+    """
+    tokens, index = windows.unique(return_inverse=True)
+    E, layers = model.config.n_routed_experts, model.moe_layers()
+    met = [torch.zeros(len(tokens), E, device=windows.device) for _ in layers]
+    there = [torch.zeros(len(tokens), device=windows.device) for _ in layers]
+    for part, at in zip(windows.split(16), index.split(16)):
+        _, _, into = watch(model, part)
+        moe_inputs = [(block.mlp, x) for block, x in zip(model.blocks(), into) if isinstance(block.mlp, MoE)]
+        for i, (moe, x) in enumerate(moe_inputs):
+            _, _, experts = moe.route(x.flatten(0, 1))                                 # (N, K)
+            token = at[:, at.size(1) - x.size(1):].flatten()                           # (N,)
+            met[i].index_put_((token.unsqueeze(1).expand_as(experts), experts), torch.ones(()).to(met[i]), True)
+            there[i].index_add_(0, token, torch.ones_like(token, dtype=torch.float))
+    return tokens, met, there
+
+
+def typical_tokens(met, there, most=8):
+    """Of each expert the tokens that meet it more often than chance explains, [(index of the token, lift, meetings)].
+
+    Chance: the share of all tokens that meet the expert. Lift: the token's own share over that. The order is that of
+    the deviation in standard deviations of chance, of which it takes three.
+    """
+    out = []
+    for e in range(met.size(1)):
+        chance = met[:, e].sum() / there.sum()
+        share = met[:, e] / there.clamp(min=1)
+        sure = (share - chance) * there.sqrt() / (chance * (1 - chance)).sqrt().clamp(min=1e-9)
+        best = [i for i in sure.argsort(descending=True)[:most].tolist() if sure[i] > 3]
+        out.append([(i, round((share[i] / chance).item(), 2), int(met[i, e])) for i in best])
+    return out
+
+
+def moved_by_bias(moe, x, experts):
+    """The share of tokens (N, C) that would meet other experts than these (N, K) without the bias b."""
+    bias = moe.e_score_correction_bias.clone()
+    moe.e_score_correction_bias.zero_()
+    _, _, plain = moe.route(x)
+    moe.e_score_correction_bias.copy_(bias)
+    return (plain.sort(dim=1).values != experts.sort(dim=1).values).any(dim=1).float().mean().item()
+
+
+# the page's numbers
+
+def heads_of(model, states, ids):
+    """Of the main model and each module: for the token that follows each row's newest one the likeliest ones, and the
+    probability and rank of the one that came.
+    """
+    heads = []
+    for k, h in enumerate(states):
+        logits = model.lm_head(h[0]).float()                                           # (T-k, V)
+        if not logits.isfinite().all():
+            stop(f'{out_dir}/ckpt.pt: its logits are not finite')
+        p = logits.softmax(dim=-1)
+        likeliest = p.topk(min(5, p.size(1)), dim=-1)
+        came = p[:-1].gather(1, ids[k + 1:].unsqueeze(1))                              # (T-k-1, 1)
+        rank = (p[:-1] > came).sum(dim=1)
+        heads.append({'name': f'MTP {k}' if k else 'main', 'start': k, 'ids': likeliest.indices.tolist(),
+                      'p': rounded(likeliest.values), 'came': rounded(came.squeeze(1)), 'rank': (rank + 1).tolist(),
+                      'loss': F.cross_entropy(logits[:-1], ids[k + 1:]).item(),
+                      'right': (rank == 0).float().mean().item()})
+    return heads
+
+
+def layers_of(model, attn_inputs, mlp_inputs, counts):
+    """Of each block, the main stack's first: its attention, and where it has them its experts."""
+    names = [(str(i), 0) for i in range(model.config.n_layer)]  # as in the code: transformer.h.0
+    for k, module in enumerate(model.mtp, start=1):
+        names += [(f'MTP {k}' + (f'.{i}' if len(module.h) > 1 else ''), k) for i in range(len(module.h))]
+    T = attn_inputs[0].size(1)
+    side = (math.isqrt(1 + 8 * (map_bytes // (3 * len(names) * model.config.n_head))) - 1) // 2
+    cell = -(-T // max(side, 1))
+    layers, moe_layer = [], 0
+    for block, (name, start), x, y in zip(model.blocks(), names, attn_inputs, mlp_inputs):
+        layer = {'name': name, 'start': start, 'attention': attention_of(*score_parts(model, block.attn, x), cell)}
+        if isinstance(block.mlp, MoE):
+            scores, gates, experts = block.mlp.route(y.flatten(0, 1))                  # (T-k, E), (T-k, K) twice
+            order = gates.argsort(dim=1, descending=True)
+            _, met, there = counts
+            load = met[moe_layer].sum(dim=0)
+            layer['experts'] = {
+                'number': moe_layer, 'scores': pack(scores), 'gates': pack(gates.gather(1, order)),
+                'chosen': pack(experts.gather(1, order), 16), 'bias': rounded(block.mlp.e_score_correction_bias, 6),
+                'load': load.long().tolist(), 'max_vio': (load.max() / load.mean() - 1).item(),
+                'moved': moved_by_bias(block.mlp, y.flatten(0, 1), experts),
+                'typical': typical_tokens(met[moe_layer], there[moe_layer])}
+            moe_layer += 1
+        layers.append(layer)
+    return layers
+
+
+def training_of(path, n_moe_layers, n_experts, most=100):
+    """From log.jsonl the steps, loads and biases, thinned to so many records; None where it has none for this model."""
+    if not os.path.exists(path):
+        return None
+
+    def is_table(x):
+        return type(x) is list and len(x) == n_moe_layers and all(
+            type(row) is list and len(row) == n_experts and all(type(n) in (int, float) for n in row) for row in x)
+
+    records = [r for r in read_log(path)[1] if is_table(r.get('load')) and is_table(r.get('bias'))]
+    if not records:
+        return None
+    every = -(-len(records) // most)
+    records = records[::-1][::every][::-1]  # the last one is among them
+    return {'steps': [r['step'] for r in records],
+            'load': [[[round(n / max(sum(row), 1), 4) for n in row] for row in r['load']] for r in records],
+            'bias': [[[round(b, 4) for b in row] for row in r['bias']] for r in records]}
+
+
+def cache_of(model, dtype):
+    """Bytes per token in the main stack's blocks: of the latent cache, and of keys and values of all heads."""
+    cfg, size = model.config, getattr(torch, dtype).itemsize
+    latent = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    heads = cfg.n_head * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
+    return {'latent': cfg.n_layer * latent * size, 'mha': cfg.n_layer * heads * size, 'dtype': dtype,
+            'layers': cfg.n_layer, 'latent_numbers': latent, 'mha_numbers': heads}
+
+
+@torch.no_grad()
+def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
+    """All that the page shows of the model reading ids, as a table that JSON can hold."""
+    cfg, D = model.config, len(model.mtp)
+    ids = torch.tensor(ids, device=model.lm_head.weight.device)
+    T = min(len(ids), cfg.block_size)
+    width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    caches = [torch.zeros(1, T, width, device=ids.device) for _ in model.blocks()]
+    states, attn_inputs, mlp_inputs = watch(model, ids[None, :T], caches)
+    heads = heads_of(model, states, ids[:T])
+    drafts = None
+    if D > 0:
+        drafted, choices, accepted = speculate(model, ids[:T], states[0], caches)
+        drafts = {'ids': drafted.tolist(), 'choices': choices.tolist(), 'accepted': accepted.tolist()}
+
+    windows = ids[:max(1, min(len(ids), count_tokens) // T) * T].view(-1, T)
+    counts = count_experts(model, windows) if cfg.n_routed_experts > 0 else None
+    layers = layers_of(model, attn_inputs, mlp_inputs, counts)
+    named = {i for head in heads for row in head['ids'] for i in row}
+    named |= {i for row in (drafts['ids'] + drafts['choices'] if drafts else []) for i in row if i >= 0}
+    for layer in layers:
+        for tokens in layer.get('experts', {}).get('typical', []):
+            tokens[:] = [(counts[0][i].item(), lift, times) for i, lift, times in tokens]
+            named |= {i for i, _, _ in tokens}
+    E = cfg.n_routed_experts
+    return {'pieces': pieces_of(tokenizer, ids[:T].tolist()), 'ids': ids[:T].tolist(),
+            'words': {i: pieces_of(tokenizer, [i])[0] for i in sorted(named)}, 'heads': heads, 'drafts': drafts,
+            'layers': layers, 'tokens': len(ids), 'counted': windows.numel(), 'block_size': cfg.block_size,
+            'E': E, 'K': cfg.num_experts_per_tok, 'scoring': cfg.scoring_func, 'scaling': cfg.routed_scaling_factor,
+            'groups': [cfg.n_group, cfg.topk_group], 'cache': cache_of(model, dtype),
+            'training': training_of(log_path, len(model.moe_layers()), E) if E > 0 else None}
+
+
+def page(data, title):
+    """The HTML. Whatever the tokens hold, the JSON is ASCII without a '<', and the script shows it as text alone."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    with open(os.path.join(here, 'assets', 'inside.html'), encoding='utf-8') as f:
+        template = f.read()
+    data = json.dumps(data, allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
+    return template.replace('TITLE', html.escape(visible(title))).replace('"DATA"', data)
+
+
+def main():
+    if not out_dir or not text:
+        stop('--out_dir=DIR names the folder of ckpt.pt, --text=FILE the text to read')
+    if min(count_tokens, map_bytes) <= 0:
+        stop('count_tokens and map_bytes must be positive')
+    path = out or os.path.join(out_dir, 'inside.html')
+    if not path.endswith('.html') or not os.path.isdir(os.path.dirname(path) or '.'):
+        stop(f'out={path} must end in .html, and its folder must be there')
+    device_type_of(device)
+    try:
+        with open(text, encoding='utf-8', newline='') as f:
+            words = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        stop(f'text={text}: {first_line(e)}')
+    try:
+        model, checkpoint = GPT.from_checkpoint(os.path.join(out_dir, 'ckpt.pt'), device)
+        config = checkpoint.get('config') or {}
+        dtype = (config.get('dtype') if type(config) is dict else '') or 'float32'
+        tokenizer = of_checkpoint(out_dir, checkpoint.get('meta') or {}, model.config.vocab_size)
+    except ValueError as e:
+        stop(str(e))
+    except RuntimeError as e:
+        stop(f'the model cannot be loaded: {first_line(e)}')
+    try:
+        ids = tokenizer.begin + tokenizer.encode(words)
+    except ValueError as e:
+        stop(f'text={text}: {e}')
+    least = 2 + len(model.mtp)
+    if len(ids) < least or model.config.block_size < least:
+        stop(f'{text} has {len(ids)} tokens, the context {model.config.block_size}: it takes {least} at least')
+    if max(ids) >= model.config.vocab_size:
+        stop(f'{tokenizer.name} does not fit the model: the text has the token {max(ids)}, the vocabulary '
+             f'{model.config.vocab_size}')
+    model = model.eval().float().to(device)
+    data = look(model, tokenizer, ids, count_tokens, dtype, os.path.join(out_dir, 'log.jsonl'))
+    data |= {'model': os.path.basename(os.path.abspath(out_dir)), 'text': os.path.basename(text),
+             'iteration': checkpoint.get('iter_num'), 'parameters': model.get_num_params(),
+             'active': model.get_num_active_params(), 'tokenizer': tokenizer.name}
+    content = page(data, f'Inside {data["model"]}: {data["text"]}')
+    try:
+        with open(path, 'w', encoding='utf-8', newline='\n') as f:
+            f.write(content)
+    except OSError as e:
+        stop(f'{path} cannot be written: {e.strerror}')
+    T = len(data['ids'])
+    rest = f'; the file has {len(ids)}, the context holds {T}' if len(ids) > T else ''
+    print(f'wrote {path}: {T} tokens{rest}; {len(content) / 1e6:.2f} MB')
+
+
+if __name__ == '__main__':
+    main()
