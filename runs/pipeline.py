@@ -115,6 +115,7 @@ try:
     config = GPTConfig(**{name: globals()[name] for name in fields})
     tokens = open_tokens()
 except ValueError as e:
+    time.sleep(5 * (rank > 0))  # torchrun ends all ranks when one has ended: rank 0 speaks first
     stop(e)
 device_type = device_type_of(device)
 autocast(device_type, dtype)
@@ -135,7 +136,7 @@ class AddLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, loss):
         ctx.save_for_backward(loss)
-        return x.view_as(x)
+        return x.clone()  # no view: torch detaches a stage's output in place
 
     @staticmethod
     def backward(ctx, grad):
@@ -186,11 +187,14 @@ if not last:
 if not first and not last:
     del model.transformer['wte']
 model.to(device).train()
-example = torch.empty(batch_size, block_size, n_embd, device=device)  # what passes between stages
+example = torch.empty(batch_size, block_size, n_embd, device=device, requires_grad=True)  # what passes between stages
 example_tokens = torch.empty(batch_size, block_size, dtype=torch.int64, device=device)
 stages = [Stage(model, [blocks[i] for i in parts[s]], s == 0, s == n_stages - 1) for s in indices]
+# torch divides a stage's backward into the input's gradient and the weights', for weights that are used once. The last
+# stage reads the tied one at several depths: its backward stays whole, and what is left for later is nothing
 pipeline_stages = [PipelineStage(stage, s, n_stages, torch.device(device), output_args=example,
-                                 input_args=example_tokens if s == 0 else example.requires_grad_())
+                                 input_args=example_tokens if s == 0 else example,
+                                 dw_builder=(lambda: lambda: None) if s == n_stages - 1 else None)
                    for stage, s in zip(stages, indices)]
 torch.manual_seed(seed + rank)  # dropout differs from rank to rank
 
@@ -214,7 +218,9 @@ if schedule == 'dualpipev':
     step = ScheduleDualPipeV(pipeline_stages, micro_batches, loss_fn=loss_of, scale_grads=False).step
 else:
     step = Schedule1F1B(pipeline_stages[0], micro_batches, loss_fn=loss_of, scale_grads=False).step
-copies = dist.new_group([0, P - 1]) if schedule == '1f1b' else None  # of the embedding
+copies = None  # the ranks with the embedding, where the last one reads it too
+if schedule == '1f1b' and (tie_word_embeddings or num_nextn_predict_layers > 0):
+    copies = dist.new_group([0, P - 1])
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 
 # -----------------------------------------------------------------------------
@@ -306,7 +312,7 @@ here = {re.sub(r'(?<=^transformer\.h\.)\d+', lambda i: str(layers[int(i[0])]), n
 everywhere = [None] * P if rank == 0 else None
 dist.gather_object(here, everywhere)
 if rank == 0:
-    weights = {name: weight for part in everywhere for name, weight in part.items()}
+    weights = {name: weight for part in reversed(everywhere) for name, weight in part.items()}
     save_checkpoint({'model': weights, 'model_args': dataclasses.asdict(config), 'iter_num': max_iters, 'config': settings,
                      'best_val_loss': math.inf, 'run': run, 'meta': {}}, os.path.join(out_dir, 'ckpt.pt'))
 copies = step = pipeline_stages = None  # they hold the group, and with it gloo's threads
