@@ -9,8 +9,8 @@ With DualPipeV (github.com/deepseek-ai/DualPipe) P ranks hold 2P stages: rank r 
 has the first and the last, with the embedding, the head, and the MTP modules, which share both (V3 section 3.2.3).
 With 1F1B rank r has stage r of P; then the first and the last rank hold copies of the embedding.
 
-The run is train.py's on one process: the same flags, batches, rates and losses. It neither evaluates nor resumes; at the
-end rank 0 writes all weights to out_dir/ckpt.pt.
+The run is train.py's on one process: the same flags, batches, rates and losses. It neither evaluates nor resumes; at
+the end rank 0 writes all weights to out_dir/ckpt.pt.
 """
 
 import signal
@@ -72,6 +72,7 @@ dtype = 'float32'  # or 'bfloat16'
 # in train.py's configs, and without a meaning here
 eval_interval = eval_iters = log_interval = 1
 wandb_project = wandb_run_name = ''
+compile = False  # torch divides no compiled backward into the input's and the weights'
 # -----------------------------------------------------------------------------
 settings = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
 exec(open(os.path.join(root, 'configurator.py')).read())  # from the command line, config files
@@ -86,11 +87,12 @@ n_stages = 2 * P if schedule == 'dualpipev' else P
 
 def check_settings():
     if P < 2:
-        raise ValueError('a pipeline needs two ranks or more: torchrun --standalone --nproc_per_node=2 runs/pipeline.py')
+        raise ValueError('a pipeline needs two ranks or more: torchrun --standalone --nproc_per_node=2 '
+                         'runs/pipeline.py')
     if schedule not in ('dualpipev', '1f1b'):
         raise ValueError(f"schedule={schedule!r} must be 'dualpipev' or '1f1b'")
-    if min(batch_size, max_iters + 1) < 1 or not 0 <= dropout < 1:
-        raise ValueError('batch_size must be positive, max_iters not negative, and dropout lie in [0, 1)')
+    if batch_size < 1 or max_iters < 0:
+        raise ValueError('batch_size must be positive, and max_iters not negative')
     for name, there in (('gradient_accumulation_steps', micro_batches), ('n_layer', n_layer)):
         if there < n_stages:
             fewer = f', or --schedule=1f1b with {P}' if schedule == 'dualpipev' and there >= P else ''
@@ -229,8 +231,10 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 
 def get_batch(it):
     """An iteration's micro-batches, train.py's on one process, one after the other: x, y (micro_batches * B, T)."""
-    starts = np.concatenate([np.random.default_rng((seed, 0, 0, number)).integers(len(tokens) - block_size, size=batch_size)
-                             for number in range(it * micro_batches, (it + 1) * micro_batches)])
+    numbers = range(it * micro_batches, (it + 1) * micro_batches)
+    starts = np.concatenate([
+        np.random.default_rng((seed, 0, 0, number)).integers(len(tokens) - block_size, size=batch_size)
+        for number in numbers])
     rows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)).to(device)
     return rows[:, :-1], rows[:, 1:]
 
@@ -271,7 +275,8 @@ if rank == 0:
         fault = str(e)
 if all_reduce(torch.tensor(float(fault != ''), device=device)) > 0:
     stop(fault)
-print(f'rank {rank}: stages {indices}, layers {layers}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters')
+millions = sum(p.numel() for p in model.parameters()) / 1e6
+print(f'rank {rank}: stages {indices}, layers {layers}, {millions:.2f}M parameters')
 
 for iter_num in range(max_iters):
     t0 = time.time()
@@ -313,7 +318,8 @@ everywhere = [None] * P if rank == 0 else None
 dist.gather_object(here, everywhere)
 if rank == 0:
     weights = {name: weight for part in reversed(everywhere) for name, weight in part.items()}
-    save_checkpoint({'model': weights, 'model_args': dataclasses.asdict(config), 'iter_num': max_iters, 'config': settings,
-                     'best_val_loss': math.inf, 'run': run, 'meta': {}}, os.path.join(out_dir, 'ckpt.pt'))
+    save_checkpoint({'model': weights, 'model_args': dataclasses.asdict(config), 'iter_num': max_iters,
+                     'best_val_loss': math.inf, 'config': settings, 'run': run, 'meta': {}},
+                    os.path.join(out_dir, 'ckpt.pt'))
 copies = step = pipeline_stages = None  # they hold the group, and with it gloo's threads
 disconnect()
