@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import runpy
 import sys
 import time
@@ -586,10 +585,11 @@ TABLES = {'models': models_table, 'memory': memory_table, 'wire': wire_table, 'c
 def filled(text):
     """A page whose tables, each between its two comments, are those of this file."""
     for name, build in TABLES.items():
-        text, found = re.subn(rf'(?<=<!-- {name} -->\n).*?(?=<!-- end -->)', build() + '\n',
-                              text, flags=re.S)
-        if found != 1:
-            raise SystemExit(f'the page must have one place for the table {name!r}')
+        before, mark, rest = text.partition(f'<!-- {name} -->\n')
+        _, end, after = rest.partition('<!-- end -->')
+        if not end:
+            raise SystemExit(f'the page has no place for the table {name!r}')
+        text = before + mark + build() + '\n' + end + after
     return text
 
 
