@@ -79,6 +79,16 @@ def sizes(gpt):
     return blocks - experts, experts, gpt.get_num_params(non_embedding=False) - blocks
 
 
+@lru_cache
+def moe_layers(gpt):
+    return len(gpt.moe_layers())
+
+
+@lru_cache
+def flops_per_token(gpt):
+    return gpt.flops_per_token()
+
+
 # -----------------------------------------------------------------------------
 # memory per rank, in bytes
 
@@ -224,12 +234,14 @@ def expert_copies(gpt, ep):
 
 def expert_bytes(gpt, tokens, copies, size=2, passes=4):
     """A micro-batch's tokens to their experts and back, forward and backward: 4 passes, 6 with recomputation."""
-    return len(gpt.moe_layers()) * passes * tokens * copies * gpt.config.n_embd * size
+    return moe_layers(gpt) * passes * tokens * copies * gpt.config.n_embd * size
 
 
-def pipeline_bytes(gpt, tokens, size=4):
-    """A micro-batch's states and their gradients, from both stages of a rank amid the pipeline."""
-    return 2 * 2 * tokens * gpt.config.n_embd * size
+def pipeline_bytes(gpt, tokens, P, size=4):
+    """A micro-batch's states and their gradients pass 2P - 1 places between stages, one of which lies within a rank.
+    -> a rank's share of all
+    """
+    return 2 * (2 * P - 2) / P * tokens * gpt.config.n_embd * size
 
 
 def wire(gpt, W, layout, sequences, micro_batches, recompute=False):
@@ -264,7 +276,7 @@ def wire(gpt, W, layout, sequences, micro_batches, recompute=False):
                      for copies in expert_copies(gpt, layout.ep))
         add('experts', near, max(near / NVLINK, far / NETWORK))
     if layout.pp > 1:
-        sent = micro_batches * pipeline_bytes(gpt, tokens)
+        sent = micro_batches * pipeline_bytes(gpt, tokens, layout.pp)
         add('pipeline', sent, sent / NETWORK)
     return found
 
@@ -390,7 +402,7 @@ def fullest(gpt, pp):
     if pp == 1:
         return 1
     heads = (1 + len(gpt.mtp)) * gpt.lm_head.weight.numel()
-    blocks = gpt.flops_per_token() / 6 - heads
+    blocks = flops_per_token(gpt) / 6 - heads
     mine = heads + blocks * len([block for module in gpt.mtp for block in module.h]) / len(gpt.blocks())
     return max(1, mine * pp / (heads + blocks))
 
@@ -400,14 +412,14 @@ def predict(model, W, layout, sequences, recompute):
     gpt, D = model.gpt, W // layout.pp
     micro_batches = model.sequences // (D * sequences)
     tokens = sequences * gpt.config.block_size
-    flops = gpt.flops_per_token() * tokens / layout.pp
+    flops = flops_per_token(gpt) * tokens / layout.pp
     plain = flops / (PEAK * model.efficiency)                          # a micro-batch on a rank
     work = plain * (4 / 3 if recompute else 1) * fullest(gpt, layout.pp)
     took = {what: seconds for what, (_, seconds) in wire(gpt, W, layout, sequences, micro_batches, recompute).items()}
     step = micro_batches * work
     if layout.pp > 1:
         forward = plain / 6                                            # of one of the rank's two stages
-        send = round(took['pipeline'] / (4 * micro_batches) / forward, 2)
+        send = round(4 * tokens * gpt.config.n_embd / NETWORK / forward, 2)
         step += bubble(layout.pp, micro_batches, recompute, send) * forward
         step += max(0, took.get('experts', 0) - micro_batches * work)
     else:
@@ -463,7 +475,7 @@ def models_table():
     for name, (gpt, sequences, _) in shown.items():
         whole, T = gpt.get_num_params(non_embedding=False), gpt.config.block_size
         rows.append([name, f'{whole / 1e9:.2f}B', f'{active(gpt) / 1e9:.2f}B',
-                     f'{gpt.flops_per_token() / 1e9:.1f}', f'{sequences:,} x {T:,}', GB(states(gpt, 1, Layout())),
+                     f'{flops_per_token(gpt) / 1e9:.1f}', f'{sequences:,} x {T:,}', GB(states(gpt, 1, Layout())),
                      *(GB(activations(gpt, 1, recompute)) for recompute in (False, True))])
     return table(['model', 'parameters', 'of which a token uses', 'GFLOP per token', 'tokens of a step',
                   'states, GB', 'activations of a sequence, GB', 'with recomputation, GB'], rows)
@@ -515,7 +527,7 @@ def v3_table():
     T = model.gpt.config.block_size
 
     def row(words, speed, used):
-        mfu = speed * model.gpt.flops_per_token() / PEAK
+        mfu = speed * flops_per_token(model.gpt) / PEAK
         return [words, f'{speed:,.0f}', f'{1e12 / speed / 3600e3:,.0f}', f'{mfu:.0%}', used]
 
     rows = [row('published', 1e12 / (180e3 * 3600), 'fits in 80')]
@@ -601,12 +613,12 @@ def draw(path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     times = json.load(open(TIMES))
-    each = [times[kind] * 1000 for kind in 'FIW']
+    each = [times[kind] for kind in 'FIW']
     P, M = 4, 10
     panels = [('1F1B', constant(*(2 * t for t in each)), '1F1B, a stage of two blocks on each rank'),
               ('ZB-V', constant(*each), 'ZB-V, two stages of a block on each rank'),
               ('DualPipeV', constant(*each), 'DualPipeV, the same; what overlaps is drawn one after the other'),
-              ('DualPipeV', lambda kind, stage: 1000 * main_run_stages(P)(kind, stage),
+              ('DualPipeV', main_run_stages(P),
                'DualPipeV, the whole main run: the last stage, on rank 0, has four MTP blocks and three heads more')]
     colours = {'F': ('#9ecae1', '#4292c6'), 'I': ('#fdd0a2', '#fd8d3c'), 'B': ('#fdd0a2', '#fd8d3c'),
                'W': ('#c7e9c0', '#74c476')}
@@ -619,10 +631,10 @@ def draw(path):
                     linewidth=0.4)
             if end - start > step / 90:
                 ax.text((start + end) / 2, rank, m, ha='center', va='center', fontsize=6)
-        ax.set(title=f'{title}: {step:,.0f} ms, of which a rank works {work:,.0f}', yticks=range(P),
+        ax.set(title=f'{title}: {step:.1f} s, of which a rank works {work:.1f}', yticks=range(P),
                ylim=(P - 0.5, -0.5), xlim=(0, step), ylabel='rank')
         ax.title.set_fontsize(10)
-    axes[-1].set_xlabel('ms')
+    axes[-1].set_xlabel('seconds')
     names = {'F': 'forward', 'B': "input's backward, or whole", 'W': "weights' backward"}
     marks = [plt.Rectangle((0, 0), 1, 1, color=colours[kind][half]) for kind in names for half in (0, 1)]
     labels = [f'{names[kind]}, stage {"P to 2P-1" if half else "0 to P-1"}' for kind in names for half in (0, 1)]
