@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / 'runs'))
