@@ -3,7 +3,7 @@ Pipeline parallelism: the layers are divided among the ranks, by torch.distribut
 
     python data/shakespeare_char/prepare.py
     torchrun --standalone --nproc_per_node=2 runs/pipeline.py                   # or 4: small sizes, on CPUs over gloo
-    torchrun --standalone --nproc_per_node=2 runs/pipeline.py config/train_deepseek.py    # GPUs where there are some
+    torchrun --standalone --nproc_per_node=2 runs/pipeline.py config/train_deepseek.py    # on GPUs where there are some
 
 With DualPipeV (github.com/deepseek-ai/DualPipe) P ranks hold 2P stages: rank r has the stages r and 2P-1-r. So rank 0
 has the first and the last, with the embedding, the head, and the MTP modules, which share both (V3 section 3.2.3).
@@ -21,9 +21,11 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,10 +34,10 @@ import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 
-root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, root)
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
 from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, stop
-from model import GPT, GPTConfig, open_log, save_checkpoint
+from model import GPT, GPTConfig, first_line, open_log, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig
@@ -45,7 +47,7 @@ n_layer = 8
 n_head = 4
 n_embd = 64
 block_size = 64
-vocab_size = 65  # that of shakespeare_char
+vocab_size = 0  # 0: from the data's meta.pkl, else GPT-2's 50,304
 num_nextn_predict_layers = 1
 # the pipeline
 schedule = 'dualpipev'  # or '1f1b', for fewer micro-batches or layers: P of each suffice, DualPipeV needs 2P
@@ -75,8 +77,8 @@ wandb_project = wandb_run_name = ''
 compile = False  # torch divides no compiled backward into the input's and the weights'
 # -----------------------------------------------------------------------------
 settings = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
-exec(open(os.path.join(root, 'configurator.py')).read())  # from the command line, config files
-settings = {k: globals()[k] for k in settings if k != 'root'}
+exec(open(root / 'configurator.py').read())  # from the command line, config files
+settings = {k: globals()[k] for k in settings}
 rank, P = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 micro_batches = gradient_accumulation_steps
 n_stages = 2 * P if schedule == 'dualpipev' else P
@@ -98,23 +100,42 @@ def check_settings():
             fewer = f', or --schedule=1f1b with {P}' if schedule == 'dualpipev' and there >= P else ''
             raise ValueError(f'{name}={there}: {P} ranks with schedule={schedule!r} are {n_stages} stages, and need '
                              f'{n_stages} or more{fewer}')
-    if vocab_size > 65536:
-        raise ValueError(f'vocab_size={vocab_size}: only files of 16-bit tokens are read here')
+
+
+class PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
+
+
+def load_meta(path):
+    try:
+        with open(path, 'rb') as f:
+            return dict(PlainUnpickler(f).load())
+    except FileNotFoundError:
+        return {}
+    except Exception as e:  # an unpickler meets damage in many ways
+        raise ValueError(f'{path} cannot be used: {first_line(e)}: run prepare.py again') from None
 
 
 def open_tokens():
-    path = os.path.join(root, 'data', dataset, 'train.bin')
-    if not os.path.isfile(path):
+    path = data_dir / 'train.bin'
+    if not path.is_file():
         raise ValueError(f'{path} is missing: run python data/{dataset}/prepare.py first')
-    tokens = np.memmap(path, dtype=np.uint16, mode='r')
-    if len(tokens) <= block_size + 1 or tokens.max() >= vocab_size:
-        raise ValueError(f'{path} must hold more than {block_size + 1} tokens, all below vocab_size={vocab_size}')
+    if (data_dir / 'train_mask.bin').exists():
+        raise ValueError(f'{data_dir} has a mask of its targets, which is not read here')
+    tokens = np.memmap(path, dtype=meta.get('dtype', 'uint16'), mode='r')
+    if len(tokens) <= block_size + 1 or tokens.max() >= config.vocab_size:
+        raise ValueError(f'{path} must hold more than {block_size + 1} tokens, all below '
+                         f'vocab_size={config.vocab_size}')
     return tokens
 
 
 try:
     check_settings()
-    config = GPTConfig(**{name: globals()[name] for name in fields})
+    data_dir = root / 'data' / dataset
+    meta = load_meta(data_dir / 'meta.pkl')
+    sizes = {name: globals()[name] for name in fields}
+    config = GPTConfig(**sizes | {'vocab_size': vocab_size or meta.get('vocab_size', 50304)})
     tokens = open_tokens()
 except ValueError as e:
     time.sleep(5 * (rank > 0))  # torchrun ends all ranks when one has ended: rank 0 speaks first
@@ -231,10 +252,11 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 
 def get_batch(it):
     """An iteration's micro-batches, train.py's on one process, one after the other: x, y (micro_batches * B, T)."""
+    row = meta.get('row_length', 1)
+    n = (len(tokens) - block_size - 1) // row + 1
     numbers = range(it * micro_batches, (it + 1) * micro_batches)
-    starts = np.concatenate([
-        np.random.default_rng((seed, 0, 0, number)).integers(len(tokens) - block_size, size=batch_size)
-        for number in numbers])
+    starts = row * np.concatenate([np.random.default_rng((seed, 0, 0, number)).integers(n, size=batch_size)
+                                   for number in numbers])
     rows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)).to(device)
     return rows[:, :-1], rows[:, 1:]
 
@@ -270,7 +292,7 @@ fault = ''
 if rank == 0:
     try:
         log = open_log(os.path.join(out_dir, 'log.jsonl'), {'config': settings, 'run': run, 'world_size': P,
-                       'model_args': dataclasses.asdict(config)}, os.path.join(root, 'data', dataset))
+                       'model_args': dataclasses.asdict(config)}, data_dir)
     except ValueError as e:
         fault = str(e)
 if all_reduce(torch.tensor(float(fault != ''), device=device)) > 0:
@@ -319,7 +341,7 @@ dist.gather_object(here, everywhere)
 if rank == 0:
     weights = {name: weight for part in reversed(everywhere) for name, weight in part.items()}
     save_checkpoint({'model': weights, 'model_args': dataclasses.asdict(config), 'iter_num': max_iters,
-                     'best_val_loss': math.inf, 'config': settings, 'run': run, 'meta': {}},
+                     'best_val_loss': math.inf, 'config': settings, 'run': run, 'meta': meta},
                     os.path.join(out_dir, 'ckpt.pt'))
 copies = step = pipeline_stages = None  # they hold the group, and with it gloo's threads
 disconnect()

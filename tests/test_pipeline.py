@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import load, log, losses, run_inside, torchrun, train
 
-FLAGS = ['--vocab_size=40', '--n_layer=5', '--num_nextn_predict_layers=2', '--mtp_n_layer=1', '--batch_size=2',
+FLAGS = ['--n_layer=5', '--num_nextn_predict_layers=2', '--mtp_n_layer=1', '--batch_size=2',
          '--gradient_accumulation_steps=5', '--max_iters=20', '--lr_decay_iters=20', '--warmup_iters=5',
          '--eval_interval=20', '--eval_iters=1', '--log_interval=1', '--min_lr=1e-4', '--grad_clip=0.5',
          '--aux_loss_alpha=0.1']
