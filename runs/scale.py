@@ -374,13 +374,13 @@ BUBBLES = {'1F1B': lambda P, F, I, W: (P - 1) * (F + I + W),                    
 
 
 @lru_cache
-def bubble(P, M, recompute, send):
-    """Of DualPipeV in parts of a stage's forward, with F = I = W (I computes F again), and a message of `send` parts.
-    Each micro-batch more adds the same, so two short simulations give the rest.
+def bubble(P, recompute, send):
+    """Of DualPipeV with 2P micro-batches, and what each one more adds; in parts of a stage's forward, with F = I = W (I
+    computes F again where recompute), and a message of `send` parts.
     """
     times = (1, 2 if recompute else 1, 1)
     few, more = (simulate('DualPipeV', P, m, constant(*times), send)[0] - 2 * m * sum(times) for m in (2 * P, 4 * P))
-    return few + (M - 2 * P) * (more - few) / (2 * P)
+    return few, (more - few) / (2 * P)
 
 
 # -----------------------------------------------------------------------------
@@ -420,7 +420,8 @@ def predict(model, W, layout, sequences, recompute):
     if layout.pp > 1:
         forward = plain / 6                                            # of one of the rank's two stages
         send = round(4 * tokens * gpt.config.n_embd / NETWORK / forward, 2)
-        step += bubble(layout.pp, micro_batches, recompute, send) * forward
+        few, each = bubble(layout.pp, recompute, send)
+        step += (few + (micro_batches - 2 * layout.pp) * each) * forward
         step += max(0, took.get('experts', 0) - micro_batches * work)
     else:
         step += took.get('experts', 0)
