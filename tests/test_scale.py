@@ -15,7 +15,7 @@ from scale import Layout
 
 from model import GPTConfig
 
-SETTINGS = dict(block_size=64, vocab_size=512, n_layer=4, n_head=4, n_embd=128, n_routed_experts=8,
+SETTINGS = dict(block_size=64, vocab_size=2048, n_layer=4, n_head=4, n_embd=128, n_routed_experts=8,
                 num_experts_per_tok=4, num_nextn_predict_layers=1)
 can_unshare = subprocess.run(['unshare', '-rn', 'ip', 'link', 'set', 'lo', 'up'], capture_output=True).returncode == 0 \
     if sys.platform == 'linux' else False
@@ -93,13 +93,13 @@ def test_an_expert_rank_holds_its_share():
 @pytest.mark.parametrize('dense', [False, True])
 def test_activations_are_those_of_a_real_block(dense):
     """And grow with the sequence as memory does that no two tokens share."""
-    config = GPTConfig(**TINY | {'block_size': 256})
+    config = GPTConfig(**TINY | {'block_size': 256, 'n_embd': 128})
     assert scale.saved_bytes(config, dense, fake=False) == scale.saved_bytes(config, dense)
-    longer = scale.saved_bytes(GPTConfig(**TINY | {'block_size': 512}), dense)
-    assert longer == pytest.approx(2 * scale.saved_bytes(config, dense), rel=0.05)
+    longer = scale.saved_bytes(GPTConfig(**TINY | {'block_size': 512, 'n_embd': 128}), dense)
+    assert longer == pytest.approx(2 * scale.saved_bytes(config, dense), rel=0.02)
     # at least the residual stream, q, k, v and the attention's output, and what the experts or the FFN multiply with
     width = config.num_experts_per_tok * config.moe_intermediate_size if not dense else config.intermediate_size
-    assert scale.saved_bytes(config, dense) > 256 * (4 * 32 + 4 * 2 * 32 + 3 * 2 * width)
+    assert scale.saved_bytes(config, dense) > 256 * (4 * 128 + 4 * 2 * 128 + 3 * 2 * width)
 
 
 def test_the_main_runs_peak_is_near_that_of_torchs_allocator():
@@ -132,10 +132,9 @@ def test_a_simulated_step_keeps_the_order_of_stages():
     _, spans = scale.simulate('DualPipeV', P, M, scale.constant(1, 1.5, 0.5), send)
     at = {(kind, stage, m): (start, end) for _, kind, stage, m, start, end in spans}
     assert len([kind for kind, *_ in at if kind == 'F']) == 2 * P * M
-    for m in range(M):
-        for stage in range(1, 2 * P):
-            gap = at['F', stage, m][0] - at['F', stage - 1, m][1]
-            assert gap >= (-1e-9 if stage == P else send - 1e-9)  # stages P - 1 and P lie on one rank
+    for stage in range(1, 2 * P):
+        gap = min(at['F', stage, m][0] - at['F', stage - 1, m][1] for m in range(M))
+        assert gap == pytest.approx(0 if stage == P else send)  # stages P - 1 and P lie on one rank
 
 
 def test_the_plan_fits_and_links_matter(monkeypatch):
