@@ -649,13 +649,13 @@ def parts(spans, seconds):
 
 
 def measure():
-    """Seconds of a main run's block and of one head, 1 x 1,024 tokens, fp32, on this CPU: the fastest of eight each."""
+    """Seconds of a main run's block and of one head, 1 x 1,024 tokens, fp32, on this CPU: the fastest of 25 each."""
     gpt = GPT(MODELS['main run'].gpt.config)
     block = gpt.transformer.h[0].train()
     x = torch.randn(1, gpt.config.block_size, gpt.config.n_embd, requires_grad=True)
     labels = torch.randint(gpt.config.vocab_size, x.shape[:2])
     rounds = []
-    for _ in range(8):
+    for _ in range(25):
         marks = [time.perf_counter()]
         y, _ = block(x, gpt.rope_cos, gpt.rope_sin)
         marks.append(time.perf_counter())

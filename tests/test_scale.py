@@ -54,16 +54,16 @@ def test_states_and_traffic_are_what_torch_and_the_kernel_count(world):
     n = in_blocks + outside
     sent, states = found['ddp']
     assert states == scale.states(gpt, world, Layout())
-    assert sent == pytest.approx(scale.ddp_bytes(n, world), rel=0.01)
+    assert sent == pytest.approx(scale.ddp_bytes(n, world), rel=0.02)
     gloo = scale.reduce_scatter(4 * n, world)  # its reduce-scatter sends twice a ring's bytes
     sent, states = found['fsdp']
     assert states == pytest.approx(scale.states(gpt, world, Layout(shard=world)), rel=0.01)
-    assert sent == pytest.approx(scale.fsdp_bytes(in_blocks, outside, world, 1) + gloo, rel=0.01)
+    assert sent == pytest.approx(scale.fsdp_bytes(in_blocks, outside, world, 1) + gloo, rel=0.02)
     if world == 4:
         sent, states = found['hsdp']
         want = scale.fsdp_bytes(in_blocks, outside, 2, 1) + scale.ddp_bytes(n / 2, 2)
         assert states == pytest.approx(scale.states(gpt, 4, Layout(shard=2)), rel=0.01)
-        assert sent == pytest.approx(want + scale.reduce_scatter(4 * n, 2), rel=0.01)
+        assert sent == pytest.approx(want + scale.reduce_scatter(4 * n, 2), rel=0.02)
     one_layer = scale.without_memory(**SETTINGS | dict(n_layer=1, num_nextn_predict_layers=0))
     copies, _ = scale.expert_copies(one_layer, world)
     assert found['experts'] == pytest.approx(scale.expert_bytes(one_layer, SETTINGS['block_size'], copies), rel=0.03)
