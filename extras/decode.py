@@ -92,12 +92,13 @@ class Decoder:
             s = self.state(len(rows), min(max(map(len, contexts)) + max_new_tokens, block_size + 1), D)
             kind = D, temperature > 0, top_k
             begin(model, s, contexts, max_new_tokens, temperature, stop_token, *kind)
-            places = torch.arange(len(rows))                                  # which row each of the state's is
 
             def collect(s, places):
                 counts[places] = s.counts.cpu()
-                for i, tokens, known in zip(places.tolist(), s.tokens.tolist(), s.known.tolist()):
+                for i, tokens, known in zip(places, s.tokens.tolist(), s.known.tolist()):
                     rows[i] += tokens[len(contexts[i]):known]
+
+            places = [*range(len(rows))]  # which row each of the state's is
 
             # a look at the rows: not before one may be done, and with a stop token, which may come at any time, often
             left = min(max_new_tokens, block_size + 1 - min(map(len, contexts))) - 1
@@ -105,11 +106,13 @@ class Decoder:
                 fewest = -(-left // (1 + D))
                 for _ in range(fewest if stop_token is None else min(fewest, self.steps_between_looks)):
                     self.take_step(s, *kind)
-                remaining = (s.end - s.known).masked_fill(s.done, 0)
-                left, done = torch.stack((remaining.max(), s.done.sum())).tolist()
-                if left > 0 and 4 * done >= len(places) and not self.compile:  # a compiled step has one size
-                    collect(take_rows(s, s.done), places[s.done.cpu()])
-                    s, places = take_rows(s, ~s.done), places[~s.done.cpu()]
+                remaining = (s.end - s.known).masked_fill(s.done, 0).tolist()
+                left = max(remaining)
+                done = [i for i, n in enumerate(remaining) if n == 0]
+                going = [i for i, n in enumerate(remaining) if n > 0]
+                if going and len(done) >= len(going) / 3 and not self.compile:  # a compiled step has one size
+                    collect(take_rows(s, done), [places[i] for i in done])
+                    s, places = take_rows(s, going), [places[i] for i in going]
             collect(s, places)
         full = [(row, left) for row, prompt in zip(rows, prompts)
                 if (left := len(prompt) + max_new_tokens - len(row)) > 0 and row[-1] != stop_token]
@@ -182,10 +185,11 @@ def empty_state(model, B, S, D):
                  zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
 
 
-def take_rows(s, which):
-    """The State of some rows: which (B,), bool"""
-    return State(*([cache[which] for cache in x] if isinstance(x, list) else x[which] if x.dim() > 0 else x
-                   for x in s))
+def take_rows(s, rows):
+    """The State of some of the rows."""
+    rows = torch.tensor(rows).to(s.known.device)
+    return s._replace(caches=[cache[rows] for cache in s.caches],
+                      **{name: x[rows] for name, x in s._asdict().items() if name != 'caches' and x.dim() > 0})
 
 
 def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled, top_k):
