@@ -429,8 +429,13 @@ class GPT(nn.Module):
         if not self.training:
             return None, self.loss_of_heads([h], [targets], [1.0])[0]
 
+        return None, self.training_loss(h, routing, idx, targets, mtp_lambda)
+
+    def training_loss(self, h, routing, idx, targets, mtp_lambda=None):
+        """The loss to minimise, from main_stack()'s state h (B, T, C) and routing; fills `stats`: see forward()."""
         # Module k sees t_{i+k} at position i and predicts t_{i+k+1}. The sequence keeps its length T; its last k
         # positions have no label, nor has any with a missing target (-1) or the end of a document in between.
+        T = idx.size(1)
         states, labels = [h], [targets]
         token, label = idx, targets
         for k, module in enumerate(self.mtp, start=1):
@@ -450,7 +455,7 @@ class GPT(nn.Module):
             balance = torch.stack([balance for balance, _ in routing])      # (MoE layers,)
             loss = loss + self.config.aux_loss_alpha * balance.sum()
             self.stats |= {'balance': balance.detach().mean(), 'load': torch.stack([load for _, load in routing])}
-        return None, loss
+        return loss
 
     def loss_of_heads(self, states, labels, weights):
         """States (B, T, C), each through the shared head against its labels (B, T; -1: none): the weighted sum of their

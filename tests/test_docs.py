@@ -50,7 +50,7 @@ def test_files_are_there(path):
 @page
 def test_flags_are_there(path):
     """As a setting of a script, a field of GPTConfig, or an argument of argparse."""
-    source = '\n'.join(file.read_text() for folder in ('.', 'data', 'data/openwebtext', 'data/arithmetic')
+    source = '\n'.join(file.read_text() for folder in ('.', 'runs', 'data', 'data/openwebtext', 'data/arithmetic')
                        for file in (ROOT / folder).glob('*.py'))
     flags = set(re.findall(r'--([a-z]\w*)=', path.read_text())) - TORCHRUNS - {'key'}
     for flag in flags:
