@@ -361,11 +361,15 @@ class GPT(nn.Module):
         self.rows_fn = self.plain_rows_fn = cross_entropy_rows  # compile() replaces the first, extras/kernels.py both
 
         for name, p in self.named_parameters():
-            if p.dim() >= 2:
-                residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'experts_down'))
-                nn.init.normal_(p, std=config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1))
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
+            self.initialise(name, p)
+
+    def initialise(self, name, p):
+        if p.dim() >= 2:
+            residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'experts_down'))
+            std = self.config.initializer_range / (math.sqrt(2 * self.config.n_layer) if residual else 1)
+            nn.init.normal_(p, std=std)
+        else:
+            nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
 
     def blocks(self):
         """Every block, the main stack's first, then each MTP module's."""

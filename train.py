@@ -15,6 +15,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop has its own handl
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import importlib
 import json
 import math
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 import torch._functorch.config
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import GPT, GPTConfig, first_line, is_of_run, open_log, save_checkpoint
@@ -85,6 +88,8 @@ fp8_scaling = 'tile'  # or 'row' or 'tensor': what shares a scale
 fp8_grad = 'e4m3'  # or 'e5m2': the format of the gradients
 fp8_power_of_two = False  # scales that are powers of two
 bf16_moments = False  # AdamW's moments in bfloat16, as V3 keeps them; needs extras/optim.py
+recompute = False  # keep a block's input alone for the backward, which computes the rest again
+shard = ''  # 'True': FSDP2 over all ranks; '4': over groups of four, each with the whole; needs extras/parallel.py
 activation_memory = 1.0  # with compile: share of a block's activations that is kept; the backward recomputes the rest
 # -----------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -98,6 +103,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 ddp = 'RANK' in os.environ
 rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 master = rank == 0
+sharded = shard not in ('', 'False')
 hosts = None  # a gloo group for small messages between CPUs: see most()
 
 
@@ -111,10 +117,13 @@ def stop(message, every_rank=False):
 
 def disconnect(failed=False):
     """Leave the process groups. gloo's threads must end before Python does, or they may abort it (pytorch#190489), and
-    they end when nothing holds their groups: neither DDP's module nor `hosts`.
+    they end when nothing holds their groups: neither DDP's module nor shards nor `hosts`.
     """
-    global model, hosts
+    global model, raw_model, optimizer, hosts
     group, model, hosts = hosts, None, None
+    if sharded:  # every tensor of theirs knows its group
+        raw_model = optimizer = None
+        gc.collect()
     if not dist.is_initialized():
         return
     if failed and dist.get_backend() == 'nccl':  # it would wait for ranks that may not come
@@ -130,6 +139,7 @@ RANGES = [  # settings, the values that they may have, and these in words
      lambda x: 0 <= x < math.inf, 'be finite and not negative'),
     ('beta1 beta2', lambda x: 0 <= x < 1, 'lie in [0, 1)'),
     ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
+    ('shard', lambda x: x in ('', 'False', 'True') or x.isdecimal() and int(x) > 0, "be 'True', or a number of ranks"),
     ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
     ('optimizer', lambda x: x in ('adamw', 'muon'), "be 'adamw' or 'muon'"),
     ('dtype', lambda x: x in ('', 'float32', 'bfloat16', 'float16'), "be 'float32', 'bfloat16' or 'float16'"),
@@ -161,6 +171,12 @@ def check_settings():
         raise ValueError(f'out_dir={out_dir!r} must not be the folder that the run begins with, init_from')
     if bf16_moments and (optimizer != 'adamw' or dtype == 'float16'):
         raise ValueError("bf16_moments=True is AdamW's, and not for dtype='float16'")
+    if sharded:
+        if not ddp:
+            raise ValueError(f'shard={shard} needs several ranks: start them with torchrun')
+        if fp8:
+            raise ValueError(f'shard={shard} does not go with fp8=True')
+        parallel.group_size(shard, world)
     if decay_lr and warmup_iters > lr_decay_iters and master:
         print(f'note: the rate rises until warmup_iters={warmup_iters} and then falls to min_lr at once, because '
               f'lr_decay_iters={lr_decay_iters} is before that')
@@ -239,12 +255,15 @@ def best_dtype(device_type):
 
 
 try:
+    parallel = beside('extras/parallel.py', f'shard={shard}') if sharded else None
     check_settings()
     device, run = connect()
     device_type = torch.device(device).type
     dtype = config['dtype'] = dtype or best_dtype(device_type)
     if dtype == 'float16' and device_type != 'cuda':
         raise ValueError("dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
+    if dtype == 'float16' and sharded:
+        raise ValueError(f"shard={shard} does not go with dtype='float16': use float32")
 except ValueError as e:
     stop(e)
 accumulation = gradient_accumulation_steps // world
@@ -348,10 +367,15 @@ last_path, best_path = (os.path.join(out_dir, name) for name in
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 
 
+# sharded, no rank ever holds the whole model
+on_meta = torch.device('meta') if sharded else contextlib.nullcontext()
+
+
 def new_model():
     args = {name: config[name] for name in fields}
     args['vocab_size'] = vocab_size or meta.get('vocab_size', 50304)
-    return GPT(GPTConfig(**args))
+    with on_meta:
+        return GPT(GPTConfig(**args))
 
 
 # what a run may change of a checkpoint's config: the first by every flag, the others by a flag that is not the default
@@ -373,7 +397,8 @@ def resumed_model():
     other = os.path.join(out_dir, 'ckpt_last.pt' if always_save_checkpoint else 'ckpt_best.pt')
     if os.path.exists(other):
         raise ValueError(f'{other} is of a run with always_save_checkpoint={not always_save_checkpoint}: resume it so')
-    model, checkpoint = GPT.from_checkpoint(path, device, **overrides())
+    with on_meta:  # and then the weights stay in the file: each rank reads its own part of them
+        model, checkpoint = GPT.from_checkpoint(path, 'cpu' if sharded else device, assign=sharded, **overrides())
     iter_num, best, trained_on = (checkpoint.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
     if (type(iter_num), type(best), type(trained_on or {})) != (int, float, dict) or iter_num < 0:
         raise ValueError(f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta has '
@@ -408,18 +433,24 @@ def check_fit(model):
 
 def build_model():
     """The model on this rank's device, and the checkpoint that it came from, or None."""
-    checkpoint = None
+    checkpoint = source = None
     if init_from == 'scratch':
         model = new_model()
     elif init_from == 'resume':
         model, checkpoint = resumed_model()
+        source = model.state_dict()
     else:
         convert = beside('convert.py', f'init_from={init_from}')
         convert.check_vocabulary(init_from, meta, data_dir)
-        model = convert.load_folder(init_from, overrides())
+        if sharded:
+            model, source = convert.open_model(init_from, overrides(), 'meta')
+        else:
+            model = convert.load_folder(init_from, overrides())
     if init_from != 'scratch':
         check_fit(model)
     check_tokens(model.config.vocab_size)
+    if sharded:
+        model = parallel.distribute(model.config, source, device, dtype, shard)
     return model.to(device), checkpoint
 
 
@@ -446,7 +477,8 @@ def build_optimizer(model, checkpoint):
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
         try:
-            made.load_state_dict(checkpoint['optimizer'])
+            state = checkpoint['optimizer']
+            made.load_state_dict(parallel.shards(state, made) if sharded else state)
             for group in made.param_groups:
                 group['fused'] = made.defaults['fused']  # this device's, not that of the checkpoint's
             if checkpoint.get('scaler'):
@@ -488,6 +520,10 @@ def try_micro_batch():
         fault = 2 if is_out_of_memory(e) else 1
         if fault == 1 and not compile:
             raise
+        if sharded:  # the others wait for this rank within the micro-batch
+            stop(f'rank {rank}: out of memory: make batch_size smaller, and gradient_accumulation_steps larger'
+                 if fault == 2 else f'rank {rank}: try --compile=False: {type(e).__name__}: {first_line(e)}',
+                 every_rank=True)
         if fault == 1:
             print(f'rank {rank}: ' * ddp + f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
     optimizer.zero_grad(set_to_none=True)
@@ -540,6 +576,9 @@ try:
     optimizer, scaler = build_optimizer(raw_model, checkpoint)
     iter_num, best_val_loss = (checkpoint['iter_num'], checkpoint['best_val_loss']) if checkpoint else (0, math.inf)
     checkpoint = None  # free the memory
+    if recompute:
+        for block in raw_model.blocks():
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     if compile:
         torch._functorch.config.activation_memory_budget = activation_memory
         raw_model.compile()
@@ -558,7 +597,8 @@ except (RuntimeError, MemoryError) as e:
         raise
     stop('out of memory: make the model smaller (n_embd, n_layer, n_routed_experts)', every_rank=True)
 model = raw_model
-if ddp:
+clip_grad_norm_ = parallel.clip_grad_norm_ if sharded else torch.nn.utils.clip_grad_norm_
+if ddp and not sharded:
     # the only buffer that changes, the balance bias, changes alike on all ranks
     model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, forward_sync_buffers=False)
 
@@ -573,9 +613,11 @@ def estimate_loss():
     out = {}
     for split in ('train', 'val'):
         total = torch.zeros((), device=device)
-        for k in range(rank, eval_iters, world):
+        for k in range(rank, math.ceil(eval_iters / world) * world, world):  # all ranks take part in each batch
             with ctx:
-                total += raw_model(*get_batch(split, 1, k), return_logits=False)[1]
+                loss = raw_model(*get_batch(split, 1, k), return_logits=False)[1]
+            if k < eval_iters:
+                total += loss
         out[split] = all_reduce(total).item() / eval_iters
     raw_model.train()
     return out
@@ -602,11 +644,15 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 def save(best):
     # the first checkpoint is also saved as the best
     best = best or not os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
+    state = {'model': raw_model.state_dict(keep_vars=sharded), 'optimizer': optimizer.state_dict()}
+    if sharded:
+        state = parallel.whole(state)
+    if not master:
+        return
     try:
-        save_checkpoint({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
-                         'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config),
-                         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'run': run,
-                         'meta': meta},  # a character set's table, for sample.py
+        save_checkpoint(state | {'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config),
+                                 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'run': run,
+                                 'meta': meta},  # a character set's table, for sample.py
                         last_path, best_path if best else None)
     except ValueError as e:
         stop(e)
@@ -719,8 +765,8 @@ while True:
             log({'step': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
             if not math.isfinite(losses['val']):
                 print('the validation loss is not finite: not saved')
-            elif iter_num > 0 and not eval_only:
-                save(best=improved)
+        if math.isfinite(losses['val']) and iter_num > 0 and not eval_only and (master or sharded):
+            save(best=improved)
         t_log, iters_logged = time.time(), 0
     if iter_num >= max_iters or eval_only:
         break
@@ -731,7 +777,9 @@ while True:
         number = iter_num * gradient_accumulation_steps + micro_step * world + rank
         torch.manual_seed((seed + number) % 2**32)
         x, y = get_batch('train', 0, number)
-        if ddp:  # gradients travel with the last micro-batch
+        if sharded:  # between groups that each have the whole, gradients travel with the last micro-batch
+            model.set_requires_all_reduce(micro_step == accumulation - 1)
+        elif ddp:  # so do all of DDP's
             model.require_backward_grad_sync = micro_step == accumulation - 1
         with ctx:
             _, loss = model(x, y, mtp_lambda=get_mtp_lambda(iter_num))
@@ -742,7 +790,7 @@ while True:
     # clip, step, balance; where a loss or a gradient is not finite, on any rank, they change nothing: decided on the
     # device
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
+    norm = clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
     means = {k: all_reduce(stats[k]) / (accumulation * world) for k in ('losses', 'balance') if k in stats}
     bad = ~(norm + means['losses'].sum()).isfinite()
     if optimizer.defaults['fused']:
@@ -794,8 +842,9 @@ while True:
 
     # leave after a signal to any rank, all ranks after the same step
     if most(signalled):
-        if master:
+        if master or sharded:
             save(best=False)
+        if master:
             print(f'stopped by a signal before iteration {iter_num}: the same command with --init_from=resume goes on '
                   f'from {last_path}')
         break
