@@ -90,6 +90,7 @@ fp8_power_of_two = False  # scales that are powers of two
 bf16_moments = False  # AdamW's moments in bfloat16, as V3 keeps them; needs extras/optim.py
 recompute = False  # keep a block's input alone for the backward, which computes the rest again
 shard = ''  # 'True': FSDP2 over all ranks; '4': over groups of four, each with the whole; needs extras/parallel.py
+expert_parallel = 1  # so many ranks share a layer's experts; needs extras/parallel.py
 activation_memory = 1.0  # with compile: share of a block's activations that is kept; the backward recomputes the rest
 # -----------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -103,7 +104,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 ddp = 'RANK' in os.environ
 rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 master = rank == 0
-sharded = shard not in ('', 'False')
+sharded = shard not in ('', 'False') or expert_parallel > 1
 hosts = None  # a gloo group for small messages between CPUs: see most()
 
 
@@ -133,7 +134,8 @@ def disconnect(failed=False):
 
 
 RANGES = [  # settings, the values that they may have, and these in words
-    ('batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_skipped_iters',
+    ('batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_skipped_iters '
+     'expert_parallel',
      lambda x: x > 0, 'be positive'),
     ('learning_rate min_lr weight_decay grad_clip max_iters warmup_iters lr_decay_iters mtp_lambda_late mtp_late_from',
      lambda x: 0 <= x < math.inf, 'be finite and not negative'),
@@ -173,10 +175,10 @@ def check_settings():
         raise ValueError("bf16_moments=True is AdamW's, and not for dtype='float16'")
     if sharded:
         if not ddp:
-            raise ValueError(f'shard={shard} needs several ranks: start them with torchrun')
+            raise ValueError('shard and expert_parallel need several ranks: start them with torchrun')
         if fp8:
-            raise ValueError(f'shard={shard} does not go with fp8=True')
-        parallel.group_size(shard, world)
+            raise ValueError('fp8=True goes with neither shard nor expert_parallel')
+        parallel.group_size(shard, world, expert_parallel)
     if decay_lr and warmup_iters > lr_decay_iters and master:
         print(f'note: the rate rises until warmup_iters={warmup_iters} and then falls to min_lr at once, because '
               f'lr_decay_iters={lr_decay_iters} is before that')
@@ -255,7 +257,7 @@ def best_dtype(device_type):
 
 
 try:
-    parallel = beside('extras/parallel.py', f'shard={shard}') if sharded else None
+    parallel = beside('extras/parallel.py', 'shard or expert_parallel') if sharded else None
     check_settings()
     device, run = connect()
     device_type = torch.device(device).type
@@ -263,7 +265,7 @@ try:
     if dtype == 'float16' and device_type != 'cuda':
         raise ValueError("dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
     if dtype == 'float16' and sharded:
-        raise ValueError(f"shard={shard} does not go with dtype='float16': use float32")
+        raise ValueError("dtype='float16' goes with neither shard nor expert_parallel: use float32")
 except ValueError as e:
     stop(e)
 accumulation = gradient_accumulation_steps // world
@@ -450,7 +452,7 @@ def build_model():
         check_fit(model)
     check_tokens(model.config.vocab_size)
     if sharded:
-        model = parallel.distribute(model.config, source, device, dtype, shard)
+        model = parallel.distribute(model.config, source, device, dtype, shard, expert_parallel)
     return model.to(device), checkpoint
 
 

@@ -5,51 +5,133 @@ The weights, their gradients and the optimizer's state are DTensors, of which ea
 without memory and then filled one tensor at a time, so that no rank ever holds the whole.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._pytree import tree_map_only
 
-from model import GPT, rope_table
+from model import GPT, Combine, Dispatch, compute_dtype, rope_table, sort_by_expert
 
 # -----------------------------------------------------------------------------
 # the layout
 
 
-def group_size(shard, world):
+def group_size(shard, world, expert_parallel):
     """The flag --shard -> the number of ranks that share the weights: 1 where it is off. ValueError if it does not fit."""
     size = {'': 1, 'False': 1, 'True': world}.get(shard) or int(shard)
-    if world % size != 0:
-        raise ValueError(f'shard={shard}: groups of {size} do not fit the {world} ranks')
+    for flag, ranks in (('shard', size), ('expert_parallel', expert_parallel)):
+        if world % ranks != 0:
+            raise ValueError(f'{flag}={ranks}: groups of {ranks} ranks do not fit the {world} that there are')
+    if size > expert_parallel and size % expert_parallel != 0:
+        raise ValueError(f'shard={size} must be a multiple of expert_parallel={expert_parallel}, or less')
     return size
 
 
-def distribute(config, source, device, dtype, shard):
+def distribute(config, source, device, dtype, shard, expert_parallel):
     """The GPT on this rank's device, in shards, its weights filled from the source: see reader()."""
     with torch.device('meta'):
-        made = GPT(config)
-    world, kind = dist.get_world_size(), torch.device(device).type
-    size = group_size(shard, world)
-    mesh = data_parallel(init_device_mesh(kind, (world // size, size), mesh_dim_names=('replicate', 'shard')))
+        model = GPT(config)
+    E, N, world, kind = config.n_routed_experts, expert_parallel, dist.get_world_size(), torch.device(device).type
+    if N > 1 and (E == 0 or E % N != 0):
+        raise ValueError(f'expert_parallel={N} does not divide the {E} routed experts of a layer')
+    size = group_size(shard, world, N)
+    mesh, shards = data_parallel(kind, replicate=world // size, shard=size), size
+    if N > 1:
+        shards = max(1, size // N)  # of an expert
+        expert_mesh, spread = data_parallel(kind, replicate=world // N // shards, shard=shards, experts=N)
+        expert_info = _get_mesh_info(expert_mesh)
+        for moe in model.moe_layers():
+            spread_experts(moe, spread)
+
+    def place(p):
+        """Of experts that do not go round evenly each is cut, through its rows."""
+        if p.dim() < 3:
+            return None
+        mine, rows, _ = local(p).shape                                      # (E/N, out, in)
+        cut = Shard(1 if mine % shards != 0 and rows % shards == 0 else 0)
+        return ShardPlacementResult(cut, expert_info) if N > 1 else cut
+
     # blocks are gathered in the dtype that autocast multiplies in; embedding, head and the last norms, which are
     # gathered first and kept, stay in fp32 as in V3 section 3.3.1, and so does the residual stream
     low = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in made.blocks():
-        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy() if dtype == 'float32' else low)
-    fully_shard(made, mesh=mesh)
-    register_fsdp_forward_method(made, 'generate')
-    made.to_empty(device=device)
-    fill(made, reader(made, source))
-    return made
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh, shard_placement_fn=place,
+                    mp_policy=MixedPrecisionPolicy() if dtype == 'float32' else low)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, 'generate')
+    model.to_empty(device=device)
+    fill(model, reader(model, source))
+    return model
 
 
-def data_parallel(mesh):
-    """The dimensions of a mesh over which data are split, in FSDP's form: without a `replicate` of one rank."""
-    return mesh['shard'] if mesh['replicate'].size() == 1 else mesh['replicate', 'shard']
+def data_parallel(kind, replicate, shard, experts=None):
+    """The mesh over which data are split, as FSDP takes it: without a `replicate` of one rank. With experts, the
+    innermost dimension, so that they are neighbours: also the mesh of this rank's group of so many.
+    """
+    sizes = {'replicate': replicate, 'shard': shard} | ({'experts': experts} if experts else {})
+    mesh = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    data = mesh['shard'] if replicate == 1 else mesh['replicate', 'shard']
+    return (data, mesh['experts']) if experts else data
+
+
+# -----------------------------------------------------------------------------
+# expert parallelism
+
+def spread_experts(moe, mesh):
+    """Rank r of N, the mesh's, keeps the experts r E/N .. (r + 1) E/N - 1 of a layer that is not filled yet."""
+    for name in ('experts_gate_up', 'experts_down'):
+        E, *sizes = getattr(moe, name).shape
+        mine = torch.empty(E // mesh.size(), *sizes, device='meta')
+        setattr(moe, name, nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))
+    moe.routed = functools.partial(routed, moe, mesh.get_group())
+
+
+@torch.compiler.disable
+def routed(moe, group, x, gates, experts):
+    """MoE.routed() of experts that are spread over a group: V3 section 3.2. x (n, C), gates and experts (n, K) -> (n, C)
+
+    A token travels to each of its K experts by one all-to-all, with its gate, and the expert's output returns by another.
+    """
+    E, N, K = moe.config.n_routed_experts, group.size(), experts.size(1)
+    expert, order = experts.flatten().sort(stable=True)                     # (n*K,): by expert, and so by rank
+    token, position = order // K, torch.arange(len(order), device=x.device)
+    place = torch.empty_like(order).scatter_(0, order, position).view(-1, K)
+    sent = torch.zeros(E, dtype=torch.long, device=x.device).scatter_add_(0, expert, torch.ones_like(expert)).view(N, -1)
+    came = travel(sent, None, None, group)                                  # (N, E/N): from each rank, for each of mine
+    there, here = torch.stack((sent.sum(dim=1), came.sum(dim=1))).tolist()  # the one host sync: all-to-all asks for it
+
+    x = travel(Dispatch.apply(x.to(compute_dtype(x)), token, place), there, here, group)      # (R, C)
+    gates = travel(gates.flatten()[order], there, here, group)                                # (R,)
+    mine = torch.arange(E // N, device=x.device).repeat(N).repeat_interleave(came.flatten(), output_size=len(x))
+    rows = sort_by_expert(mine.unsqueeze(1), gates.unsqueeze(1), E // N)
+    gate_up, down = (weights_of_all(w, N) for w in (moe.experts_gate_up, moe.experts_down))
+    hidden = moe.swiglu(moe.dispatch_linear(x, gate_up, rows), rows.gates.to(x.dtype))        # (M, h)
+    out = Combine.apply(moe.grouped_linear(hidden, down, rows.offsets), rows.token, rows.place)  # (R, C)
+    return Combine.apply(travel(out, here, there, group), token, place)                       # (n, C)
+
+
+def travel(rows, there, here, group):
+    """Rows to the ranks of a group: there[r] of them to rank r, here[r] from it; None: equally many. With a gradient."""
+    return funcol.wait_tensor(funcol.all_to_all_single_autograd(rows.contiguous(), here, there, group))
+
+
+def weights_of_all(w, N):
+    """This rank's experts (E/N, out, in). FSDP's mean over the ranks that hold the same ones lacks the mean over the N
+    whose tokens' gradients they add up.
+    """
+    w = w.to_local()
+    if w.requires_grad:
+        w.register_hook(lambda grad: grad / N)
+    return w
 
 
 # -----------------------------------------------------------------------------
