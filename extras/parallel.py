@@ -1,8 +1,9 @@
 """
-A model over many ranks, by torch's own engine (DeviceMesh, FSDP2): what train.py's --shard and --expert_parallel ask for.
+A model over many ranks, by torch's own engine (DeviceMesh, FSDP2): what train.py's --shard and --expert_parallel ask
+for.
 
-The weights, their gradients and the optimizer's state are DTensors, of which each rank holds a shard. The model is built
-without memory and then filled one tensor at a time, so that no rank ever holds the whole.
+The weights, their gradients and the optimizer's state are DTensors, of which each rank holds a shard. The model is
+built without memory and then filled one tensor at a time, so that no rank ever holds the whole.
 """
 
 import functools
@@ -26,7 +27,7 @@ from model import GPT, Combine, Dispatch, compute_dtype, rope_table, sort_by_exp
 
 
 def group_size(shard, world, expert_parallel):
-    """The flag --shard -> the number of ranks that share the weights: 1 where it is off. ValueError if it does not fit."""
+    """The flag --shard -> how many ranks share the weights, 1 where it is off. ValueError where it does not fit."""
     size = {'': 1, 'False': 1, 'True': world}.get(shard) or int(shard)
     for flag, ranks in (('shard', size), ('expert_parallel', expert_parallel)):
         if world % ranks != 0:
@@ -97,15 +98,16 @@ def spread_experts(moe, mesh):
 
 @torch.compiler.disable
 def routed(moe, group, x, gates, experts):
-    """MoE.routed() of experts that are spread over a group: V3 section 3.2. x (n, C), gates and experts (n, K) -> (n, C)
+    """MoE.routed() of experts that are spread over a group (V3 section 3.2). x (n, C), gates, experts (n, K) -> (n, C)
 
-    A token travels to each of its K experts by one all-to-all, with its gate, and the expert's output returns by another.
+    One all-to-all takes a token with its gate to each of its K experts, and another brings their outputs back.
     """
     E, N, K = moe.config.n_routed_experts, group.size(), experts.size(1)
     expert, order = experts.flatten().sort(stable=True)                     # (n*K,): by expert, and so by rank
     token, position = order // K, torch.arange(len(order), device=x.device)
     place = torch.empty_like(order).scatter_(0, order, position).view(-1, K)
-    sent = torch.zeros(E, dtype=torch.long, device=x.device).scatter_add_(0, expert, torch.ones_like(expert)).view(N, -1)
+    load = expert.new_zeros(E).scatter_add_(0, expert, torch.ones_like(expert))
+    sent = load.view(N, E // N)                                             # to each rank, for each of its experts
     came = travel(sent, None, None, group)                                  # (N, E/N): from each rank, for each of mine
     there, here = torch.stack((sent.sum(dim=1), came.sum(dim=1))).tolist()  # the one host sync: all-to-all asks for it
 
@@ -120,7 +122,7 @@ def routed(moe, group, x, gates, experts):
 
 
 def travel(rows, there, here, group):
-    """Rows to the ranks of a group: there[r] of them to rank r, here[r] from it; None: equally many. With a gradient."""
+    """Rows to the ranks of a group: there[r] of them to rank r, here[r] from it; None: equally many."""
     return funcol.wait_tensor(funcol.all_to_all_single_autograd(rows.contiguous(), here, there, group))
 
 
@@ -151,7 +153,7 @@ def local(x):
 
 @torch.no_grad()
 def fill(model, read):
-    """Each rank's shards; read(name, tensor): the whole tensor of that name, right at least where `tensor` has a shard."""
+    """This rank's shards; read(name, tensor): the whole tensor, right at least where the rank has its shard."""
     for buffer, table in zip((model.rope_cos, model.rope_sin), rope_table(model.config)):
         buffer.copy_(table)
     biases = [(name, b) for name, b in model.named_buffers() if name.endswith('e_score_correction_bias')]
@@ -160,8 +162,8 @@ def fill(model, read):
 
 
 def reader(model, source):
-    """read() of fill(). source: None, for the initial weights that one process draws with the same seed; the state dict of a
-    whole model, best mapped from its file; or an opened folder in Hugging Face's format, convert.open_folder()'s tensors.
+    """read() of fill(). source: None, for the initial weights that one process draws with the same seed; the state
+    dict of a whole model, mapped from its file; or convert.open_folder()'s tensors, in Hugging Face's format.
     """
     if source is None:
         for module in model.modules():  # what its layers draw for themselves is written over, and yet drawn
@@ -207,7 +209,7 @@ def shards(state, optimizer):
 
 @torch.no_grad()
 def whole(state):
-    """A state dict whose DTensors are whole tensors in rank 0's memory, and None on other ranks. All ranks take part."""
+    """The state dict with whole tensors for DTensors, in rank 0's memory; None on the others, which take part."""
     gathered = {}
 
     def gather(x):
