@@ -1002,10 +1002,7 @@ def save_checkpoint(checkpoint, path, best_path=None):
                 shutil.copyfile(new, new_best)
             os.replace(new_best, best_path)
         os.replace(new, path)
-        if os.name == 'posix':  # elsewhere a folder cannot be opened
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(os.path.dirname(path) or '.')
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             remove_temporary()
@@ -1013,9 +1010,18 @@ def save_checkpoint(checkpoint, path, best_path=None):
         raise ValueError(f'{path} could not be written, what was saved before is whole: {first_line(cause)}') from None
 
 
+def sync_folder(folder):
+    """Force a folder's names to the disk."""
+    if os.name == 'posix':  # elsewhere a folder cannot be opened
+        file = os.open(folder, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+
+
 def is_of_run(path, run):
     """Whether a checkpoint is of this run: torchrun's restarts go on with no other."""
     try:
+        path = os.path.join(path, 'rest.pt') if os.path.isdir(path) else path  # extras/dcp.py
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('run') == run
     except Exception:  # it is missing, damaged or another program's
         return False
@@ -1068,7 +1074,8 @@ def open_log(path, header, tokenizer_from=None):
         file.write(json.dumps(header).encode() + b'\n')
         if new:
             copies = copy_tokenizer(tokenizer_from, folder, end='.tmp')
-            names = ['ckpt.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'log.jsonl', *TOKENIZER_FILES]
+            names = [f'ckpt{which}{end}' for which in ('', '_last', '_best') for end in ('.pt', '.dcp')]
+            names += ['log.jsonl', *TOKENIZER_FILES]
             for name, kept in keep_earlier(folder, names).items():
                 print(f'{folder}/{name} of an earlier run is now {kept}')
             for new_path in (path, *copies):

@@ -50,6 +50,7 @@ log_interval = 1
 eval_iters = 200
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # ckpt.pt is the last one, ckpt_best.pt the best; False: the best, and ckpt_last.pt
+checkpoint = 'whole'  # ckpt.pt; or 'dcp': ckpt.dcp, in shards, written meanwhile; needs extras/dcp.py
 init_from = 'scratch'  # or 'resume', or the path of a DeepSeek checkpoint in Hugging Face's format
 # wandb logging
 wandb_log = False
@@ -105,6 +106,7 @@ ddp = 'RANK' in os.environ
 rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 master = rank == 0
 sharded = shard not in ('', 'False') or expert_parallel > 1
+all_save = sharded or checkpoint == 'dcp'
 hosts = None  # a gloo group for small messages between CPUs: see most()
 
 
@@ -122,6 +124,8 @@ def disconnect(failed=False):
     """
     global model, raw_model, optimizer, hosts
     group, model, hosts = hosts, None, None
+    if checkpoint == 'dcp':
+        dcp.leave()
     if sharded:  # every tensor of theirs knows its group
         raw_model = optimizer = None
         gc.collect()
@@ -144,6 +148,7 @@ RANGES = [  # settings, the values that they may have, and these in words
     ('shard', lambda x: x in ('', 'False', 'True') or x.isdecimal() and int(x) > 0, "be 'True', or a number of ranks"),
     ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
     ('optimizer', lambda x: x in ('adamw', 'muon'), "be 'adamw' or 'muon'"),
+    ('checkpoint', lambda x: x in ('whole', 'dcp'), "be 'whole' or 'dcp'"),
     ('dtype', lambda x: x in ('', 'float32', 'bfloat16', 'float16'), "be 'float32', 'bfloat16' or 'float16'"),
     ('fp8_scaling', lambda x: x in ('tile', 'row', 'tensor'), "be 'tile', 'row' or 'tensor'"),
     ('fp8_grad', lambda x: x in ('e4m3', 'e5m2'), "be 'e4m3' or 'e5m2'"),
@@ -258,6 +263,7 @@ def best_dtype(device_type):
 
 try:
     parallel = beside('extras/parallel.py', 'shard or expert_parallel') if sharded else None
+    dcp = beside('extras/dcp.py', 'checkpoint=dcp') if checkpoint == 'dcp' else None
     check_settings()
     device, run = connect()
     device_type = torch.device(device).type
@@ -364,8 +370,9 @@ except (ValueError, OSError) as e:
 # the model: new, from a checkpoint of this file's, or from a Hugging Face folder
 # ckpt.pt is the last checkpoint, and ckpt_best.pt the best; with always_save_checkpoint=False, as in nanoGPT, ckpt.pt
 # is the best, and ckpt_last.pt the last
-last_path, best_path = (os.path.join(out_dir, name) for name in
-                        (('ckpt.pt', 'ckpt_best.pt') if always_save_checkpoint else ('ckpt_last.pt', 'ckpt.pt')))
+last, best = ('ckpt', 'ckpt_best') if always_save_checkpoint else ('ckpt_last', 'ckpt')
+ending = '.dcp' if checkpoint == 'dcp' else '.pt'
+last_path, best_path = (os.path.join(out_dir, name + ending) for name in (last, best))
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 
 
@@ -396,11 +403,12 @@ def resumed_model():
     path = resume_path()
     if not same(os.path.exists(path)):
         raise ValueError(f'{path} is missing on some machines: {out_dir} must be one folder for all of them')
-    other = os.path.join(out_dir, 'ckpt_last.pt' if always_save_checkpoint else 'ckpt_best.pt')
+    other = os.path.join(out_dir, 'ckpt_last' if always_save_checkpoint else 'ckpt_best') + path[path.rindex('.'):]
     if os.path.exists(other):
         raise ValueError(f'{other} is of a run with always_save_checkpoint={not always_save_checkpoint}: resume it so')
+    open_checkpoint = beside('extras/dcp.py', path).open_checkpoint if path.endswith('.dcp') else GPT.from_checkpoint
     with on_meta:  # and then the weights stay in the file: each rank reads its own part of them
-        model, checkpoint = GPT.from_checkpoint(path, 'cpu' if sharded else device, assign=sharded, **overrides())
+        model, checkpoint = open_checkpoint(path, 'cpu' if sharded else device, assign=sharded, **overrides())
     iter_num, best, trained_on = (checkpoint.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
     if (type(iter_num), type(best), type(trained_on or {})) != (int, float, dict) or iter_num < 0:
         raise ValueError(f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta has '
@@ -417,8 +425,13 @@ def resumed_model():
 
 
 def resume_path():
-    """The last checkpoint, or where there is none, as after an import, ckpt.pt."""
-    return last_path if os.path.exists(last_path) else os.path.join(out_dir, 'ckpt.pt')
+    """The last checkpoint, of two forms the newer; where there is none, as after an import, ckpt.pt."""
+    for name in (last, 'ckpt'):
+        there = [path for path in (os.path.join(out_dir, f'{name}.{form}') for form in ('pt', 'dcp'))
+                 if os.path.exists(path)]
+        if there:
+            return max(there, key=os.path.getmtime)
+    return os.path.join(out_dir, 'ckpt.pt')
 
 
 def check_fit(model):
@@ -440,7 +453,7 @@ def build_model():
         model = new_model()
     elif init_from == 'resume':
         model, checkpoint = resumed_model()
-        source = model.state_dict()
+        source = resume_path() if resume_path().endswith('.dcp') else model.state_dict()
     else:
         convert = beside('convert.py', f'init_from={init_from}')
         convert.check_vocabulary(init_from, meta, data_dir)
@@ -480,7 +493,7 @@ def build_optimizer(model, checkpoint):
     if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
         try:
             state = checkpoint['optimizer']
-            made.load_state_dict(parallel.shards(state, made) if sharded else state)
+            made.load_state_dict(parallel.optimizer_state(state, made) if sharded else state)
             for group in made.param_groups:
                 group['fused'] = made.defaults['fused']  # this device's, not that of the checkpoint's
             if checkpoint.get('scaler'):
@@ -567,7 +580,7 @@ try:
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     if most(restarted and is_of_run(resume_path(), run)):
         init_from = 'resume'  # torchrun lost a rank and starts all of them again
-    raw_model, checkpoint = build_model()
+    raw_model, found = build_model()
     use_kernels(raw_model)
     if fp8:
         grad_dtype = {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad]
@@ -575,9 +588,9 @@ try:
         execution = file.enable(raw_model, file.Recipe(fp8_scaling, grad_dtype, fp8_power_of_two))
         if master:
             print(execution)
-    optimizer, scaler = build_optimizer(raw_model, checkpoint)
-    iter_num, best_val_loss = (checkpoint['iter_num'], checkpoint['best_val_loss']) if checkpoint else (0, math.inf)
-    checkpoint = None  # free the memory
+    optimizer, scaler = build_optimizer(raw_model, found)
+    iter_num, best_val_loss = (found['iter_num'], found['best_val_loss']) if found else (0, math.inf)
+    found = None  # free the memory
     if recompute:
         for block in raw_model.blocks():
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
@@ -644,18 +657,22 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 
 
 def save(best):
+    """All ranks take part where each has its shards."""
     # the first checkpoint is also saved as the best
-    best = best or not os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
-    state = {'model': raw_model.state_dict(keep_vars=sharded), 'optimizer': optimizer.state_dict()}
-    if sharded:
-        state = parallel.whole(state)
-    if not master:
-        return
+    best = best or not os.path.exists(os.path.join(out_dir, 'ckpt' + ending))
+    rest = {'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num,
+            'best_val_loss': best_val_loss, 'config': config, 'run': run,
+            'meta': meta}  # a character set's table, for sample.py
     try:
-        save_checkpoint(state | {'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config),
-                                 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'run': run,
-                                 'meta': meta},  # a character set's table, for sample.py
-                        last_path, best_path if best else None)
+        if checkpoint == 'dcp':
+            name = f'ckpt-{iter_num}-{run[:8]}{os.environ.get("TORCHELASTIC_RESTART_COUNT", "")}.dcp'
+            dcp.save(raw_model, optimizer, rest, last_path, best_path if best else None, name)
+            return
+        state = {'model': raw_model.state_dict(keep_vars=sharded), 'optimizer': optimizer.state_dict()}
+        if sharded:
+            state = parallel.whole(state)
+        if master:
+            save_checkpoint(state | rest, last_path, best_path if best else None)
     except ValueError as e:
         stop(e)
 
@@ -767,7 +784,7 @@ while True:
             log({'step': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
             if not math.isfinite(losses['val']):
                 print('the validation loss is not finite: not saved')
-        if math.isfinite(losses['val']) and iter_num > 0 and not eval_only and (master or sharded):
+        if math.isfinite(losses['val']) and iter_num > 0 and not eval_only and (master or all_save):
             save(best=improved)
         t_log, iters_logged = time.time(), 0
     if iter_num >= max_iters or eval_only:
@@ -844,11 +861,16 @@ while True:
 
     # leave after a signal to any rank, all ranks after the same step
     if most(signalled):
-        if master or sharded:
+        if master or all_save:
             save(best=False)
         if master:
             print(f'stopped by a signal before iteration {iter_num}: the same command with --init_from=resume goes on '
                   f'from {last_path}')
         break
 
+if checkpoint == 'dcp':
+    try:
+        dcp.finish()
+    except ValueError as e:
+        stop(e)
 disconnect()

@@ -7,6 +7,7 @@ built without memory and then filled one tensor at a time, so that no rank ever 
 """
 
 import functools
+import logging
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._pytree import tree_map_only
 
+from extras.dcp import load_optimizer, load_tensors, tensors_of
 from model import GPT, Combine, Dispatch, compute_dtype, rope_table, sort_by_expert
+
+# it advises every rank to merge collectives that do not merge in these meshes
+logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
 
 # -----------------------------------------------------------------------------
 # the layout
@@ -70,7 +75,7 @@ def distribute(config, source, device, dtype, shard, expert_parallel):
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, 'generate')
     model.to_empty(device=device)
-    fill(model, reader(model, source))
+    fill(model, source)
     return model
 
 
@@ -152,18 +157,23 @@ def local(x):
 
 
 @torch.no_grad()
-def fill(model, read):
-    """This rank's shards; read(name, tensor): the whole tensor, right at least where the rank has its shard."""
+def fill(model, source):
+    """This rank's shards, from a sharded checkpoint (its path) or by reader()."""
     for buffer, table in zip((model.rope_cos, model.rope_sin), rope_table(model.config)):
         buffer.copy_(table)
-    biases = [(name, b) for name, b in model.named_buffers() if name.endswith('e_score_correction_bias')]
-    for name, tensor in [*model.named_parameters(), *biases]:
+    if isinstance(source, str):
+        load_tensors(source, {f'model.{name}': x.detach() for name, x in tensors_of(model).items()})
+        return
+    read = reader(model, source)
+    for name, tensor in tensors_of(model).items():
         local(tensor).copy_(piece(read(name, tensor), tensor))
 
 
 def reader(model, source):
-    """read() of fill(). source: None, for the initial weights that one process draws with the same seed; the state
-    dict of a whole model, mapped from its file; or convert.open_folder()'s tensors, in Hugging Face's format.
+    """read(name, tensor): the whole tensor of that name, right at least where this rank has its shard.
+
+    source: None, for the initial weights that one process draws with the same seed; the state dict of a whole model,
+    mapped from its file; or convert.open_folder()'s tensors, in Hugging Face's format.
     """
     if source is None:
         for module in model.modules():  # what its layers draw for themselves is written over, and yet drawn
@@ -192,12 +202,14 @@ def reader(model, source):
     return read
 
 
-def shards(state, optimizer):
-    """The state dict of a whole optimizer -> that of this rank's shards."""
+def optimizer_state(state, optimizer):
+    """A checkpoint's state dict of the optimizer -> that of this rank's shards."""
     params = [p for group in optimizer.param_groups for p in group['params']]
+    if 'folder' in state:
+        return load_optimizer(state, params)
 
     def shard(p, value):
-        if not isinstance(value, torch.Tensor) or value.shape != p.shape:
+        if value.shape != p.shape:  # a step
             return value
         mine = torch.zeros_like(p, dtype=value.dtype)
         local(mine).copy_(piece(value, p))
