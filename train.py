@@ -16,7 +16,6 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop has its own handl
 import contextlib
 import dataclasses
 import functools
-import gc
 import importlib
 import json
 import math
@@ -34,7 +33,6 @@ import numpy as np
 import torch
 import torch._functorch.config
 import torch.distributed as dist
-import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import GPT, GPTConfig, first_line, is_of_run, open_log, save_checkpoint
@@ -106,7 +104,7 @@ ddp = 'RANK' in os.environ
 rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 master = rank == 0
 sharded = shard not in ('', 'False') or expert_parallel > 1
-all_save = sharded or checkpoint == 'dcp'
+parallel = dcp = None  # extras/parallel.py and extras/dcp.py, where a flag asks for them
 hosts = None  # a gloo group for small messages between CPUs: see most()
 
 
@@ -124,11 +122,10 @@ def disconnect(failed=False):
     """
     global model, raw_model, optimizer, hosts
     group, model, hosts = hosts, None, None
-    if checkpoint == 'dcp':
-        dcp.leave()
     if sharded:  # every tensor of theirs knows its group
         raw_model = optimizer = None
-        gc.collect()
+    for extra in filter(None, (dcp, parallel)):
+        extra.leave()
     if not dist.is_initialized():
         return
     if failed and dist.get_backend() == 'nccl':  # it would wait for ranks that may not come
@@ -178,12 +175,6 @@ def check_settings():
         raise ValueError(f'out_dir={out_dir!r} must not be the folder that the run begins with, init_from')
     if bf16_moments and (optimizer != 'adamw' or dtype == 'float16'):
         raise ValueError("bf16_moments=True is AdamW's, and not for dtype='float16'")
-    if sharded:
-        if not ddp:
-            raise ValueError('shard and expert_parallel need several ranks: start them with torchrun')
-        if fp8:
-            raise ValueError('fp8=True goes with neither shard nor expert_parallel')
-        parallel.group_size(shard, world, expert_parallel)
     if decay_lr and warmup_iters > lr_decay_iters and master:
         print(f'note: the rate rises until warmup_iters={warmup_iters} and then falls to min_lr at once, because '
               f'lr_decay_iters={lr_decay_iters} is before that')
@@ -212,12 +203,23 @@ def connect():
         store, _, _ = next(dist.rendezvous('env://'))
         # torchrun's store outlives a restart, with the addresses of the ranks that were lost
         attempt = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        check_devices(attempt, gpu)
         check_host_names(attempt)
         dist.init_process_group(backend if gpu else 'gloo', store=attempt, rank=rank, world_size=world)
         hosts = dist.new_group(backend='gloo')
     except (ValueError, RuntimeError) as e:
         raise ValueError(f'the ranks cannot be connected: {first_line(e)}') from None
     return place, store.compare_set('run', '', uuid.uuid4().hex).decode()
+
+
+def check_devices(store, gpu):
+    """gloo and nccl would wait for each other."""
+    store.add('gpus', int(gpu))
+    if store.add('ranks', 1) == world:
+        store.set('counted', '')
+    store.get('counted')  # waits for all
+    if store.add('gpus', 0) not in (0, world):
+        raise ValueError('some ranks have a GPU and others have none: give all of them the same --device')
 
 
 def check_host_names(store):
@@ -270,8 +272,8 @@ try:
     dtype = config['dtype'] = dtype or best_dtype(device_type)
     if dtype == 'float16' and device_type != 'cuda':
         raise ValueError("dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
-    if dtype == 'float16' and sharded:
-        raise ValueError("dtype='float16' goes with neither shard nor expert_parallel: use float32")
+    if sharded:
+        parallel.check(config, world if ddp else 0)
 except ValueError as e:
     stop(e)
 accumulation = gradient_accumulation_steps // world
@@ -370,9 +372,9 @@ except (ValueError, OSError) as e:
 # the model: new, from a checkpoint of this file's, or from a Hugging Face folder
 # ckpt.pt is the last checkpoint, and ckpt_best.pt the best; with always_save_checkpoint=False, as in nanoGPT, ckpt.pt
 # is the best, and ckpt_last.pt the last
-last, best = ('ckpt', 'ckpt_best') if always_save_checkpoint else ('ckpt_last', 'ckpt')
 ending = '.dcp' if checkpoint == 'dcp' else '.pt'
-last_path, best_path = (os.path.join(out_dir, name + ending) for name in (last, best))
+last_path, best_path = (os.path.join(out_dir, name + ending) for name in
+                        (('ckpt', 'ckpt_best') if always_save_checkpoint else ('ckpt_last', 'ckpt')))
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 
 
@@ -426,12 +428,8 @@ def resumed_model():
 
 def resume_path():
     """The last checkpoint, of two forms the newer; where there is none, as after an import, ckpt.pt."""
-    for name in (last, 'ckpt'):
-        there = [path for path in (os.path.join(out_dir, f'{name}.{form}') for form in ('pt', 'dcp'))
-                 if os.path.exists(path)]
-        if there:
-            return max(there, key=os.path.getmtime)
-    return os.path.join(out_dir, 'ckpt.pt')
+    paths = [last_path.removesuffix(ending) + form for form in ('.pt', '.dcp')]
+    return max(filter(os.path.exists, paths), key=os.path.getmtime, default=os.path.join(out_dir, 'ckpt.pt'))
 
 
 def check_fit(model):
@@ -536,9 +534,8 @@ def try_micro_batch():
         if fault == 1 and not compile:
             raise
         if sharded:  # the others wait for this rank within the micro-batch
-            stop(f'rank {rank}: out of memory: make batch_size smaller, and gradient_accumulation_steps larger'
-                 if fault == 2 else f'rank {rank}: try --compile=False: {type(e).__name__}: {first_line(e)}',
-                 every_rank=True)
+            stop(f'rank {rank}: {first_line(e)}: try ' +
+                 ('--compile=False' if fault == 1 else 'a smaller batch_size'), every_rank=True)
         if fault == 1:
             print(f'rank {rank}: ' * ddp + f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
     optimizer.zero_grad(set_to_none=True)
@@ -591,9 +588,8 @@ try:
     optimizer, scaler = build_optimizer(raw_model, found)
     iter_num, best_val_loss = (found['iter_num'], found['best_val_loss']) if found else (0, math.inf)
     found = None  # free the memory
-    if recompute:
-        for block in raw_model.blocks():
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    for block in raw_model.blocks() if recompute else ():
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     if compile:
         torch._functorch.config.activation_memory_budget = activation_memory
         raw_model.compile()
@@ -657,16 +653,16 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 
 
 def save(best):
-    """All ranks take part where each has its shards."""
+    if not (master or sharded or dcp):
+        return
     # the first checkpoint is also saved as the best
     best = best or not os.path.exists(os.path.join(out_dir, 'ckpt' + ending))
     rest = {'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num,
             'best_val_loss': best_val_loss, 'config': config, 'run': run,
             'meta': meta}  # a character set's table, for sample.py
     try:
-        if checkpoint == 'dcp':
-            name = f'ckpt-{iter_num}-{run[:8]}{os.environ.get("TORCHELASTIC_RESTART_COUNT", "")}.dcp'
-            dcp.save(raw_model, optimizer, rest, last_path, best_path if best else None, name)
+        if dcp:
+            dcp.save(raw_model, optimizer, rest, last_path, best_path if best else None)
             return
         state = {'model': raw_model.state_dict(keep_vars=sharded), 'optimizer': optimizer.state_dict()}
         if sharded:
@@ -784,7 +780,7 @@ while True:
             log({'step': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
             if not math.isfinite(losses['val']):
                 print('the validation loss is not finite: not saved')
-        if math.isfinite(losses['val']) and iter_num > 0 and not eval_only and (master or all_save):
+        if math.isfinite(losses['val']) and iter_num > 0 and not eval_only:
             save(best=improved)
         t_log, iters_logged = time.time(), 0
     if iter_num >= max_iters or eval_only:
@@ -861,16 +857,15 @@ while True:
 
     # leave after a signal to any rank, all ranks after the same step
     if most(signalled):
-        if master or all_save:
-            save(best=False)
+        save(best=False)
         if master:
             print(f'stopped by a signal before iteration {iter_num}: the same command with --init_from=resume goes on '
                   f'from {last_path}')
         break
 
-if checkpoint == 'dcp':
-    try:
-        dcp.finish()
-    except ValueError as e:
-        stop(e)
+try:
+    if dcp:
+        dcp.finish()  # the checkpoint that is still being written
+except ValueError as e:
+    stop(e)
 disconnect()

@@ -27,12 +27,11 @@ warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one proces
 writer, saving, group = None, None, None  # the thread, what it does now, and the ranks' group for it
 
 
-def save(model, optimizer, rest, path, best_path, name):
+def save(model, optimizer, rest, path, best_path):
     """Write a checkpoint, each rank its shards, while the training goes on; all ranks take part.
 
     It is written beside, forced to the disk and renamed, and then the links point to it, best_path first: a kill at any
-    instant leaves the last one whole. rest: what is no tensor; name: of the new folder, unlike any before.
-    ValueError where the one before could not be written.
+    instant leaves the last one whole. rest: what is no tensor. ValueError where the one before could not be written.
     """
     global writer, saving, group
     finish()
@@ -43,7 +42,8 @@ def save(model, optimizer, rest, path, best_path, name):
     tensors = {f'model.{name}': x.detach() for name, x in tensors_of(model).items()}
     tensors |= {f'optimizer.{i}.{key}': x for i, state in optimizer['state'].items() for key, x in state.items()}
     rest = rest | {'optimizer': {'param_groups': optimizer['param_groups']}}
-    new = os.path.join(os.path.dirname(path), name + '.tmp')
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')  # no two folders have one name
+    new = os.path.join(os.path.dirname(path), f'ckpt-{rest["iter_num"]}-{rest["run"][:8]}{attempt}.dcp.tmp')
     written = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(new), process_group=group)
     saving = writer.submit(publish, written, rest, new, [best_path, path] if best_path else [path])
 

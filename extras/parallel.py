@@ -7,6 +7,7 @@ built without memory and then filled one tensor at a time, so that no rank ever 
 """
 
 import functools
+import gc
 import logging
 
 import torch
@@ -31,15 +32,24 @@ logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERR
 # the layout
 
 
-def group_size(shard, world, expert_parallel):
-    """The flag --shard -> how many ranks share the weights, 1 where it is off. ValueError where it does not fit."""
-    size = {'': 1, 'False': 1, 'True': world}.get(shard) or int(shard)
-    for flag, ranks in (('shard', size), ('expert_parallel', expert_parallel)):
+def check(config, world):
+    """ValueError where train.py's settings do not go together, or not with so many ranks of torchrun, 0 without it."""
+    if world == 0:
+        raise ValueError('shard and expert_parallel need several ranks: start them with torchrun')
+    for name, value in (('fp8', True), ('dtype', 'float16')):
+        if config[name] == value:
+            raise ValueError(f'{name}={value} goes with neither shard nor expert_parallel')
+    size, N = group_size(config['shard'], world), config['expert_parallel']
+    for name, ranks in (('shard', size), ('expert_parallel', N)):
         if world % ranks != 0:
-            raise ValueError(f'{flag}={ranks}: groups of {ranks} ranks do not fit the {world} that there are')
-    if size > expert_parallel and size % expert_parallel != 0:
-        raise ValueError(f'shard={size} must be a multiple of expert_parallel={expert_parallel}, or less')
-    return size
+            raise ValueError(f'{name}={ranks}: groups of {ranks} ranks do not fit the {world} that there are')
+    if size > N and size % N != 0:
+        raise ValueError(f'expert_parallel={N} does not divide the {size} ranks that share the weights')
+
+
+def group_size(shard, world):
+    """The setting `shard` -> how many ranks share the weights; 1 where it is off."""
+    return {'': 1, 'False': 1, 'True': world}.get(shard) or int(shard)
 
 
 def distribute(config, source, device, dtype, shard, expert_parallel):
@@ -49,7 +59,7 @@ def distribute(config, source, device, dtype, shard, expert_parallel):
     E, N, world, kind = config.n_routed_experts, expert_parallel, dist.get_world_size(), torch.device(device).type
     if N > 1 and (E == 0 or E % N != 0):
         raise ValueError(f'expert_parallel={N} does not divide the {E} routed experts of a layer')
-    size = group_size(shard, world, N)
+    size = group_size(shard, world)
     mesh, shards = data_parallel(kind, replicate=world // size, shard=size), size
     if N > 1:
         shards = max(1, size // N)  # of an expert
@@ -249,3 +259,8 @@ def clip_grad_norm_(parameters, max_norm):
     for grads in meshes.values():
         torch._foreach_mul_([grad.to_local() for grad in grads], scale)
     return norm
+
+
+def leave():
+    """Before the ranks' groups end: what holds them must go."""
+    gc.collect()
