@@ -83,11 +83,14 @@ def finish():
         if saving:
             saving.result()
     except (dcp.api.CheckpointException, OSError, RuntimeError) as e:
-        cause = next(iter(e.failures.values()))[0] if hasattr(e, 'failures') else e
-        raise ValueError(f'the checkpoint could not be written, what was saved before is whole: {first_line(cause)}'
-                         ) from None
+        raise ValueError(f'the checkpoint could not be written, what was saved before is whole: {cause(e)}') from None
     finally:
         saving = None
+
+
+def cause(e):
+    """In words, of an error or of torch's collection of all ranks' errors."""
+    return first_line(next(iter(e.failures.values()))[0] if isinstance(e, dcp.api.CheckpointException) else e)
 
 
 def leave():
@@ -131,7 +134,10 @@ class Reader(dcp.FileSystemReader):
 
 def load_tensors(path, tensors):
     """Into these tensors, by name; each rank reads what its shards need."""
-    dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
+    try:
+        dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
+    except (dcp.api.CheckpointException, OSError, pickle.UnpicklingError) as e:
+        raise ValueError(f'{path} cannot be read: {cause(e)}') from None
 
 
 def load_optimizer(state, params=None):
