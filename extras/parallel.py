@@ -193,23 +193,30 @@ def reader(model, source):
                 nn.Embedding(module.num_embeddings, module.embedding_dim)
 
     def read(name, tensor):
-        if source is not None and name in source:
+        if source is not None and isinstance(source.get(name), torch.Tensor):
             return source[name]
-        import convert  # not needed for other sources
         whole = torch.zeros(tensor.shape)  # pages that nobody writes take no memory
-        if source is None:
-            if isinstance(tensor, nn.Parameter):
-                model.initialise(name, whole)
-            return whole
-        mine = piece(whole, tensor)
-        begin = mine.storage_offset()
-        end = begin + sum((size - 1) * stride for size, stride in zip(mine.shape, mine.stride())) + 1
-        for part, view in convert.parts(model.config, name, whole):
-            if mine.numel() > 0 and view.storage_offset() < end and begin < view.storage_offset() + view.numel():
-                view.copy_(convert.read(source, part))
+        if source is not None:
+            read_rows(source, model.config, name, whole, piece(whole, tensor))
+        elif isinstance(tensor, nn.Parameter):
+            model.initialise(name, whole)
         return whole
 
     return read
+
+
+def read_rows(tensors, config, name, whole, mine):
+    """Fill the rows of `whole` that reach into its part `mine` from the files of a Hugging Face folder."""
+    import convert  # train.py has asked for it
+    if mine.numel() == 0:
+        return
+    begin = mine.storage_offset()
+    end = begin + sum((size - 1) * stride for size, stride in zip(mine.shape, mine.stride())) + 1
+    for part, view in convert.parts(config, name, whole):
+        start, row = view.storage_offset(), view.stride(0)
+        first, last = max(0, (begin - start) // row), min(len(view), -((start - end) // row))
+        if first < last:
+            view[first:last].copy_(convert.read(tensors, part)[first:last])
 
 
 def optimizer_state(state, optimizer):
