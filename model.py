@@ -163,15 +163,21 @@ class MLA(nn.Module):
         """
         cfg = self.config
         n, r, c = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
+        q, kv = self.latents(x)
         if cfg.q_lora_rank > 0:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))                    # eq. 6-7
-        else:
-            q = self.q_proj(x)
+            q = self.q_b_proj(self.q_a_layernorm(q))                                   # eq. 7
         q_nope, q_rope = q.unflatten(-1, (cfg.n_head, n + r)).transpose(1, 2).split((n, r), dim=-1)
-        c_kv, k_rope = self.kv_a_proj_with_mqa(x).split((c, r), dim=-1)                # eq. 1, 3
+        c_kv, k_rope = kv.split((c, r), dim=-1)
         q_rope = apply_rope(q_rope, cos.unsqueeze(-3), sin.unsqueeze(-3))              # eq. 8
         k_rope = apply_rope(k_rope, cos, sin)                                          # one key for all heads
         return q_nope, q_rope, self.kv_a_layernorm(c_kv), k_rope
+
+    def latents(self, x):
+        """x (B, T, C) -> the queries' latent (B, T, q_lora_rank), or without one the queries (B, T, H*(n+r)); and the
+        latent of keys and values before its norm, with the key that is to be rotated (B, T, c + r).
+        """
+        q = self.q_a_proj(x) if self.config.q_lora_rank > 0 else self.q_proj(x)        # eq. 6
+        return q, self.kv_a_proj_with_mqa(x)                                           # eq. 1, 3
 
     def attend_materialised(self, q_nope, q_rope, c_kv, k_rope):
         """Training and prefill: expand k and v for every head, then one causal SDPA. -> (B, T, H*v)"""
@@ -202,7 +208,8 @@ class MLA(nn.Module):
         scores = (cache @ q.flatten(1, 2).transpose(1, 2)).transpose(1, 2)             # (B, H*T, S)
         scores = scores.unflatten(1, (H, T)).float().masked_fill(~seen, float('-inf'))  # (B, H, T, S)
         weights = scores.softmax(dim=-1).to(cache.dtype).flatten(1, 2)                 # (B, H*T, S)
-        latent = (weights @ cache[..., :c]).unflatten(1, (H, T))                       # (B, H, T, c)
+        # of the whole cache, of which a CPU's bf16 product would copy a part first
+        latent = (weights @ cache)[..., :c].unflatten(1, (H, T))                       # (B, H, T, c)
         return torch.einsum('bhtc,hvc->bthv', latent, w_uv.to(latent.dtype)).flatten(2)
 
 

@@ -12,16 +12,34 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from model import MoE, all_experts, compute_dtype, draw, first_line, probabilities, swiglu
 
 
 def for_decoding(model, dtype):
-    """The model, its weights cast once to the dtype that its products then run in. Norms, routers and b keep theirs."""
+    """The model, its weights cast once to the dtype that its products then run in, and laid out to be read. Norms,
+    routers and b keep their dtypes.
+    """
     for name, p in model.named_parameters():
         if not name.endswith(('norm.weight', 'ln_f.weight', 'mlp.gate.weight')):
             p.data = p.data.to(dtype)
+    if model.config.q_lora_rank > 0:
+        for block in model.blocks():
+            join_latents(block.attn)
     return model.eval().requires_grad_(False)
+
+
+def join_latents(attn):
+    """q_a_proj and kv_a_proj_with_mqa as one matrix, whose parts they become: one product of x instead of two."""
+    parts = attn.q_a_proj, attn.kv_a_proj_with_mqa
+    sizes = [part.out_features for part in parts]
+    for name in ('weight', 'bias') if attn.config.bias else ('weight',):
+        attn.register_buffer(f'a_{name}', torch.cat([getattr(part, name).data for part in parts]), persistent=False)
+        for part, rows in zip(parts, getattr(attn, f'a_{name}').split(sizes)):
+            getattr(part, name).data = rows
+    bias = attn.a_bias if attn.config.bias else None
+    attn.latents = lambda x: F.linear(x, attn.a_weight, bias).split(sizes, dim=-1)
 
 
 class Speculation(NamedTuple):
@@ -74,16 +92,28 @@ class Decoder:
             s = self.state(len(rows), min(max(map(len, contexts)) + max_new_tokens, block_size + 1), D)
             kind = D, temperature > 0, top_k
             begin(model, s, contexts, max_new_tokens, temperature, stop_token, *kind)
+
+            def collect(s, places):
+                counts[places] = s.counts.cpu()
+                for i, tokens, known in zip(places, s.tokens.tolist(), s.known.tolist()):
+                    rows[i] += tokens[len(contexts[i]):known]
+
+            places = [*range(len(rows))]  # which row each of the state's is
+
             # a look at the rows: not before one may be done, and with a stop token, which may come at any time, often
             left = min(max_new_tokens, block_size + 1 - min(map(len, contexts))) - 1
             while left > 0:
                 fewest = -(-left // (1 + D))
                 for _ in range(fewest if stop_token is None else min(fewest, self.steps_between_looks)):
                     self.take_step(s, *kind)
-                left = (s.end - s.known).masked_fill(s.done, 0).max().item()
-            counts = s.counts.to('cpu', copy=True)
-            for row, context, tokens, known in zip(rows, contexts, s.tokens.tolist(), s.known.tolist()):
-                row += tokens[len(context):known]
+                remaining = (s.end - s.known).masked_fill(s.done, 0).tolist()
+                left = max(remaining)
+                done = [i for i, n in enumerate(remaining) if n == 0]
+                going = [i for i, n in enumerate(remaining) if n > 0]
+                if going and len(done) >= len(going) / 3 and not self.compile:  # a compiled step has one size
+                    collect(take_rows(s, done), [places[i] for i in done])
+                    s, places = take_rows(s, going), [places[i] for i in going]
+            collect(s, places)
         full = [(row, left) for row, prompt in zip(rows, prompts)
                 if (left := len(prompt) + max_new_tokens - len(row)) > 0 and row[-1] != stop_token]
         if full:  # these have filled the context, and go on together
@@ -155,30 +185,51 @@ def empty_state(model, B, S, D):
                  zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
 
 
+def take_rows(s, rows):
+    """The State of some of the rows."""
+    rows = torch.tensor(rows).to(s.known.device)
+    return s._replace(caches=[cache[rows] for cache in s.caches],
+                      **{name: x[rows] for name, x in s._asdict().items() if name != 'caches' and x.dim() > 0})
+
+
 def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled, top_k):
-    """The prompts into the caches, filled up on their right; then the first new token of each, and its drafts."""
+    """The prompts into the caches, filled up on their right; then the first new token of each, and its drafts.
+
+    Equal prompts are computed once, in the caches' first U rows.
+    """
     longest = max(map(len, prompts))
-    s.known.copy_(torch.tensor([len(prompt) for prompt in prompts]))
-    s.end.copy_((s.known + max_new_tokens).clamp(max=model.config.block_size + 1))
+    number = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    U, of = len(number), [number[tuple(prompt)] for prompt in prompts]
+    firsts = [of.index(u) for u in range(U)]                                  # where each different one stands first
+    numbers = torch.tensor([[len(prompt) for prompt in prompts], of, firsts + [0] * (len(of) - U)])
+    known, of, firsts = numbers.to(s.known.device)                                            # (B,) each
+    s.known.copy_(known)
+    s.end.copy_((known + max_new_tokens).clamp(max=model.config.block_size + 1))
     s.tokens[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     s.done.fill_(False)
     s.stop.fill_(-1 if stop_token is None else stop_token)
     s.temperature.fill_(min(temperature, 1e30))  # which float32 holds
     s.counts.zero_()
-    h, _ = model.main_stack(s.tokens[:, :longest], s.caches)                                  # (B, longest, C)
-    advance(model, s, h[rows_of(h), s.known.unsqueeze(1) - 1], 0, sampled, top_k)
+    caches = [cache[:U] for cache in s.caches]
+    tokens = s.tokens[firsts[:U], :longest]                                                   # (U, longest)
+    h, _ = model.main_stack(tokens, caches)                                                   # (U, longest, C)
+    advance(model, s, h[of.unsqueeze(1), known.unsqueeze(1) - 1], 0, sampled, top_k)
     if D > 0:
-        s.h[:, :longest] = h
-        for k, module, caches in mtp_modules(model, s):  # rows whose token is not known yet, draft() computes again
-            h, _ = model.mtp_module(module, s.tokens[:, k:longest + k], h, caches)
+        s.h[:, :longest] = h[of]
+        for k, module, blocks in mtp_modules(model, caches):  # rows of tokens not known here, draft() computes again
+            h, _ = model.mtp_module(module, F.pad(tokens[:, k:], (0, min(k, longest))), h, blocks)
+    if U < len(of):
+        for cache in s.caches:
+            cache[:, :longest] = cache[of, :longest]
+    if D > 0:
         draft(model, s, sampled, top_k)
 
 
-def mtp_modules(model, s):
-    """Of each MTP module: its number k, from 1, the module, and the caches of its blocks."""
+def mtp_modules(model, caches):
+    """Of each MTP module: its number k, from 1, the module, and those caches that are its blocks'."""
     for k, module in enumerate(model.mtp, start=1):
         first = model.config.n_layer + (k - 1) * len(module.h)
-        yield k, module, s.caches[first:first + len(module.h)]
+        yield k, module, caches[first:first + len(module.h)]
 
 
 def rows_of(x):
@@ -283,7 +334,7 @@ def draft(model, s, sampled, top_k):
     D = len(model.mtp)
     window = (s.known.unsqueeze(1) - 2 + torch.arange(-D, 1, device=s.known.device)).clamp(min=0)  # (B, 1+D)
     h = s.h[rows_of(s.h), window]                                                             # (B, 1+D, C)
-    for k, module, caches in mtp_modules(model, s):
+    for k, module, caches in mtp_modules(model, s.caches):
         x = module.combine(model.transformer.wte(s.tokens.gather(1, window + k)), h)
         h = module.norm(run_blocks(model, module.h, x, caches, window))
         logits = model.lm_head(h[:, -1])                                                      # (B, V)

@@ -104,8 +104,10 @@ def report(script, args):
     def on_sync():
         line = projects_line()
         waits[line] += 1
-        if line.startswith('decode.py: left = '):
-            ctypes.c_long.from_address(ctypes.c_void_p.in_dll(fake, 'fake_read').value).value = tokens_left()
+        if line.startswith('decode.py: remaining = '):
+            left = tokens_left()
+            read = ctypes.c_void_p.in_dll(fake, 'fake_read').value
+            (ctypes.c_long * len(left)).from_address(read)[:] = left
 
     ctypes.c_void_p.in_dll(fake, 'fake_on_sync').value = ctypes.cast(on_sync, ctypes.c_void_p).value
     before = now()
@@ -144,22 +146,20 @@ def projects_line():
 
 def watch_decoding(mark):
     """mark() after each decoding step. And what no kernel does: rows grow with each step, by a token and half of their
-    drafts. Returns a function: how many tokens a row lacks.
+    drafts. Returns a function: how many tokens each row lacks.
     """
     from extras import decode
 
-    begin, take_step, left = decode.begin, decode.Decoder.take_step, 0
+    begin, take_step, left = decode.begin, decode.Decoder.take_step, []
 
     def grow(s, n):
-        nonlocal left
-        left -= n
+        left[:] = [tokens - n for tokens in left]
         known = (ctypes.c_long * len(s.known)).from_address(s.known.data_ptr())
         known[:] = [length + n for length in known]
 
     def begin_and_grow(model, s, prompts, max_new_tokens, *args):
-        nonlocal left
         begin(model, s, prompts, max_new_tokens, *args)
-        left = max_new_tokens
+        left[:] = [max_new_tokens] * len(prompts)
         grow(s, 1)
 
     def step_and_grow(self, s, D, *kind):

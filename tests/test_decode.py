@@ -79,6 +79,29 @@ def test_rows_that_are_done_wait_for_the_next_look():
         assert got == [[*range(9)], [5, 6, 7, 8]]
 
 
+@pytest.mark.parametrize('speculative', [False, True])
+def test_rows_that_are_done_are_computed_no_longer(monkeypatch, speculative):
+    model, sizes, step = counting_model(block_size=32), [], decode.step
+    monkeypatch.setattr(decode, 'step', lambda model, s, *kind: sizes.append(len(s.done)) or step(model, s, *kind))
+    prompts = [[n] for n in range(9)]                                # each stops at 9, the last one first
+    rows, told = Decoder(model).generate(prompts, 20, 0, stop_token=9, speculative=speculative)
+    assert rows == [[*range(n, 10)] for n in range(9)]
+    assert not speculative or told.tokens.tolist() == [8 - n for n in range(9)]
+    assert sizes == ([9, 5, 2] if speculative else [9, 9, 6, 6, 4, 3, 2, 1])  # rows go when a quarter of them is done
+
+
+def test_equal_prompts_are_computed_once(monkeypatch):
+    model, seen = tiny_model().eval(), []
+    stack = model.main_stack
+    monkeypatch.setattr(model, 'main_stack', lambda idx, *args: seen.append(idx.shape) or stack(idx, *args))
+    a, b, c = prompts_of(5, 3, 5)
+    prompts = [a, b, a, c, b, a]
+    for speculative in (False, True):
+        rows, _ = Decoder(model).generate(prompts, 9, temperature=0, speculative=speculative)
+        assert rows == plain(model, prompts, 9) and seen[0] == (3, 5)
+        seen.clear()
+
+
 def test_past_block_size_the_settings_are_the_same():
     model = tiny_model().eval()
     prompts = prompts_of(30, 32, 4)
@@ -140,6 +163,7 @@ def test_caches_equal_those_of_whole_forwards(monkeypatch, modules):
     torch.manual_seed(1)
     model = counting_model(steps=30, num_nextn_predict_layers=modules)
     decoder, prompts = Decoder(model), prompts_of(5, 2, 9, vocab_size=COUNTING)
+    decoder.compile = True                                           # no row leaves the state
     states, empty_state = [], decode.empty_state
     monkeypatch.setattr(decode, 'empty_state', lambda *args: states.append(empty_state(*args)) or states[-1])
     rows, told = decoder.generate(prompts, 20, temperature=2.0, speculative=True)
@@ -175,7 +199,7 @@ def test_a_row_keeps_its_drafts_whatever_the_others_accept(monkeypatch):
     def picky(drafts, q, p):
         new, a = verify(drafts, q, p)
         if drafts.size(1) > 0:
-            new[1, 0], a[1] = p[1, 0].argmax(), 0
+            new[-1, 0], a[-1] = p[-1, 0].argmax(), 0
         return new, a
 
     model, prompts = counting_model(block_size=64), [[4, 5, 6], [0, 1]]

@@ -159,9 +159,10 @@ def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature, 
     seen, probabilities = [], model_module.probabilities
     monkeypatch.setattr('extras.decode.probabilities', lambda *args: seen.append(probabilities(*args)) or seen[-1])
     prompts = [[3, 4, 5], [6, 7, 8], [1, 2, 3]]
-    context = grpo.autocast('cpu', dtype)
+    context, decoder = grpo.autocast('cpu', dtype), Decoder(model)
+    decoder.compile = True                                                            # no row leaves the state
     with context:
-        responses = grpo.sample_responses(Decoder(model), prompts, 4, 16, temperature)
+        responses = grpo.sample_responses(decoder, prompts, 4, 16, temperature)
     steps = torch.cat(seen, dim=1)                                                    # (B, tokens, V)
     rows, mask = grpo.pack([p for p in prompts for _ in range(4)], responses, STOP, 'cpu')
     with context:
