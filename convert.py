@@ -273,10 +273,19 @@ def read_weights(tensors, config, state):
             view.copy_(read(tensors, part))
 
 
-def load_folder(hf_dir, overrides=None):
-    """The model of a folder of the DeepSeek-V2 or V3 family, in fp32; overrides: keywords of GPTConfig."""
+def open_model(hf_dir, overrides=None, device='cpu'):
+    """A folder of the DeepSeek-V2 or V3 family -> a new model of its shape, and the tensors to fill it from.
+
+    overrides: keywords of GPTConfig.
+    """
     args, tensors = open_folder(hf_dir)
-    model = GPT(GPTConfig(**(args | (overrides or {}))))
+    with torch.device(device):
+        return GPT(GPTConfig(**(args | (overrides or {})))), tensors
+
+
+def load_folder(hf_dir, overrides=None):
+    """The model of a folder, in fp32."""
+    model, tensors = open_model(hf_dir, overrides)
     read_weights(tensors, model.config, model.state_dict())
     return model
 

@@ -368,11 +368,15 @@ class GPT(nn.Module):
         self.rows_fn = self.plain_rows_fn = cross_entropy_rows  # compile() replaces the first, extras/kernels.py both
 
         for name, p in self.named_parameters():
-            if p.dim() >= 2:
-                residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'experts_down'))
-                nn.init.normal_(p, std=config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1))
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
+            self.initialise(name, p)
+
+    def initialise(self, name, p):
+        if p.dim() >= 2:
+            residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'experts_down'))
+            std = self.config.initializer_range / (math.sqrt(2 * self.config.n_layer) if residual else 1)
+            nn.init.normal_(p, std=std)
+        else:
+            nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
 
     def blocks(self):
         """Every block, the main stack's first, then each MTP module's."""
@@ -1010,10 +1014,7 @@ def save_checkpoint(checkpoint, path, best_path=None):
                 shutil.copyfile(new, new_best)
             os.replace(new_best, best_path)
         os.replace(new, path)
-        if os.name == 'posix':  # elsewhere a folder cannot be opened
-            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(os.path.dirname(path) or '.')
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             remove_temporary()
@@ -1021,9 +1022,18 @@ def save_checkpoint(checkpoint, path, best_path=None):
         raise ValueError(f'{path} could not be written, what was saved before is whole: {first_line(cause)}') from None
 
 
+def sync_folder(folder):
+    """Force a folder's names to the disk."""
+    if os.name == 'posix':  # elsewhere a folder cannot be opened
+        file = os.open(folder, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+
+
 def is_of_run(path, run):
     """Whether a checkpoint is of this run: torchrun's restarts go on with no other."""
     try:
+        path = os.path.join(path, 'rest.pt') if os.path.isdir(path) else path  # extras/dcp.py
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('run') == run
     except Exception:  # it is missing, damaged or another program's
         return False
@@ -1076,7 +1086,8 @@ def open_log(path, header, tokenizer_from=None):
         file.write(json.dumps(header).encode() + b'\n')
         if new:
             copies = copy_tokenizer(tokenizer_from, folder, end='.tmp')
-            names = ['ckpt.pt', 'ckpt_last.pt', 'ckpt_best.pt', 'log.jsonl', *TOKENIZER_FILES]
+            names = [f'ckpt{which}{end}' for which in ('', '_last', '_best') for end in ('.pt', '.dcp')]
+            names += ['log.jsonl', *TOKENIZER_FILES]
             for name, kept in keep_earlier(folder, names).items():
                 print(f'{folder}/{name} of an earlier run is now {kept}')
             for new_path in (path, *copies):

@@ -15,6 +15,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop has its own handl
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -47,6 +48,7 @@ log_interval = 1
 eval_iters = 200
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # ckpt.pt is the last one, ckpt_best.pt the best; False: the best, and ckpt_last.pt
+checkpoint = 'whole'  # ckpt.pt; or 'dcp': ckpt.dcp, in shards, written meanwhile; needs extras/dcp.py
 init_from = 'scratch'  # or 'resume', or the path of a DeepSeek checkpoint in Hugging Face's format
 # wandb logging
 wandb_log = False
@@ -85,6 +87,9 @@ fp8_scaling = 'tile'  # or 'row' or 'tensor': what shares a scale
 fp8_grad = 'e4m3'  # or 'e5m2': the format of the gradients
 fp8_power_of_two = False  # scales that are powers of two
 bf16_moments = False  # AdamW's moments in bfloat16, as V3 keeps them; needs extras/optim.py
+recompute = False  # keep a block's input alone for the backward, which computes the rest again
+shard = ''  # 'True': FSDP2 over all ranks; '4': over groups of four, each with the whole; needs extras/parallel.py
+expert_parallel = 1  # so many ranks share a layer's experts; needs extras/parallel.py
 activation_memory = 1.0  # with compile: share of a block's activations that is kept; the backward recomputes the rest
 # -----------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
@@ -98,6 +103,8 @@ here = os.path.dirname(os.path.abspath(__file__))
 ddp = 'RANK' in os.environ
 rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
 master = rank == 0
+sharded = shard not in ('', 'False') or expert_parallel > 1
+parallel = dcp = None  # extras/parallel.py and extras/dcp.py, where a flag asks for them
 hosts = None  # a gloo group for small messages between CPUs: see most()
 
 
@@ -111,10 +118,14 @@ def stop(message, every_rank=False):
 
 def disconnect(failed=False):
     """Leave the process groups. gloo's threads must end before Python does, or they may abort it (pytorch#190489), and
-    they end when nothing holds their groups: neither DDP's module nor `hosts`.
+    they end when nothing holds their groups: neither DDP's module nor shards nor `hosts`.
     """
-    global model, hosts
+    global model, raw_model, optimizer, hosts
     group, model, hosts = hosts, None, None
+    if sharded:  # every tensor of theirs knows its group
+        raw_model = optimizer = None
+    for extra in filter(None, (dcp, parallel)):
+        extra.leave()
     if not dist.is_initialized():
         return
     if failed and dist.get_backend() == 'nccl':  # it would wait for ranks that may not come
@@ -124,14 +135,17 @@ def disconnect(failed=False):
 
 
 RANGES = [  # settings, the values that they may have, and these in words
-    ('batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_skipped_iters',
+    ('batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_skipped_iters '
+     'expert_parallel',
      lambda x: x > 0, 'be positive'),
     ('learning_rate min_lr weight_decay grad_clip max_iters warmup_iters lr_decay_iters mtp_lambda_late mtp_late_from',
      lambda x: 0 <= x < math.inf, 'be finite and not negative'),
     ('beta1 beta2', lambda x: 0 <= x < 1, 'lie in [0, 1)'),
     ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
+    ('shard', lambda x: x in ('', 'False', 'True') or x.isdecimal() and int(x) > 0, "be 'True', or a number of ranks"),
     ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
     ('optimizer', lambda x: x in ('adamw', 'muon'), "be 'adamw' or 'muon'"),
+    ('checkpoint', lambda x: x in ('whole', 'dcp'), "be 'whole' or 'dcp'"),
     ('dtype', lambda x: x in ('', 'float32', 'bfloat16', 'float16'), "be 'float32', 'bfloat16' or 'float16'"),
     ('fp8_scaling', lambda x: x in ('tile', 'row', 'tensor'), "be 'tile', 'row' or 'tensor'"),
     ('fp8_grad', lambda x: x in ('e4m3', 'e5m2'), "be 'e4m3' or 'e5m2'"),
@@ -189,12 +203,23 @@ def connect():
         store, _, _ = next(dist.rendezvous('env://'))
         # torchrun's store outlives a restart, with the addresses of the ranks that were lost
         attempt = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        check_devices(attempt, gpu)
         check_host_names(attempt)
         dist.init_process_group(backend if gpu else 'gloo', store=attempt, rank=rank, world_size=world)
         hosts = dist.new_group(backend='gloo')
     except (ValueError, RuntimeError) as e:
         raise ValueError(f'the ranks cannot be connected: {first_line(e)}') from None
     return place, store.compare_set('run', '', uuid.uuid4().hex).decode()
+
+
+def check_devices(store, gpu):
+    """gloo and nccl would wait for each other."""
+    store.add('gpus', int(gpu))
+    if store.add('ranks', 1) == world:
+        store.set('counted', '')
+    store.get('counted')  # waits for all
+    if store.add('gpus', 0) not in (0, world):
+        raise ValueError('some ranks have a GPU and others have none: give all of them the same --device')
 
 
 def check_host_names(store):
@@ -239,12 +264,16 @@ def best_dtype(device_type):
 
 
 try:
+    parallel = beside('extras/parallel.py', 'shard or expert_parallel') if sharded else None
+    dcp = beside('extras/dcp.py', 'checkpoint=dcp') if checkpoint == 'dcp' else None
     check_settings()
     device, run = connect()
     device_type = torch.device(device).type
     dtype = config['dtype'] = dtype or best_dtype(device_type)
     if dtype == 'float16' and device_type != 'cuda':
         raise ValueError("dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
+    if sharded:
+        parallel.check(config, world if ddp else 0)
 except ValueError as e:
     stop(e)
 accumulation = gradient_accumulation_steps // world
@@ -343,15 +372,21 @@ except (ValueError, OSError) as e:
 # the model: new, from a checkpoint of this file's, or from a Hugging Face folder
 # ckpt.pt is the last checkpoint, and ckpt_best.pt the best; with always_save_checkpoint=False, as in nanoGPT, ckpt.pt
 # is the best, and ckpt_last.pt the last
-last_path, best_path = (os.path.join(out_dir, name) for name in
-                        (('ckpt.pt', 'ckpt_best.pt') if always_save_checkpoint else ('ckpt_last.pt', 'ckpt.pt')))
+ending = '.dcp' if checkpoint == 'dcp' else '.pt'
+last_path, best_path = (os.path.join(out_dir, name + ending) for name in
+                        (('ckpt', 'ckpt_best') if always_save_checkpoint else ('ckpt_last', 'ckpt')))
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
+
+
+# sharded, no rank ever holds the whole model
+on_meta = torch.device('meta') if sharded else contextlib.nullcontext()
 
 
 def new_model():
     args = {name: config[name] for name in fields}
     args['vocab_size'] = vocab_size or meta.get('vocab_size', 50304)
-    return GPT(GPTConfig(**args))
+    with on_meta:
+        return GPT(GPTConfig(**args))
 
 
 # what a run may change of a checkpoint's config: the first by every flag, the others by a flag that is not the default
@@ -370,10 +405,12 @@ def resumed_model():
     path = resume_path()
     if not same(os.path.exists(path)):
         raise ValueError(f'{path} is missing on some machines: {out_dir} must be one folder for all of them')
-    other = os.path.join(out_dir, 'ckpt_last.pt' if always_save_checkpoint else 'ckpt_best.pt')
+    other = os.path.join(out_dir, 'ckpt_last' if always_save_checkpoint else 'ckpt_best') + path[path.rindex('.'):]
     if os.path.exists(other):
         raise ValueError(f'{other} is of a run with always_save_checkpoint={not always_save_checkpoint}: resume it so')
-    model, checkpoint = GPT.from_checkpoint(path, device, **overrides())
+    open_checkpoint = beside('extras/dcp.py', path).open_checkpoint if path.endswith('.dcp') else GPT.from_checkpoint
+    with on_meta:  # and then the weights stay in the file: each rank reads its own part of them
+        model, checkpoint = open_checkpoint(path, 'cpu' if sharded else device, assign=sharded, **overrides())
     iter_num, best, trained_on = (checkpoint.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
     if (type(iter_num), type(best), type(trained_on or {})) != (int, float, dict) or iter_num < 0:
         raise ValueError(f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta has '
@@ -390,8 +427,9 @@ def resumed_model():
 
 
 def resume_path():
-    """The last checkpoint, or where there is none, as after an import, ckpt.pt."""
-    return last_path if os.path.exists(last_path) else os.path.join(out_dir, 'ckpt.pt')
+    """The last checkpoint, of two forms the newer; where there is none, as after an import, ckpt.pt."""
+    paths = [last_path.removesuffix(ending) + form for form in ('.pt', '.dcp')]
+    return max(filter(os.path.exists, paths), key=os.path.getmtime, default=os.path.join(out_dir, 'ckpt.pt'))
 
 
 def check_fit(model):
@@ -408,18 +446,24 @@ def check_fit(model):
 
 def build_model():
     """The model on this rank's device, and the checkpoint that it came from, or None."""
-    checkpoint = None
+    checkpoint = source = None
     if init_from == 'scratch':
         model = new_model()
     elif init_from == 'resume':
         model, checkpoint = resumed_model()
+        source = resume_path() if resume_path().endswith('.dcp') else model.state_dict()
     else:
         convert = beside('convert.py', f'init_from={init_from}')
         convert.check_vocabulary(init_from, meta, data_dir)
-        model = convert.load_folder(init_from, overrides())
+        if sharded:
+            model, source = convert.open_model(init_from, overrides(), 'meta')
+        else:
+            model = convert.load_folder(init_from, overrides())
     if init_from != 'scratch':
         check_fit(model)
     check_tokens(model.config.vocab_size)
+    if sharded:
+        model = parallel.distribute(model.config, source, device, dtype, shard, expert_parallel)
     return model.to(device), checkpoint
 
 
@@ -446,7 +490,8 @@ def build_optimizer(model, checkpoint):
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     if checkpoint is not None and checkpoint.get('optimizer'):  # a converted checkpoint has none
         try:
-            made.load_state_dict(checkpoint['optimizer'])
+            state = checkpoint['optimizer']
+            made.load_state_dict(parallel.optimizer_state(state, made) if sharded else state)
             for group in made.param_groups:
                 group['fused'] = made.defaults['fused']  # this device's, not that of the checkpoint's
             if checkpoint.get('scaler'):
@@ -488,6 +533,9 @@ def try_micro_batch():
         fault = 2 if is_out_of_memory(e) else 1
         if fault == 1 and not compile:
             raise
+        if sharded:  # the others wait for this rank within the micro-batch
+            stop(f'rank {rank}: {first_line(e)}: try ' +
+                 ('--compile=False' if fault == 1 else 'a smaller batch_size'), every_rank=True)
         if fault == 1:
             print(f'rank {rank}: ' * ddp + f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
     optimizer.zero_grad(set_to_none=True)
@@ -529,7 +577,7 @@ try:
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
     if most(restarted and is_of_run(resume_path(), run)):
         init_from = 'resume'  # torchrun lost a rank and starts all of them again
-    raw_model, checkpoint = build_model()
+    raw_model, found = build_model()
     use_kernels(raw_model)
     if fp8:
         grad_dtype = {'e4m3': torch.float8_e4m3fn, 'e5m2': torch.float8_e5m2}[fp8_grad]
@@ -537,9 +585,11 @@ try:
         execution = file.enable(raw_model, file.Recipe(fp8_scaling, grad_dtype, fp8_power_of_two))
         if master:
             print(execution)
-    optimizer, scaler = build_optimizer(raw_model, checkpoint)
-    iter_num, best_val_loss = (checkpoint['iter_num'], checkpoint['best_val_loss']) if checkpoint else (0, math.inf)
-    checkpoint = None  # free the memory
+    optimizer, scaler = build_optimizer(raw_model, found)
+    iter_num, best_val_loss = (found['iter_num'], found['best_val_loss']) if found else (0, math.inf)
+    found = None  # free the memory
+    for block in raw_model.blocks() if recompute else ():
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     if compile:
         torch._functorch.config.activation_memory_budget = activation_memory
         raw_model.compile()
@@ -558,7 +608,8 @@ except (RuntimeError, MemoryError) as e:
         raise
     stop('out of memory: make the model smaller (n_embd, n_layer, n_routed_experts)', every_rank=True)
 model = raw_model
-if ddp:
+clip_grad_norm_ = parallel.clip_grad_norm_ if sharded else torch.nn.utils.clip_grad_norm_
+if ddp and not sharded:
     # the only buffer that changes, the balance bias, changes alike on all ranks
     model = DDP(model, device_ids=[device] if device_type == 'cuda' else None, forward_sync_buffers=False)
 
@@ -573,9 +624,11 @@ def estimate_loss():
     out = {}
     for split in ('train', 'val'):
         total = torch.zeros((), device=device)
-        for k in range(rank, eval_iters, world):
+        for k in range(rank, math.ceil(eval_iters / world) * world, world):  # all ranks take part in each batch
             with ctx:
-                total += raw_model(*get_batch(split, 1, k), return_logits=False)[1]
+                loss = raw_model(*get_batch(split, 1, k), return_logits=False)[1]
+            if k < eval_iters:
+                total += loss
         out[split] = all_reduce(total).item() / eval_iters
     raw_model.train()
     return out
@@ -600,14 +653,22 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 
 
 def save(best):
+    if not (master or sharded or dcp):
+        return
     # the first checkpoint is also saved as the best
-    best = best or not os.path.exists(os.path.join(out_dir, 'ckpt.pt'))
+    best = best or not os.path.exists(os.path.join(out_dir, 'ckpt' + ending))
+    rest = {'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num,
+            'best_val_loss': best_val_loss, 'config': config, 'run': run,
+            'meta': meta}  # a character set's table, for sample.py
     try:
-        save_checkpoint({'model': raw_model.state_dict(), 'optimizer': optimizer.state_dict(),
-                         'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config),
-                         'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config, 'run': run,
-                         'meta': meta},  # a character set's table, for sample.py
-                        last_path, best_path if best else None)
+        if dcp:
+            dcp.save(raw_model, optimizer, rest, last_path, best_path if best else None)
+            return
+        state = {'model': raw_model.state_dict(keep_vars=sharded), 'optimizer': optimizer.state_dict()}
+        if sharded:
+            state = parallel.whole(state)
+        if master:
+            save_checkpoint(state | rest, last_path, best_path if best else None)
     except ValueError as e:
         stop(e)
 
@@ -719,8 +780,8 @@ while True:
             log({'step': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
             if not math.isfinite(losses['val']):
                 print('the validation loss is not finite: not saved')
-            elif iter_num > 0 and not eval_only:
-                save(best=improved)
+        if math.isfinite(losses['val']) and iter_num > 0 and not eval_only:
+            save(best=improved)
         t_log, iters_logged = time.time(), 0
     if iter_num >= max_iters or eval_only:
         break
@@ -731,7 +792,9 @@ while True:
         number = iter_num * gradient_accumulation_steps + micro_step * world + rank
         torch.manual_seed((seed + number) % 2**32)
         x, y = get_batch('train', 0, number)
-        if ddp:  # gradients travel with the last micro-batch
+        if sharded:  # between groups that each have the whole, gradients travel with the last micro-batch
+            model.set_requires_all_reduce(micro_step == accumulation - 1)
+        elif ddp:  # so do all of DDP's
             model.require_backward_grad_sync = micro_step == accumulation - 1
         with ctx:
             _, loss = model(x, y, mtp_lambda=get_mtp_lambda(iter_num))
@@ -742,7 +805,7 @@ while True:
     # clip, step, balance; where a loss or a gradient is not finite, on any rank, they change nothing: decided on the
     # device
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
+    norm = clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
     means = {k: all_reduce(stats[k]) / (accumulation * world) for k in ('losses', 'balance') if k in stats}
     bad = ~(norm + means['losses'].sum()).isfinite()
     if optimizer.defaults['fused']:
@@ -801,10 +864,15 @@ while True:
 
     # leave after a signal to any rank, all ranks after the same step
     if most(signalled):
+        save(best=False)
         if master:
-            save(best=False)
             print(f'stopped by a signal before iteration {iter_num}: the same command with --init_from=resume goes on '
                   f'from {last_path}')
         break
 
+try:
+    if dcp:
+        dcp.finish()  # the checkpoint that is still being written
+except ValueError as e:
+    stop(e)
 disconnect()

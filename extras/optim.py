@@ -56,8 +56,9 @@ class Muon(torch.optim.AdamW):
         by_shape = {}
         for p in group['params']:
             if p.grad is not None:
-                by_shape.setdefault(p.shape[-2:], []).append(p)
-        for (m, n), params in by_shape.items():
+                # in shards, those of one mesh: extras/parallel.py
+                by_shape.setdefault((p.shape[-2:], getattr(p, 'device_mesh', None)), []).append(p)
+        for ((m, n), _), params in by_shape.items():
             for p in params:
                 if 'momentum_buffer' not in self.state[p]:
                     # AdamW's load_state_dict looks for a step in every state

@@ -1,0 +1,197 @@
+"""
+Sharded checkpoints by torch.distributed.checkpoint (DCP), for train.py --checkpoint=dcp: each rank writes its shards
+while the training goes on, and any number of ranks in any layout reads them.
+
+    python -m extras.dcp OUT_DIR    # ckpt.dcp and ckpt_best.dcp there -> ckpt.pt and ckpt_best.pt beside them
+
+A checkpoint is a folder, ckpt-ITERATION-RUN.dcp. The links ckpt.dcp and ckpt_best.dcp point to two of them.
+"""
+
+import contextlib
+import glob
+import os
+import pickle
+import shutil
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from model import GPT, GPTConfig, first_line, save_checkpoint, sync_folder
+
+warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one process is one process
+writer, saving, group = None, None, None  # the thread, what it does now, and the ranks' group for it
+
+
+def save(model, optimizer, rest, path, best_path):
+    """Write a checkpoint, each rank its shards, while the training goes on; all ranks take part.
+
+    It is written beside, forced to the disk and renamed, and then the links point to it, best_path first: a kill at any
+    instant leaves the last one whole. rest: what is no tensor. ValueError where the one before could not be written.
+    """
+    global writer, saving, group
+    finish()
+    if writer is None:
+        writer = ThreadPoolExecutor(1)
+        group = dist.new_group(backend='gloo') if dist.is_initialized() else None
+    optimizer = optimizer.state_dict()
+    tensors = {f'model.{name}': x.detach() for name, x in tensors_of(model).items()}
+    tensors |= {f'optimizer.{i}.{key}': x for i, state in optimizer['state'].items() for key, x in state.items()}
+    rest = rest | {'optimizer': {'param_groups': optimizer['param_groups']}}
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')  # no two folders have one name
+    new = os.path.join(os.path.dirname(path), f'ckpt-{rest["iter_num"]}-{rest["run"][:8]}{attempt}.dcp.tmp')
+    written = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(new), process_group=group)
+    saving = writer.submit(publish, written, rest, new, [best_path, path] if best_path else [path])
+
+
+def publish(written, rest, new, links):
+    """What follows when the shards are written, on rank 0."""
+    folder, target = os.path.dirname(new), new.removesuffix('.tmp')
+    try:
+        written.result()
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
+        with open(os.path.join(new, 'rest.pt'), 'wb') as f:
+            torch.save(rest, f)
+            f.flush()
+            os.fsync(f.fileno())
+        sync_folder(new)
+        os.rename(new, target)
+        for link in links:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(link + '.tmp')
+            os.symlink(os.path.basename(target), link + '.tmp')
+            os.replace(link + '.tmp', link)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    linked = {os.path.realpath(path) for path in glob.glob(f'{glob.escape(folder)}/*') if os.path.islink(path)}
+    for old in glob.glob(f'{glob.escape(folder)}/ckpt-*.dcp*'):  # those of earlier runs have links too: ckpt.dcp.old
+        if os.path.realpath(old) not in linked:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def finish():
+    """Wait until the last save() is on the disk; a ValueError where it is not."""
+    global saving
+    try:
+        if saving:
+            saving.result()
+    except (dcp.api.CheckpointException, OSError, RuntimeError) as e:
+        raise ValueError(f'the checkpoint could not be written, what was saved before is whole: {cause(e)}') from None
+    finally:
+        saving = None
+
+
+def cause(e):
+    """In words, of an error or of torch's collection of all ranks' errors."""
+    return first_line(next(iter(e.failures.values()))[0] if isinstance(e, dcp.api.CheckpointException) else e)
+
+
+def leave():
+    """Before the ranks' groups end: what the thread writes is no longer waited for long."""
+    global saving, writer, group
+    with contextlib.suppress(Exception):
+        if saving:
+            saving.exception(timeout=60)
+    saving = writer = group = None
+
+
+def tensors_of(model):
+    """Parameters, a tied one once, and balance biases, by name."""
+    biases = {name: b for name, b in model.named_buffers() if name.endswith('e_score_correction_bias')}
+    return dict(model.named_parameters()) | biases
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's, but for the pickle of names and sizes, which here runs nothing: it holds these classes alone."""
+    PLAIN = {'torch.distributed.checkpoint.metadata': (
+                 'Metadata', 'TensorStorageMetadata', 'TensorProperties', 'ChunkStorageMetadata', 'MetadataIndex',
+                 'StorageMeta', '_MEM_FORMAT_ENCODING'),
+             'torch.distributed.checkpoint.filesystem': ('_StorageInfo',), 'torch.serialization': ('_get_layout',),
+             'pathlib': ('PosixPath',), 'pathlib._local': ('PosixPath',)}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            plain = module == 'torch' and (name == 'Size' or isinstance(getattr(torch, name, None), torch.dtype))
+            if plain or name in Reader.PLAIN.get(module, ()):
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
+
+    def read_metadata(self, *args, **kwargs):
+        with open(os.path.join(self.path, '.metadata'), 'rb') as f:
+            metadata = self.Unpickler(f).load()
+        for name, about in metadata.state_dict_metadata.items():
+            if type(about) is not dcp.metadata.TensorStorageMetadata:
+                raise ValueError(f'{name} is no tensor')
+        return metadata
+
+
+def load_tensors(path, tensors):
+    """Into these tensors, by name; each rank reads what its shards need."""
+    try:
+        dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
+    except (dcp.api.CheckpointException, OSError, pickle.UnpicklingError) as e:
+        raise ValueError(f'{path} cannot be read: {cause(e)}') from None
+
+
+def load_optimizer(state, params=None):
+    """What open_checkpoint() left of the optimizer's state dict -> the state dict, in shards like the params."""
+    tensors = {}
+    for name, about in Reader(state['folder']).read_metadata().state_dict_metadata.items():
+        if name.startswith('optimizer.'):
+            p = params[int(name.split('.')[1])] if params else None
+            dtype = about.properties.dtype
+            tensors[name] = torch.zeros(about.size, dtype=dtype) if p is None or p.shape != about.size else \
+                torch.zeros_like(p.detach(), dtype=dtype)
+    load_tensors(state['folder'], tensors)
+    entries = {}
+    for name, x in tensors.items():
+        _, i, key = name.split('.')
+        entries.setdefault(int(i), {})[key] = x
+    return {'state': entries, 'param_groups': state['param_groups']}
+
+
+def open_checkpoint(path, device='cpu', assign=False, **overrides):
+    """As GPT.from_checkpoint(), for a sharded one. With assign, the tensors stay in its files: see load_optimizer()."""
+    try:
+        rest = torch.load(os.path.join(path, 'rest.pt'), map_location='cpu', weights_only=True)
+        config = GPTConfig(**rest['model_args'])
+        rest['optimizer']['folder'] = path
+        with torch.device('meta') if assign else contextlib.nullcontext():
+            model = GPT(replace(config, **overrides))
+        if not assign:
+            load_tensors(path, {f'model.{name}': x.detach() for name, x in tensors_of(model.to(device)).items()})
+            rest['optimizer'] = load_optimizer(rest['optimizer'])
+    except Exception as e:  # a damaged file, another program's
+        raise ValueError(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+    return model, rest
+
+
+def main():
+    """Sharded checkpoints to whole ones beside them."""
+    if len(sys.argv) != 2:
+        raise SystemExit('python -m extras.dcp OUT_DIR')
+    found = [os.path.join(sys.argv[1], f'{name}.dcp') for name in ('ckpt', 'ckpt_best', 'ckpt_last')]
+    try:
+        for path in filter(os.path.exists, found):
+            model, rest = open_checkpoint(path)
+            whole_path = path.removesuffix('.dcp') + '.pt'
+            if os.path.exists(whole_path):
+                raise ValueError(f'{whole_path} exists already: remove it or rename it')
+            save_checkpoint(rest | {'model': model.state_dict()}, whole_path)
+            print(f'wrote {whole_path}')
+        if not any(map(os.path.exists, found)):
+            raise ValueError(f'{sys.argv[1]} has no ckpt.dcp')
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,273 @@
+"""
+A model over many ranks, by torch's own engine (DeviceMesh, FSDP2): what train.py's --shard and --expert_parallel ask
+for.
+
+The weights, their gradients and the optimizer's state are DTensors, of which each rank holds a shard. The model is
+built without memory and then filled one tensor at a time, so that no rank ever holds the whole.
+"""
+
+import functools
+import gc
+import logging
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._pytree import tree_map_only
+
+from extras.dcp import load_optimizer, load_tensors, tensors_of
+from model import GPT, Combine, Dispatch, compute_dtype, rope_table, sort_by_expert
+
+# it advises every rank to merge collectives that do not merge in these meshes
+logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
+
+# -----------------------------------------------------------------------------
+# the layout
+
+
+def check(config, world):
+    """ValueError where train.py's settings do not go together, or not with so many ranks of torchrun, 0 without it."""
+    if world == 0:
+        raise ValueError('shard and expert_parallel need several ranks: start them with torchrun')
+    for name, value in (('fp8', True), ('dtype', 'float16')):
+        if config[name] == value:
+            raise ValueError(f'{name}={value} goes with neither shard nor expert_parallel')
+    size, N = group_size(config['shard'], world), config['expert_parallel']
+    for name, ranks in (('shard', size), ('expert_parallel', N)):
+        if world % ranks != 0:
+            raise ValueError(f'{name}={ranks}: groups of {ranks} ranks do not fit the {world} that there are')
+    if size > N and size % N != 0:
+        raise ValueError(f'expert_parallel={N} does not divide the {size} ranks that share the weights')
+
+
+def group_size(shard, world):
+    """The setting `shard` -> how many ranks share the weights; 1 where it is off."""
+    return {'': 1, 'False': 1, 'True': world}.get(shard) or int(shard)
+
+
+def distribute(config, source, device, dtype, shard, expert_parallel):
+    """The GPT on this rank's device, in shards, its weights filled from the source: see reader()."""
+    with torch.device('meta'):
+        model = GPT(config)
+    E, N, world, kind = config.n_routed_experts, expert_parallel, dist.get_world_size(), torch.device(device).type
+    if N > 1 and (E == 0 or E % N != 0):
+        raise ValueError(f'expert_parallel={N} does not divide the {E} routed experts of a layer')
+    size = group_size(shard, world)
+    mesh, shards = data_parallel(kind, replicate=world // size, shard=size), size
+    if N > 1:
+        shards = max(1, size // N)  # of an expert
+        expert_mesh, spread = data_parallel(kind, replicate=world // N // shards, shard=shards, experts=N)
+        expert_info = _get_mesh_info(expert_mesh)
+        for moe in model.moe_layers():
+            spread_experts(moe, spread)
+
+    def place(p):
+        """Of experts that do not go round evenly each is cut, through its rows."""
+        if p.dim() < 3:
+            return None
+        mine, rows, _ = local(p).shape                                      # (E/N, out, in)
+        cut = Shard(1 if mine % shards != 0 and rows % shards == 0 else 0)
+        return ShardPlacementResult(cut, expert_info) if N > 1 else cut
+
+    # blocks are gathered in the dtype that autocast multiplies in; embedding, head and the last norms, which are
+    # gathered first and kept, stay in fp32 as in V3 section 3.3.1, and so does the residual stream
+    low = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh, shard_placement_fn=place,
+                    mp_policy=MixedPrecisionPolicy() if dtype == 'float32' else low)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, 'generate')
+    model.to_empty(device=device)
+    fill(model, source)
+    return model
+
+
+def data_parallel(kind, replicate, shard, experts=None):
+    """The mesh over which data are split, as FSDP takes it: without a `replicate` of one rank. With experts, the
+    innermost dimension, so that they are neighbours: also the mesh of this rank's group of so many.
+    """
+    sizes = {'replicate': replicate, 'shard': shard} | ({'experts': experts} if experts else {})
+    mesh = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    data = mesh['shard'] if replicate == 1 else mesh['replicate', 'shard']
+    return (data, mesh['experts']) if experts else data
+
+
+# -----------------------------------------------------------------------------
+# expert parallelism
+
+def spread_experts(moe, mesh):
+    """Rank r of N, the mesh's, keeps the experts r E/N .. (r + 1) E/N - 1 of a layer that is not filled yet."""
+    for name in ('experts_gate_up', 'experts_down'):
+        E, *sizes = getattr(moe, name).shape
+        mine = torch.empty(E // mesh.size(), *sizes, device='meta')
+        setattr(moe, name, nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))
+    moe.routed = functools.partial(routed, moe, mesh.get_group())
+
+
+@torch.compiler.disable
+def routed(moe, group, x, gates, experts):
+    """MoE.routed() of experts that are spread over a group (V3 section 3.2). x (n, C), gates, experts (n, K) -> (n, C)
+
+    One all-to-all takes a token with its gate to each of its K experts, and another brings their outputs back.
+    """
+    E, N, K = moe.config.n_routed_experts, group.size(), experts.size(1)
+    expert, order = experts.flatten().sort(stable=True)                     # (n*K,): by expert, and so by rank
+    token, position = order // K, torch.arange(len(order), device=x.device)
+    place = torch.empty_like(order).scatter_(0, order, position).view(-1, K)
+    load = expert.new_zeros(E).scatter_add_(0, expert, torch.ones_like(expert))
+    sent = load.view(N, E // N)                                             # to each rank, for each of its experts
+    came = travel(sent, None, None, group)                                  # (N, E/N): from each rank, for each of mine
+    there, here = torch.stack((sent.sum(dim=1), came.sum(dim=1))).tolist()  # the one host sync: all-to-all asks for it
+
+    x = travel(Dispatch.apply(x.to(compute_dtype(x)), token, place), there, here, group)      # (R, C)
+    gates = travel(gates.flatten()[order], there, here, group)                                # (R,)
+    mine = torch.arange(E // N, device=x.device).repeat(N).repeat_interleave(came.flatten(), output_size=len(x))
+    rows = sort_by_expert(mine.unsqueeze(1), gates.unsqueeze(1), E // N)
+    gate_up, down = (weights_of_all(w, N) for w in (moe.experts_gate_up, moe.experts_down))
+    hidden = moe.swiglu(moe.dispatch_linear(x, gate_up, rows), rows.gates.to(x.dtype))        # (M, h)
+    out = Combine.apply(moe.grouped_linear(hidden, down, rows.offsets), rows.token, rows.place)  # (R, C)
+    return Combine.apply(travel(out, here, there, group), token, place)                       # (n, C)
+
+
+def travel(rows, there, here, group):
+    """Rows to the ranks of a group: there[r] of them to rank r, here[r] from it; None: equally many."""
+    return funcol.wait_tensor(funcol.all_to_all_single_autograd(rows.contiguous(), here, there, group))
+
+
+def weights_of_all(w, N):
+    """This rank's experts (E/N, out, in). FSDP's mean over the ranks that hold the same ones lacks the mean over the N
+    whose tokens' gradients they add up.
+    """
+    w = w.to_local()
+    if w.requires_grad:
+        w.register_hook(lambda grad: grad / N)
+    return w
+
+
+# -----------------------------------------------------------------------------
+# whole tensors into shards, and back
+
+def piece(whole, like):
+    """The part of a whole tensor that this rank's shard of the DTensor `like` holds: a view."""
+    if not isinstance(like, DTensor):
+        return whole
+    sizes, starts = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(starts, sizes))]
+
+
+def local(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def fill(model, source):
+    """This rank's shards, from a sharded checkpoint (its path) or by reader()."""
+    for buffer, table in zip((model.rope_cos, model.rope_sin), rope_table(model.config)):
+        buffer.copy_(table)
+    if isinstance(source, str):
+        load_tensors(source, {f'model.{name}': x.detach() for name, x in tensors_of(model).items()})
+        return
+    read = reader(model, source)
+    for name, tensor in tensors_of(model).items():
+        local(tensor).copy_(piece(read(name, tensor), tensor))
+
+
+def reader(model, source):
+    """read(name, tensor): the whole tensor of that name, right at least where this rank has its shard.
+
+    source: None, for the initial weights that one process draws with the same seed; the state dict of a whole model,
+    mapped from its file; or convert.open_folder()'s tensors, in Hugging Face's format.
+    """
+    if source is None:
+        for module in model.modules():  # what its layers draw for themselves is written over, and yet drawn
+            if isinstance(module, nn.Linear):
+                nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            elif isinstance(module, nn.Embedding):
+                nn.Embedding(module.num_embeddings, module.embedding_dim)
+
+    def read(name, tensor):
+        if source is not None and isinstance(source.get(name), torch.Tensor):
+            return source[name]
+        whole = torch.zeros(tensor.shape)  # pages that nobody writes take no memory
+        if source is not None:
+            read_rows(source, model.config, name, whole, piece(whole, tensor))
+        elif isinstance(tensor, nn.Parameter):
+            model.initialise(name, whole)
+        return whole
+
+    return read
+
+
+def read_rows(tensors, config, name, whole, mine):
+    """Fill the rows of `whole` that reach into its part `mine` from the files of a Hugging Face folder."""
+    import convert  # train.py has asked for it
+    if mine.numel() == 0:
+        return
+    begin = mine.storage_offset()
+    end = begin + sum((size - 1) * stride for size, stride in zip(mine.shape, mine.stride())) + 1
+    for part, view in convert.parts(config, name, whole):
+        start, row = view.storage_offset(), view.stride(0)
+        first, last = max(0, (begin - start) // row), min(len(view), -((start - end) // row))
+        if first < last:
+            view[first:last].copy_(convert.read(tensors, part)[first:last])
+
+
+def optimizer_state(state, optimizer):
+    """A checkpoint's state dict of the optimizer -> that of this rank's shards."""
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    if 'folder' in state:
+        return load_optimizer(state, params)
+
+    def shard(p, value):
+        if value.shape != p.shape:  # a step
+            return value
+        mine = torch.zeros_like(p, dtype=value.dtype)
+        local(mine).copy_(piece(value, p))
+        return mine
+
+    return state | {'state': {i: {key: shard(params[i], value) for key, value in entries.items()}
+                              for i, entries in state['state'].items()}}
+
+
+@torch.no_grad()
+def whole(state):
+    """The state dict with whole tensors for DTensors, in rank 0's memory; None on the others, which take part."""
+    gathered = {}
+
+    def gather(x):
+        if id(x) not in gathered:  # the tied embedding has two names
+            full = x.full_tensor()
+            gathered[id(x)] = full.detach().cpu() if dist.get_rank() == 0 else None
+        return gathered[id(x)]
+
+    return tree_map_only(DTensor, gather, state)
+
+
+# -----------------------------------------------------------------------------
+# a step
+
+@torch.no_grad()
+def clip_grad_norm_(parameters, max_norm):
+    """torch.nn.utils.clip_grad_norm_ over tensors of several meshes: the norm of the whole gradient, a plain tensor."""
+    meshes = {}
+    for p in parameters:
+        if p.grad is not None:
+            meshes.setdefault(p.grad.device_mesh, []).append(p.grad)
+    norms = [torch.nn.utils.get_total_norm(grads).full_tensor() for grads in meshes.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grads in meshes.values():
+        torch._foreach_mul_([grad.to_local() for grad in grads], scale)
+    return norm
+
+
+def leave():
+    """Before the ranks' groups end: what holds them must go."""
+    gc.collect()

@@ -1,0 +1,452 @@
+"""train.py in shards (FSDP2, HSDP, expert parallelism) and its sharded checkpoints: on gloo, by torchrun."""
+
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import soak
+import torch
+from conftest import SMALL, load, log, losses, run_inside, torchrun, train
+
+from extras import dcp, parallel
+
+RESUME = '--init_from=resume'
+FLAGS = ['--gradient_accumulation_steps=4', '--eval_iters=3', '--mtp_late_from=1']
+LAYOUTS = {  # ranks, and their flags
+    'one': (1, []),
+    'ddp 2': (2, []),
+    'fsdp 2': (2, ['--shard=True']),
+    'fsdp 4': (4, ['--shard=True']),
+    'hsdp 2x2': (4, ['--shard=2']),
+    'ep 2': (2, ['--expert_parallel=2']),
+    'ep 4': (4, ['--expert_parallel=4']),
+    'ep 2 x fsdp 2': (4, ['--shard=True', '--expert_parallel=2']),
+    'ep 2 x hsdp 2x2': (4, ['--shard=2', '--expert_parallel=2']),
+}
+BIASES = """
+import os, runpy, torch, model
+update = model.GPT.update_balance
+def kept(self, load):
+    update(self, load)
+    torch.save({k: b for k, b in self.named_buffers() if 'correction_bias' in k}, 'bias' + os.environ['RANK'])
+model.GPT.update_balance = kept
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def train_in(clone, layout, *flags):
+    ranks, more = LAYOUTS[layout]
+    if ranks == 1:
+        return train(clone, *FLAGS, *more, *flags)
+    (clone / 'biases.py').write_text(BIASES)
+    code, printed = torchrun(clone, *FLAGS, *more, *flags, n=ranks, script='biases.py')
+    assert code == 0 and 'Traceback' not in printed and 'terminate called' not in printed, printed[-4000:]
+    kept = [torch.load(clone / f'bias{rank}') for rank in range(ranks)]
+    assert all(torch.equal(biases[k], kept[0][k]) and biases[k].any() for biases in kept for k in kept[0])
+    return printed
+
+
+def assert_same_run(clone, out, like='one'):
+    """Losses and gradient norm of each step, weights and optimizer: as one process's, and so is the file's form."""
+    a, b = losses(clone, like), losses(clone, out)
+    assert b.keys() == a.keys()
+    worst = max(abs(x - y) for step in a for x, y in zip(a[step], b[step]))
+    assert worst < 1e-4, worst
+    evals = [[r['val_loss'] for r in log(clone, folder) if 'val_loss' in r][-1] for folder in (like, out)]
+    assert abs(evals[0] - evals[1]) < 1e-4
+    a, b = load(clone, f'{like}/ckpt.pt'), load(clone, f'{out}/ckpt.pt')
+    assert list(a['model']) == list(b['model']) and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
+    torch.testing.assert_close(b['model'], a['model'], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(b['optimizer']['state'], a['optimizer']['state'], atol=1e-6, rtol=1e-3)
+    return worst
+
+
+def convert(clone, out):
+    printed = subprocess.run([sys.executable, '-m', 'extras.dcp', out], cwd=clone, text=True, capture_output=True)
+    assert printed.returncode == 0, printed.stderr
+    return printed.stdout
+
+
+# layouts
+
+def test_fsdp_with_expert_parallelism_and_a_sharded_checkpoint(small):
+    """Two ranks, in every way at once, and one process that goes on from what they saved."""
+    train_in(small, 'one', '--out_dir=one')
+    (ranks, flags), out = (2, ['--shard=True', '--expert_parallel=2', '--checkpoint=dcp']), '--out_dir=two'
+    LAYOUTS['both'] = ranks, flags
+    train_in(small, 'both', out, '--max_iters=3')
+    assert os.path.islink(small / 'two/ckpt.dcp') and not (small / 'two/ckpt.pt').exists()
+    shutil.copytree(small / 'two', small / 'three', symlinks=True)
+    assert 'going on from two/ckpt.dcp, iteration 3' in train_in(small, 'one', RESUME, out)
+    assert_same_run(small, 'two')
+    printed = train_in(small, 'both', RESUME, '--out_dir=three')  # and two ranks again
+    assert 'going on from three/ckpt.dcp, iteration 3' in printed
+    assert 'wrote three/ckpt.pt\nwrote three/ckpt_best.pt\n' in convert(small, 'three')
+    assert_same_run(small, 'three')
+
+
+def test_fsdp_goes_on_from_one_process_and_back(small):
+    """With recomputed activations."""
+    train_in(small, 'one', '--out_dir=one')
+    train_in(small, 'one', '--out_dir=two', '--max_iters=2')
+    train_in(small, 'fsdp 2', RESUME, '--out_dir=two', '--recompute=True', '--max_iters=4')
+    train_in(small, 'one', RESUME, '--out_dir=two')
+    assert_same_run(small, 'two')
+
+
+SHARDS = '''
+import dataclasses, os, sys, torch
+import torch.distributed as dist
+from extras import parallel
+from extras.optim import AdamW16, muon
+from model import GPT, GPTConfig
+
+dist.init_process_group('gloo')
+config = GPTConfig(**{config})
+torch.manual_seed(7)
+whole = GPT(config).train()
+idx = torch.randint(61, (2, 17))
+x, y = idx[:, :-1], idx[:, 1:]
+for flags in (('True', 1), ('', 2), ('True', 2)):
+    torch.manual_seed(7)
+    drawn = parallel.distribute(config, None, 'cpu', 'float32', *flags)             # draws what GPT(config) drew
+    given = parallel.distribute(config, whole.state_dict(), 'cpu', 'float32', *flags)
+    for model in (drawn, given):
+        state = parallel.whole(model.state_dict(keep_vars=True))
+        assert dist.get_rank() or all(torch.equal(v, state[k]) for k, v in whole.state_dict().items())
+        assert model.get_num_params(False) == whole.get_num_params(False)
+        assert model.get_num_active_params() == whole.get_num_active_params()
+        assert model.transformer.wte.weight is model.lm_head.weight
+    assert torch.equal(given.eval().generate(x, 20, top_k=1), whole.eval().generate(x, 20, top_k=1))
+    assert all(type(p) is not torch.nn.Parameter for p in given.parameters())
+    # each rank holds half, or of experts and nothing else
+    mine = sum(p.to_local().numel() for p in given.parameters())
+    experts = sum(p.numel() for k, p in whole.named_parameters() if 'experts_' in k and 'shared' not in k)
+    rest = whole.get_num_params(False) - experts
+    assert mine == experts / 2 + (rest / 2 if flags[0] else rest), (flags, mine, experts, rest)
+    # clipping: the norm of the whole gradient, and each part of it
+    whole.train()(x, y)[1].backward()
+    given.train()(x, y)[1].backward()
+    a, b = torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01), parallel.clip_grad_norm_(given.parameters(), 0.01)
+    torch.testing.assert_close(a, b)
+    for (name, p), q in zip(whole.named_parameters(), given.parameters()):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, atol=1e-7, rtol=1e-4, msg=lambda m: name + m)
+    whole.zero_grad()
+print('done')
+dist.destroy_process_group()
+'''
+
+
+def test_weights_gradients_and_generation(small):
+    """Each layout of two ranks against the whole model."""
+    config = dict(block_size=32, vocab_size=64, n_layer=2, n_head=4, n_embd=32, n_routed_experts=8,
+                  num_experts_per_tok=3, initializer_range=0.2)
+    (small / 'shards.py').write_text(SHARDS.replace('{config}', repr(config)))
+    code, printed = torchrun(small, script='shards.py')
+    assert code == 0 and printed.count('done') == 2, printed[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon', 'bf16'])
+def test_all_layouts_train_alike(small, optimizer):
+    """20 steps with 2 MTP modules and loss-free balancing."""
+    flags = {'adamw': [], 'muon': ['--optimizer=muon', '--n_routed_experts=12'], 'bf16': ['--bf16_moments=True']}
+    flags = [*flags[optimizer], '--max_iters=20', '--lr_decay_iters=20', '--eval_interval=20']
+    for layout in LAYOUTS:
+        train_in(small, layout, *flags, f'--out_dir={layout.replace(" ", "-")}')
+    for layout in LAYOUTS:
+        out = layout.replace(' ', '-')
+        print(f'{optimizer}, {layout}: losses and gradient norms within {assert_same_run(small, out):.1e}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('form', ['whole', 'dcp'])
+def test_each_layout_goes_on_from_each(small, form):
+    train_in(small, 'one', '--out_dir=one')
+    layouts = ['one', 'ddp 2', 'fsdp 4', 'hsdp 2x2', 'ep 2', 'ep 2 x fsdp 2']
+    for before in layouts:
+        train_in(small, before, '--max_iters=3', f'--checkpoint={form}', f'--out_dir={before}')
+        for after in layouts:
+            out = f'{before}, {after}'
+            shutil.copytree(small / before, small / out, symlinks=True)
+            other = 'whole' if form == 'dcp' and before == after else form  # and from one form to the other
+            train_in(small, after, RESUME, f'--checkpoint={other}', f'--out_dir={out}')
+            if other == 'dcp':
+                convert(small, out)
+            assert_same_run(small, out)
+            shutil.rmtree(small / out)
+
+
+def test_an_imported_folder_in_shards(small):
+    """Each rank reads its shards; the run is that of one process. Embedding and head are two tensors."""
+    train_in(small, 'one', '--max_iters=1', '--tie_word_embeddings=False')
+    code, printed, said = run_inside('convert.py', 'export', '--out_dir=out', '--hf_dir=hf', cwd=small)
+    assert code == 0, said
+    flags = ['--init_from=hf', '--max_iters=2']
+    train_in(small, 'one', *flags, '--out_dir=one')
+    train_in(small, 'fsdp 2', *flags, '--out_dir=two')
+    assert_same_run(small, 'two')
+
+
+# sharded checkpoints
+
+@pytest.mark.parametrize('call', ['os.rename', 'os.symlink', 'os.replace', 'os.fsync', 'torch.save'])
+def test_a_sharded_checkpoint_that_cannot_be_written(small, monkeypatch, call):
+    """Whatever step fails: one line, exit code 2, and the checkpoint of before; and the next save cleans up."""
+    flags = ['--checkpoint=dcp']
+    train(small, *flags, '--max_iters=3')
+    before = os.path.realpath(small / 'out/ckpt.dcp')
+
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(call, fail)
+    printed = train(small, *flags, RESUME, code=2)
+    assert printed.splitlines()[-1].endswith('what was saved before is whole: [Errno 28] No space left on device')
+    monkeypatch.undo()
+    assert os.path.realpath(small / 'out/ckpt.dcp') == before
+    train(small, *flags, RESUME)
+    names = sorted(path.name for path in (small / 'out').iterdir())
+    last = os.path.basename(os.path.realpath(small / 'out/ckpt.dcp'))
+    assert names == sorted({last, os.path.basename(os.path.realpath(small / 'out/ckpt_best.dcp')), 'ckpt.dcp',
+                            'ckpt_best.dcp', 'log.jsonl'})
+    assert last.startswith('ckpt-6-')
+
+
+def test_a_new_run_keeps_the_sharded_checkpoints_of_earlier_ones(small):
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    first = os.path.realpath(small / 'out/ckpt.dcp')
+    train(small, '--checkpoint=dcp', '--max_iters=2')
+    assert os.path.realpath(small / 'out/ckpt.dcp.old') == first != os.path.realpath(small / 'out/ckpt.dcp')
+    assert dcp.open_checkpoint(str(small / 'out/ckpt.dcp.old'))[1]['iter_num'] == 1
+    train(small, '--max_iters=1')
+    assert dcp.open_checkpoint(str(small / 'out/ckpt.dcp.old2'))[1]['iter_num'] == 2
+    assert load(small)['iter_num'] == 1 and not (small / 'out/ckpt.dcp').exists()
+
+
+def test_a_malicious_sharded_checkpoint_runs_nothing(small):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f'touch {small}/ran',)
+
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    folder = small / 'out/ckpt.dcp'
+    plain = (folder / '.metadata').read_bytes()
+    metadata = pickle.loads(plain)
+    bytes_for_tensors = {k: torch.distributed.checkpoint.metadata.BytesStorageMetadata()
+                         for k in metadata.state_dict_metadata}
+    for name, evil in (('.metadata', pickle.dumps(Evil())), ('rest.pt', pickle.dumps(Evil())),
+                       ('.metadata', pickle.dumps(type(metadata)(bytes_for_tensors)))):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(evil)
+        printed = train(small, RESUME, code=2)
+        assert 'ckpt.dcp is no checkpoint of this model' in printed.splitlines()[-1]
+        (folder / name).write_bytes(kept)
+    assert not (small / 'ran').exists()
+    assert 'going on from out/ckpt.dcp' in train(small, RESUME, '--max_iters=2')
+
+
+@pytest.mark.parametrize('name', ['rest.pt', '.metadata', '__0_0.distcp'])
+def test_a_damaged_sharded_checkpoint(small, name):
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    path = small / 'out/ckpt.dcp' / name
+    path.write_bytes(path.read_bytes()[:-100])
+    assert 'out/ckpt.dcp is no checkpoint of this model' in train(small, RESUME, code=2).splitlines()[-1]
+    os.remove(path)
+    assert 'out/ckpt.dcp is no checkpoint of this model' in train(small, RESUME, code=2).splitlines()[-1]
+
+
+def test_a_sharded_checkpoint_that_outgrows_its_room(small):
+    """The kernel's limit on a file's size, as a full disk would."""
+    train(small, '--checkpoint=dcp', '--max_iters=3')
+    before = os.path.realpath(small / 'out/ckpt.dcp')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        printed = train(small, '--checkpoint=dcp', RESUME, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'what was saved before is whole: ' in printed.splitlines()[-1], printed
+    assert os.path.realpath(small / 'out/ckpt.dcp') == before and not list((small / 'out').glob('*.tmp'))
+    assert 'iteration 3' in train(small, '--checkpoint=dcp', RESUME)
+
+
+def begin(clone, *flags, restarts=0, **kwargs):
+    python = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', f'--max-restarts={restarts}']
+    return soak.start(clone, '--checkpoint=dcp', '--shard=True', '--expert_parallel=2', '--out_dir=out', *flags,
+                      python=python, **kwargs)
+
+
+def has_steps(clone, n):
+    return (soak.steps_of_this_start(clone / 'out') or 0) >= n
+
+
+@pytest.mark.slow
+def test_kills_while_sharded_checkpoints_are_written(small):
+    """kill -9 of either rank at random instants of a run that saves each iteration; torchrun starts both again."""
+    flags = ['--max_iters=40', '--eval_interval=1', '--eval_iters=2']
+    soak.prepare(small)
+    assert begin(small, *flags).wait(300) == 0
+    (small / 'out').rename(small / 'whole')
+    process, writing = begin(small, *flags, restarts=100), 0
+    for _ in range(12):
+        soak.wait_for(lambda: has_steps(small, 1), process)
+        time.sleep(random.uniform(0, 0.6))
+        ranks = soak.children(process.pid)
+        if process.poll() is not None or not ranks:
+            break
+        os.kill(random.choice(ranks), signal.SIGKILL)
+        writing += bool(list((small / 'out').glob('*.tmp')))
+        if (small / 'out/ckpt.dcp').exists():
+            dcp.open_checkpoint(str(small / 'out/ckpt.dcp'))
+        time.sleep(1)
+    assert process.wait(600) == 0, (small / 'printed').read_text()[-3000:]
+    print(f'{writing} of 12 kills while a checkpoint was written')
+    for out in ('whole', 'out'):
+        convert(small, out)
+    assert soak.same_weights(small / 'out/ckpt.pt', small / 'whole/ckpt.pt')
+    assert not list((small / 'out').glob('*.tmp'))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_saves_the_shards_of_both(small):
+    soak.prepare(small)
+    process = begin(small, '--max_iters=100000', '--eval_interval=100000')
+    soak.wait_for(lambda: has_steps(small, 2), process)
+    os.kill(max(soak.children(process.pid)), signal.SIGTERM)
+    assert process.wait(60) == 0
+    done = soak.steps_of_this_start(small / 'out') + 1
+    assert dcp.open_checkpoint(str(small / 'out/ckpt.dcp'))[1]['iter_num'] == done
+
+
+@pytest.mark.slow
+def test_runs_in_shards_end_without_an_abort(small):
+    """gloo's threads that outlive Python abort it now and then (pytorch#190489)."""
+    for i in range(20):
+        code, printed = torchrun(small, '--shard=True', '--expert_parallel=2', '--max_iters=1', f'--out_dir=out{i}',
+                                 '--checkpoint=' + ('dcp', 'whole')[i % 2])
+        assert code == 0 and 'terminate called' not in printed and 'Traceback' not in printed, printed[-3000:]
+
+
+# two hosts
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with an interface each, and nothing between them but a cable."""
+    names = [f'host{i}-{os.getpid()}' for i in range(2)]
+    try:
+        for name in names:
+            subprocess.run(['ip', 'netns', 'add', name], check=True, capture_output=True)
+        ends = [word for i, name in enumerate(names) for word in ([] if i == 0 else ['type', 'veth', 'peer']) +
+                ['name', f'eth{i}', 'netns', name]]
+        subprocess.run(['ip', 'link', 'add', *ends], check=True, capture_output=True)
+        for i, name in enumerate(names):
+            for words in (['addr', 'add', f'10.99.0.{i + 1}/24', 'dev', f'eth{i}'], ['link', 'set', f'eth{i}', 'up'],
+                          ['link', 'set', 'lo', 'up']):
+                subprocess.run(['ip', '-n', name, *words], check=True, capture_output=True)
+        yield names
+    except (OSError, subprocess.CalledProcessError) as e:
+        pytest.skip(f'network namespaces are not to be had here: {e}')
+    finally:
+        for name in names:
+            subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+
+
+def start_hosts(clone, hosts, *flags):
+    agents = []
+    for node, name in enumerate(hosts):
+        command = ['ip', 'netns', 'exec', name, sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+                   '--nnodes=2', f'--node_rank={node}', '--master_addr=10.99.0.1', '--master_port=29500', 'train.py']
+        agents.append(subprocess.Popen([*command, *SMALL, *FLAGS, *flags], cwd=clone, start_new_session=True,
+                                       env={**os.environ, 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': f'eth{node}'},
+                                       stdout=open(clone / f'printed{node}', 'a'), stderr=subprocess.STDOUT))
+    return agents
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flags', [['--shard=True', '--checkpoint=dcp'], ['--shard=2', '--expert_parallel=2']])
+def test_two_hosts_of_which_one_is_killed(small, hosts, flags):
+    flags = [*flags, '--max_iters=20', '--lr_decay_iters=20', '--eval_interval=1', '--out_dir=out']
+    train_in(small, 'one', *flags[2:-1], '--out_dir=one')
+    agents = start_hosts(small, hosts, *flags)
+    soak.wait_for(lambda: has_steps(small, 4), agents[0])
+    for pid in (*soak.children(agents[1].pid), agents[1].pid):  # the second host is gone
+        os.kill(pid, signal.SIGKILL)
+    assert agents[0].wait(120) != 0
+    stopped = soak.steps_of_this_start(small / 'out')
+    assert stopped < 19
+    agents = start_hosts(small, hosts, *flags, RESUME)
+    assert [agent.wait(300) for agent in agents] == [0, 0], (small / 'printed0').read_text()[-3000:]
+    assert 'going on from out/ckpt.' in (small / 'printed0').read_text()
+    if '--checkpoint=dcp' in flags:
+        convert(small, 'out')
+    assert_same_run(small, 'out')
+
+
+# mistakes
+
+@pytest.mark.parametrize('flags, ranks, message', [
+    (['--shard=3'], 4, 'groups of 3 ranks do not fit the 4'), (['--expert_parallel=3'], 4, 'groups of 3 ranks'),
+    (['--shard=4', '--expert_parallel=8'], 8, None),
+    (['--shard=6', '--expert_parallel=4'], 12, 'does not divide the 6'),
+    (['--shard=True', '--fp8=True'], 2, 'fp8=True goes with neither'),
+    (['--shard=True', '--dtype=float16'], 2, 'dtype=float16 goes with neither'), (['--shard=True'], 0, 'torchrun'),
+])
+def test_settings_that_do_not_go_together(flags, ranks, message):
+    settings = dict(shard='', expert_parallel=1, fp8=False, dtype='float32')
+    for flag in flags:
+        key, value = flag[2:].split('=')
+        settings[key] = {'True': True}.get(value, value) if key == 'fp8' else int(value) if key[0] == 'e' else value
+    if message is None:
+        parallel.check(settings, ranks)
+        return
+    with pytest.raises(ValueError, match=message):
+        parallel.check(settings, ranks)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--shard=True'], 'start them with torchrun'), (['--expert_parallel=2'], 'start them with torchrun'),
+    (['--shard=yes'], "shard='yes' must be 'True', or a number of ranks"), (['--shard=0'], 'must be'),
+    (['--expert_parallel=0'], 'must be positive'), (['--checkpoint=zip'], "must be 'whole' or 'dcp'"),
+])
+def test_one_process_says_what_is_wrong(small, flags, message):
+    printed = train(small, *flags, code=2)
+    assert message in printed.splitlines()[-1] and not (small / 'out').exists()
+
+
+MIXED = """
+import os, runpy, sys, torch
+if os.environ['RANK'] == '1':  # as on a machine with GPUs
+    zeros = torch.zeros
+    torch.zeros = lambda *size, device=None: zeros(*size)
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.set_device = lambda device: None
+    sys.argv.append('--device=cuda')
+    os.environ['LOCAL_RANK'] = '0'
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def test_ranks_say_what_is_wrong_in_one_line(small):
+    for flags, script, message, times in (
+            (['--expert_parallel=2', '--n_routed_experts=5'], 'train.py', 'does not divide the 5 routed experts', 1),
+            ([], 'mixed.py', 'some ranks have a GPU and others have none', 2)):  # a line on each machine
+        (small / 'mixed.py').write_text(MIXED)
+        code, printed = torchrun(small, *flags, script=script)
+        assert code != 0 and printed.count(message) == times, printed[-3000:]
+        assert 'train.py", line' not in printed and not (small / 'out').exists(), printed
+
+
+def test_without_the_file_one_line_says_so(small):
+    os.remove(small / 'extras/dcp.py')
+    assert 'checkpoint=dcp needs extras/dcp.py beside train.py' in train(small, '--checkpoint=dcp', code=2)
+    shutil.rmtree(small / 'extras')
+    train(small, '--max_iters=1')
+    assert 'shard or expert_parallel needs extras/parallel.py' in train(small, '--shard=True', code=2)
