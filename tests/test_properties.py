@@ -192,8 +192,10 @@ def test_caches_are_right_after_any_acceptance(D, lengths, new, choices, seed):
         new = torch.cat((drafts, drafts[:, :0].new_zeros(len(a), 1)), dim=1)
         return new.scatter(1, a.unsqueeze(1), p[torch.arange(len(a)), a].argmax(dim=-1, keepdim=True)), a
 
+    decoder = Decoder(model)
+    decoder.compile = True  # no row leaves the state, whose rows are then the prompts'
     with mock.patch('extras.decode.verify', chance):  # top_k=1: drafts are their modules' likeliest
-        rows, _ = Decoder(model).generate(prompts, new, top_k=1, speculative=True)
+        rows, _ = decoder.generate(prompts, new, top_k=1, speculative=True)
 
     def likeliest(h):
         return model.lm_head(h[0, -1]).argmax().item()
