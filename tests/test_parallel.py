@@ -1,5 +1,6 @@
 """train.py in shards (FSDP2, HSDP, expert parallelism) and its sharded checkpoints: on gloo, by torchrun."""
 
+import json
 import os
 import pickle
 import random
@@ -14,8 +15,11 @@ import pytest
 import soak
 import torch
 from conftest import SMALL, load, log, losses, run_inside, torchrun, train
+from safetensors.torch import save_file
 
+import convert as convert_file
 from extras import dcp, parallel
+from model import GPTConfig
 
 RESUME = '--init_from=resume'
 FLAGS = ['--gradient_accumulation_steps=4', '--eval_iters=3', '--mtp_late_from=1']
@@ -114,11 +118,14 @@ torch.manual_seed(7)
 whole = GPT(config).train()
 idx = torch.randint(61, (2, 17))
 x, y = idx[:, :-1], idx[:, 1:]
-for flags in (('True', 1), ('', 2), ('True', 2)):
-    torch.manual_seed(7)
-    drawn = parallel.distribute(config, None, 'cpu', 'float32', *flags)             # draws what GPT(config) drew
-    given = parallel.distribute(config, whole.state_dict(), 'cpu', 'float32', *flags)
-    for model in (drawn, given):
+for flags in (('True', 1), ('', 2), ('True', 2), ('', 2, 'all tokens on one rank')):
+    if len(flags) == 2:
+        torch.manual_seed(7)
+        drawn = parallel.distribute(config, None, 'cpu', 'float32', *flags)         # draws what GPT(config) drew
+    for moe in whole.moe_layers() if len(flags) == 3 else ():
+        moe.e_score_correction_bias[:4] = 10.0
+    given = parallel.distribute(config, whole.state_dict(), 'cpu', 'float32', *flags[:2])
+    for model in (drawn, given) if len(flags) == 2 else (given,):
         state = parallel.whole(model.state_dict(keep_vars=True))
         assert dist.get_rank() or all(torch.equal(v, state[k]) for k, v in whole.state_dict().items())
         assert model.get_num_params(False) == whole.get_num_params(False)
@@ -193,6 +200,61 @@ def test_an_imported_folder_in_shards(small):
     train_in(small, 'one', *flags, '--out_dir=one')
     train_in(small, 'fsdp 2', *flags, '--out_dir=two')
     assert_same_run(small, 'two')
+
+
+MOONLIGHT = dict(  # with fewer layers, and narrower
+    architectures=['DeepseekV3ForCausalLM'], hidden_size=512, num_hidden_layers=6, moe_intermediate_size=192,
+    intermediate_size=2816, vocab_size=20480, num_attention_heads=4, n_routed_experts=64, n_shared_experts=2,
+    num_experts_per_tok=6, kv_lora_rank=256, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64,
+    v_head_dim=128, first_k_dense_replace=1, routed_scaling_factor=2.446, max_position_embeddings=8192,
+    rope_theta=50000.0, scoring_func='sigmoid', topk_method='noaux_tc', norm_topk_prob=True)
+IMPORT = """
+import sys, threading, time, torch
+import torch.distributed as dist
+import convert
+from extras import parallel
+
+def resident():
+    with open('/proc/self/status') as f:
+        return int(f.read().split('RssAnon:')[1].split()[0]) * 1024
+
+def watch():
+    while True:
+        peaks.append(resident())
+        time.sleep(0.002)
+
+dist.init_process_group('gloo')
+for flags in (('True', 1), ('True', 4)):
+    dist.barrier()
+    before, peaks = resident(), []
+    threading.Thread(target=watch, daemon=True).start()
+    model, tensors = convert.open_model('hf', {'block_size': 128}, 'meta')
+    model = parallel.distribute(model.config, tensors, 'cpu', 'float32', *flags)
+    peak, whole = max(peaks) - before, 4 * model.get_num_params(False)
+    share, block = whole / dist.get_world_size(), 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
+    print(f'{flags}: whole {whole / 1e6:.0f} MB, share {share / 1e6:.0f}, block {block / 1e6:.0f}, peak {peak / 1e6:.0f}')
+    assert share < peak < share + block
+    state = parallel.whole(model.state_dict(keep_vars=True))
+    if dist.get_rank() == 0:
+        given = convert.load_folder('hf', {'block_size': 128}).state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in given.items())
+    del model, state
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_importing_takes_a_share_and_a_block(small):
+    """Resident anonymous memory of each of four ranks, which read a random folder of Moonlight's shape: 0.13B."""
+    (small / 'hf').mkdir()
+    (small / 'hf/config.json').write_text(json.dumps(MOONLIGHT))
+    config = GPTConfig(**convert_file.settings_in(MOONLIGHT))
+    save_file({part: torch.randn(view.shape).bfloat16() for name, tensor in convert_file.skeleton(config).items()
+               for part, view in convert_file.parts(config, name, tensor)}, small / 'hf/model.safetensors')
+    (small / 'imports.py').write_text(IMPORT)
+    code, printed = torchrun(small, n=4, script='imports.py')
+    print(printed)
+    assert code == 0, printed[-3000:]
 
 
 # sharded checkpoints
