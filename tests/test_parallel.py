@@ -232,7 +232,7 @@ for flags in (('True', 1), ('True', 4)):
     model = parallel.distribute(model.config, tensors, 'cpu', 'float32', *flags)
     peak, whole = max(peaks) - before, 4 * model.get_num_params(False)
     share, block = whole / dist.get_world_size(), 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
-    print(f'{flags}: whole {whole / 1e6:.0f} MB, share {share / 1e6:.0f}, block {block / 1e6:.0f}, peak {peak / 1e6:.0f}')
+    print(f'{flags}: share {share / 1e6:.0f} MB of {whole / 1e6:.0f}, block {block / 1e6:.0f}, peak {peak / 1e6:.0f}')
     assert share < peak < share + block
     state = parallel.whole(model.state_dict(keep_vars=True))
     if dist.get_rank() == 0:
