@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import convert as convert_file
 from extras import dcp, parallel
-from model import GPTConfig
+from model import MLA, GPTConfig
 
 RESUME = '--init_from=resume'
 FLAGS = ['--gradient_accumulation_steps=4', '--eval_iters=3', '--mtp_late_from=1']
@@ -57,7 +57,7 @@ def train_in(clone, layout, *flags):
     return printed
 
 
-def assert_same_run(clone, out, like='one'):
+def assert_same_run(clone, out, like='one', atol=2e-5):
     """Losses and gradient norm of each step, weights and optimizer: as one process's, and so is the file's form."""
     a, b = losses(clone, like), losses(clone, out)
     assert b.keys() == a.keys()
@@ -67,8 +67,8 @@ def assert_same_run(clone, out, like='one'):
     assert abs(evals[0] - evals[1]) < 1e-4
     a, b = load(clone, f'{like}/ckpt.pt'), load(clone, f'{out}/ckpt.pt')
     assert list(a['model']) == list(b['model']) and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
-    torch.testing.assert_close(b['model'], a['model'], atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(b['optimizer']['state'], a['optimizer']['state'], atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(b['model'], a['model'], atol=atol, rtol=1e-4)
+    torch.testing.assert_close(b['optimizer']['state'], a['optimizer']['state'], atol=atol / 20, rtol=1e-3)
     return worst
 
 
@@ -103,6 +103,15 @@ def test_fsdp_goes_on_from_one_process_and_back(small):
     train_in(small, 'fsdp 2', RESUME, '--out_dir=two', '--recompute=True', '--max_iters=4')
     train_in(small, 'one', RESUME, '--out_dir=two')
     assert_same_run(small, 'two')
+
+
+def test_recompute_runs_the_blocks_again(small, monkeypatch):
+    calls, forward = [], MLA.forward
+    monkeypatch.setattr(MLA, 'forward', lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args))
+    train(small, '--max_iters=1', '--dropout=0.2', '--out_dir=kept')
+    plain = sum(calls)
+    train(small, '--max_iters=1', '--dropout=0.2', '--recompute=True')
+    assert sum(calls) == 3 * plain and losses(small) == losses(small, 'kept')
 
 
 SHARDS = '''
@@ -170,13 +179,14 @@ def test_all_layouts_train_alike(small, optimizer):
         train_in(small, layout, *flags, f'--out_dir={layout.replace(" ", "-")}')
     for layout in LAYOUTS:
         out = layout.replace(' ', '-')
-        print(f'{optimizer}, {layout}: losses and gradient norms within {assert_same_run(small, out):.1e}')
+        worst = assert_same_run(small, out, atol=1e-3 if optimizer == 'bf16' else 2e-5)  # the moments' last bits
+        print(f'{optimizer}, {layout}: losses and gradient norms within {worst:.1e}')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('form', ['whole', 'dcp'])
 def test_each_layout_goes_on_from_each(small, form):
-    train_in(small, 'one', '--out_dir=one')
+    train_in(small, 'one', '--out_dir=whole')
     layouts = ['one', 'ddp 2', 'fsdp 4', 'hsdp 2x2', 'ep 2', 'ep 2 x fsdp 2']
     for before in layouts:
         train_in(small, before, '--max_iters=3', f'--checkpoint={form}', f'--out_dir={before}')
@@ -187,7 +197,7 @@ def test_each_layout_goes_on_from_each(small, form):
             train_in(small, after, RESUME, f'--checkpoint={other}', f'--out_dir={out}')
             if other == 'dcp':
                 convert(small, out)
-            assert_same_run(small, out)
+            assert_same_run(small, out, like='whole')
             shutil.rmtree(small / out)
 
 
@@ -301,11 +311,15 @@ def test_a_malicious_sharded_checkpoint_runs_nothing(small):
     train(small, '--checkpoint=dcp', '--max_iters=1')
     folder = small / 'out/ckpt.dcp'
     plain = (folder / '.metadata').read_bytes()
-    metadata = pickle.loads(plain)
-    bytes_for_tensors = {k: torch.distributed.checkpoint.metadata.BytesStorageMetadata()
-                         for k in metadata.state_dict_metadata}
+    pickled = pickle.loads(plain)  # where a tensor should be, torch would unpickle bytes
+    name = 'model.lm_head.weight' if 'model.lm_head.weight' in pickled.state_dict_metadata else \
+        'model.transformer.wte.weight'
+    (folder / 'evil').write_bytes(pickle.dumps(Evil()))
+    pickled.state_dict_metadata[name] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
+    pickled.storage_data[torch.distributed.checkpoint.metadata.MetadataIndex(name)] = \
+        torch.distributed.checkpoint.filesystem._StorageInfo('evil', 0, (folder / 'evil').stat().st_size)
     for name, evil in (('.metadata', pickle.dumps(Evil())), ('rest.pt', pickle.dumps(Evil())),
-                       ('.metadata', pickle.dumps(type(metadata)(bytes_for_tensors)))):
+                       ('.metadata', pickle.dumps(pickled))):
         kept = (folder / name).read_bytes()
         (folder / name).write_bytes(evil)
         printed = train(small, RESUME, code=2)
@@ -313,6 +327,13 @@ def test_a_malicious_sharded_checkpoint_runs_nothing(small):
         (folder / name).write_bytes(kept)
     assert not (small / 'ran').exists()
     assert 'going on from out/ckpt.dcp' in train(small, RESUME, '--max_iters=2')
+
+
+def test_of_both_forms_the_newer_one_goes_on(small):
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    assert 'going on from out/ckpt.dcp, iteration 1' in train(small, RESUME, '--max_iters=2')
+    assert 'going on from out/ckpt.pt, iteration 2' in train(small, RESUME, '--max_iters=3', '--checkpoint=dcp')
+    assert 'going on from out/ckpt.dcp, iteration 3' in train(small, RESUME, '--max_iters=4')
 
 
 @pytest.mark.parametrize('name', ['rest.pt', '.metadata', '__0_0.distcp'])
