@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
@@ -128,12 +129,15 @@ def routed(moe, group, x, gates, experts):
 
     x = travel(Dispatch.apply(x.to(compute_dtype(x)), token, place), there, here, group)      # (R, C)
     gates = travel(gates.flatten()[order], there, here, group)                                # (R,)
-    mine = torch.arange(E // N, device=x.device).repeat(N).repeat_interleave(came.flatten(), output_size=len(x))
+    R = len(x)
+    mine = torch.arange(E // N, device=x.device).repeat(N).repeat_interleave(came.flatten(), output_size=R)
+    if R == 0:  # products of no rows are refused: a row with gate 0, so that the gradients are there, and 0
+        x, gates, mine = F.pad(x, (0, 0, 0, 1)), F.pad(gates, (0, 1)), mine.new_zeros(1)
     rows = sort_by_expert(mine.unsqueeze(1), gates.unsqueeze(1), E // N)
     gate_up, down = (weights_of_all(w, N) for w in (moe.experts_gate_up, moe.experts_down))
     hidden = moe.swiglu(moe.dispatch_linear(x, gate_up, rows), rows.gates.to(x.dtype))        # (M, h)
     out = Combine.apply(moe.grouped_linear(hidden, down, rows.offsets), rows.token, rows.place)  # (R, C)
-    return Combine.apply(travel(out, here, there, group), token, place)                       # (n, C)
+    return Combine.apply(travel(out[:R], here, there, group), token, place)                   # (n, C)
 
 
 def travel(rows, there, here, group):

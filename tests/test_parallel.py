@@ -1,5 +1,6 @@
 """train.py in shards (FSDP2, HSDP, expert parallelism) and its sharded checkpoints: on gloo, by torchrun."""
 
+import json
 import os
 import pickle
 import random
@@ -14,8 +15,11 @@ import pytest
 import soak
 import torch
 from conftest import SMALL, load, log, losses, run_inside, torchrun, train
+from safetensors.torch import save_file
 
+import convert as convert_file
 from extras import dcp, parallel
+from model import MLA, GPTConfig
 
 RESUME = '--init_from=resume'
 FLAGS = ['--gradient_accumulation_steps=4', '--eval_iters=3', '--mtp_late_from=1']
@@ -53,7 +57,7 @@ def train_in(clone, layout, *flags):
     return printed
 
 
-def assert_same_run(clone, out, like='one'):
+def assert_same_run(clone, out, like='one', atol=2e-5):
     """Losses and gradient norm of each step, weights and optimizer: as one process's, and so is the file's form."""
     a, b = losses(clone, like), losses(clone, out)
     assert b.keys() == a.keys()
@@ -63,8 +67,8 @@ def assert_same_run(clone, out, like='one'):
     assert abs(evals[0] - evals[1]) < 1e-4
     a, b = load(clone, f'{like}/ckpt.pt'), load(clone, f'{out}/ckpt.pt')
     assert list(a['model']) == list(b['model']) and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
-    torch.testing.assert_close(b['model'], a['model'], atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(b['optimizer']['state'], a['optimizer']['state'], atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(b['model'], a['model'], atol=atol, rtol=1e-4)
+    torch.testing.assert_close(b['optimizer']['state'], a['optimizer']['state'], atol=atol / 20, rtol=1e-3)
     return worst
 
 
@@ -101,6 +105,15 @@ def test_fsdp_goes_on_from_one_process_and_back(small):
     assert_same_run(small, 'two')
 
 
+def test_recompute_runs_the_blocks_again(small, monkeypatch):
+    calls, forward = [], MLA.forward
+    monkeypatch.setattr(MLA, 'forward', lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args))
+    train(small, '--max_iters=1', '--dropout=0.2', '--out_dir=kept')
+    plain = sum(calls)
+    train(small, '--max_iters=1', '--dropout=0.2', '--recompute=True')
+    assert sum(calls) == 3 * plain and losses(small) == losses(small, 'kept')
+
+
 SHARDS = '''
 import dataclasses, os, sys, torch
 import torch.distributed as dist
@@ -114,11 +127,14 @@ torch.manual_seed(7)
 whole = GPT(config).train()
 idx = torch.randint(61, (2, 17))
 x, y = idx[:, :-1], idx[:, 1:]
-for flags in (('True', 1), ('', 2), ('True', 2)):
-    torch.manual_seed(7)
-    drawn = parallel.distribute(config, None, 'cpu', 'float32', *flags)             # draws what GPT(config) drew
-    given = parallel.distribute(config, whole.state_dict(), 'cpu', 'float32', *flags)
-    for model in (drawn, given):
+for flags in (('True', 1), ('', 2), ('True', 2), ('', 2, 'all tokens on one rank')):
+    if len(flags) == 2:
+        torch.manual_seed(7)
+        drawn = parallel.distribute(config, None, 'cpu', 'float32', *flags)         # draws what GPT(config) drew
+    for moe in whole.moe_layers() if len(flags) == 3 else ():
+        moe.e_score_correction_bias[:4] = 10.0
+    given = parallel.distribute(config, whole.state_dict(), 'cpu', 'float32', *flags[:2])
+    for model in (drawn, given) if len(flags) == 2 else (given,):
         state = parallel.whole(model.state_dict(keep_vars=True))
         assert dist.get_rank() or all(torch.equal(v, state[k]) for k, v in whole.state_dict().items())
         assert model.get_num_params(False) == whole.get_num_params(False)
@@ -163,13 +179,14 @@ def test_all_layouts_train_alike(small, optimizer):
         train_in(small, layout, *flags, f'--out_dir={layout.replace(" ", "-")}')
     for layout in LAYOUTS:
         out = layout.replace(' ', '-')
-        print(f'{optimizer}, {layout}: losses and gradient norms within {assert_same_run(small, out):.1e}')
+        worst = assert_same_run(small, out, atol=1e-3 if optimizer == 'bf16' else 2e-5)  # the moments' last bits
+        print(f'{optimizer}, {layout}: losses and gradient norms within {worst:.1e}')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('form', ['whole', 'dcp'])
 def test_each_layout_goes_on_from_each(small, form):
-    train_in(small, 'one', '--out_dir=one')
+    train_in(small, 'one', '--out_dir=whole')
     layouts = ['one', 'ddp 2', 'fsdp 4', 'hsdp 2x2', 'ep 2', 'ep 2 x fsdp 2']
     for before in layouts:
         train_in(small, before, '--max_iters=3', f'--checkpoint={form}', f'--out_dir={before}')
@@ -180,7 +197,7 @@ def test_each_layout_goes_on_from_each(small, form):
             train_in(small, after, RESUME, f'--checkpoint={other}', f'--out_dir={out}')
             if other == 'dcp':
                 convert(small, out)
-            assert_same_run(small, out)
+            assert_same_run(small, out, like='whole')
             shutil.rmtree(small / out)
 
 
@@ -193,6 +210,61 @@ def test_an_imported_folder_in_shards(small):
     train_in(small, 'one', *flags, '--out_dir=one')
     train_in(small, 'fsdp 2', *flags, '--out_dir=two')
     assert_same_run(small, 'two')
+
+
+MOONLIGHT = dict(  # with fewer layers, and narrower
+    architectures=['DeepseekV3ForCausalLM'], hidden_size=512, num_hidden_layers=6, moe_intermediate_size=192,
+    intermediate_size=2816, vocab_size=20480, num_attention_heads=4, n_routed_experts=64, n_shared_experts=2,
+    num_experts_per_tok=6, kv_lora_rank=256, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64,
+    v_head_dim=128, first_k_dense_replace=1, routed_scaling_factor=2.446, max_position_embeddings=8192,
+    rope_theta=50000.0, scoring_func='sigmoid', topk_method='noaux_tc', norm_topk_prob=True)
+IMPORT = """
+import sys, threading, time, torch
+import torch.distributed as dist
+import convert
+from extras import parallel
+
+def resident():
+    with open('/proc/self/status') as f:
+        return int(f.read().split('RssAnon:')[1].split()[0]) * 1024
+
+def watch():
+    while True:
+        peaks.append(resident())
+        time.sleep(0.002)
+
+dist.init_process_group('gloo')
+for flags in (('True', 1), ('True', 4)):
+    dist.barrier()
+    before, peaks = resident(), []
+    threading.Thread(target=watch, daemon=True).start()
+    model, tensors = convert.open_model('hf', {'block_size': 128}, 'meta')
+    model = parallel.distribute(model.config, tensors, 'cpu', 'float32', *flags)
+    peak, whole = max(peaks) - before, 4 * model.get_num_params(False)
+    share, block = whole / dist.get_world_size(), 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
+    print(f'{flags}: share {share / 1e6:.0f} MB of {whole / 1e6:.0f}, block {block / 1e6:.0f}, peak {peak / 1e6:.0f}')
+    assert share < peak < share + block
+    state = parallel.whole(model.state_dict(keep_vars=True))
+    if dist.get_rank() == 0:
+        given = convert.load_folder('hf', {'block_size': 128}).state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in given.items())
+    del model, state
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_importing_takes_a_share_and_a_block(small):
+    """Resident anonymous memory of each of four ranks, which read a random folder of Moonlight's shape: 0.13B."""
+    (small / 'hf').mkdir()
+    (small / 'hf/config.json').write_text(json.dumps(MOONLIGHT))
+    config = GPTConfig(**convert_file.settings_in(MOONLIGHT))
+    save_file({part: torch.randn(view.shape).bfloat16() for name, tensor in convert_file.skeleton(config).items()
+               for part, view in convert_file.parts(config, name, tensor)}, small / 'hf/model.safetensors')
+    (small / 'imports.py').write_text(IMPORT)
+    code, printed = torchrun(small, n=4, script='imports.py')
+    print(printed)
+    assert code == 0, printed[-3000:]
 
 
 # sharded checkpoints
@@ -239,11 +311,15 @@ def test_a_malicious_sharded_checkpoint_runs_nothing(small):
     train(small, '--checkpoint=dcp', '--max_iters=1')
     folder = small / 'out/ckpt.dcp'
     plain = (folder / '.metadata').read_bytes()
-    metadata = pickle.loads(plain)
-    bytes_for_tensors = {k: torch.distributed.checkpoint.metadata.BytesStorageMetadata()
-                         for k in metadata.state_dict_metadata}
+    pickled = pickle.loads(plain)  # where a tensor should be, torch would unpickle bytes
+    name = 'model.lm_head.weight' if 'model.lm_head.weight' in pickled.state_dict_metadata else \
+        'model.transformer.wte.weight'
+    (folder / 'evil').write_bytes(pickle.dumps(Evil()))
+    pickled.state_dict_metadata[name] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
+    pickled.storage_data[torch.distributed.checkpoint.metadata.MetadataIndex(name)] = \
+        torch.distributed.checkpoint.filesystem._StorageInfo('evil', 0, (folder / 'evil').stat().st_size)
     for name, evil in (('.metadata', pickle.dumps(Evil())), ('rest.pt', pickle.dumps(Evil())),
-                       ('.metadata', pickle.dumps(type(metadata)(bytes_for_tensors)))):
+                       ('.metadata', pickle.dumps(pickled))):
         kept = (folder / name).read_bytes()
         (folder / name).write_bytes(evil)
         printed = train(small, RESUME, code=2)
@@ -251,6 +327,13 @@ def test_a_malicious_sharded_checkpoint_runs_nothing(small):
         (folder / name).write_bytes(kept)
     assert not (small / 'ran').exists()
     assert 'going on from out/ckpt.dcp' in train(small, RESUME, '--max_iters=2')
+
+
+def test_of_both_forms_the_newer_one_goes_on(small):
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    assert 'going on from out/ckpt.dcp, iteration 1' in train(small, RESUME, '--max_iters=2')
+    assert 'going on from out/ckpt.pt, iteration 2' in train(small, RESUME, '--max_iters=3', '--checkpoint=dcp')
+    assert 'going on from out/ckpt.dcp, iteration 3' in train(small, RESUME, '--max_iters=4')
 
 
 @pytest.mark.parametrize('name', ['rest.pt', '.metadata', '__0_0.distcp'])
