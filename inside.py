@@ -307,8 +307,7 @@ def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
     cfg, D = model.config, len(model.mtp)
     ids = torch.tensor(ids, device=model.lm_head.weight.device)
     T = min(len(ids), cfg.block_size)
-    width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    caches = [torch.zeros(1, T, width, device=ids.device) for _ in model.blocks()]
+    caches = decode.empty_state(model, 1, T, D).caches
     states, attn_inputs, mlp_inputs = watch(model, ids[None, :T], caches)
     heads = heads_of(model, states, ids[:T])
     drafts = None

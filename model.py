@@ -19,6 +19,7 @@ import glob
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -1061,6 +1062,33 @@ def keep_earlier(folder, names):
     for name, new in moved.items():
         os.rename(os.path.join(folder, name), os.path.join(folder, new))
     return moved
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads a pickle of dicts, strings and numbers, and refuses one that names a class or a function."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
+
+
+def load_meta(path):
+    """What prepare.py says of its tokens, where they are not GPT-2's: vocab_size; stoi and itos, of characters; dtype;
+    row_length, of which a sequence's start is a multiple; tokenizer, the SHA-256 of the tokenizer.json they are of.
+    """
+    kinds = {'vocab_size': int, 'stoi': dict, 'itos': dict, 'dtype': str, 'row_length': int, 'tokenizer': str}
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, 'rb') as f:
+            meta = PlainUnpickler(f).load()
+        for name in ('vocab_size', *meta):
+            if name in kinds and type(meta[name]) is not kinds[name]:
+                raise ValueError(f'its {name} must be {kinds[name].__name__}')
+        if meta.get('dtype', 'uint16') not in ('uint16', 'uint32') or meta.get('row_length', 1) < 1:
+            raise ValueError('its dtype must be uint16 or uint32, its row_length positive')
+    except Exception as e:  # an unpickler meets damage in many ways
+        raise ValueError(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}: run prepare.py again') from None
+    return meta
 
 
 def copy_tokenizer(source, target, end=''):

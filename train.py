@@ -20,7 +20,6 @@ import importlib
 import json
 import math
 import os
-import pickle
 import platform
 import shlex
 import socket
@@ -35,7 +34,7 @@ import torch._functorch.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import GPT, GPTConfig, first_line, is_of_run, open_log, save_checkpoint
+from model import GPT, GPTConfig, first_line, is_of_run, load_meta, open_log, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig with its default (-1: derived from n_layer, n_head and n_embd)
@@ -285,33 +284,6 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype 
 # -----------------------------------------------------------------------------
 # data: flat files of token ids, read where they lie
 data_dir = os.path.join(here, 'data', dataset)
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads a pickle of dicts, strings and numbers, and refuses one that names a class or a function."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
-
-
-def load_meta(path):
-    """What prepare.py says of its tokens, where they are not GPT-2's: vocab_size; stoi and itos, of characters; dtype;
-    row_length, of which a sequence's start is a multiple; tokenizer, the SHA-256 of the tokenizer.json they are of.
-    """
-    kinds = {'vocab_size': int, 'stoi': dict, 'itos': dict, 'dtype': str, 'row_length': int, 'tokenizer': str}
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, 'rb') as f:
-            meta = PlainUnpickler(f).load()
-        for name in ('vocab_size', *meta):
-            if name in kinds and type(meta[name]) is not kinds[name]:
-                raise ValueError(f'its {name} must be {kinds[name].__name__}')
-        if meta.get('dtype', 'uint16') not in ('uint16', 'uint32') or meta.get('row_length', 1) < 1:
-            raise ValueError('its dtype must be uint16 or uint32, its row_length positive')
-    except Exception as e:  # an unpickler meets damage in many ways
-        raise ValueError(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}: run prepare.py again') from None
-    return meta
 
 
 def open_tokens(split):

@@ -21,7 +21,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import time
@@ -37,7 +36,7 @@ from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, stop
-from model import GPT, GPTConfig, first_line, open_log, save_checkpoint
+from model import GPT, GPTConfig, load_meta, open_log, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig
@@ -100,21 +99,6 @@ def check_settings():
             fewer = f', or --schedule=1f1b with {P}' if schedule == 'dualpipev' and there >= P else ''
             raise ValueError(f'{name}={there}: {P} ranks with schedule={schedule!r} are {n_stages} stages, and need '
                              f'{n_stages} or more{fewer}')
-
-
-class PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
-
-
-def load_meta(path):
-    try:
-        with open(path, 'rb') as f:
-            return dict(PlainUnpickler(f).load())
-    except FileNotFoundError:
-        return {}
-    except Exception as e:  # an unpickler meets damage in many ways
-        raise ValueError(f'{path} cannot be used: {first_line(e)}: run prepare.py again') from None
 
 
 def open_tokens():

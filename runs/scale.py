@@ -540,8 +540,14 @@ def v3_table():
                   'MFU, of the bf16 peak', 'GB on rank 0'], rows)
 
 
+def block_times():
+    """Seconds of F, I and W of a main run's block, and of a head: what measure() wrote."""
+    with open(TIMES) as f:
+        return json.load(f)
+
+
 def bubble_table():
-    times, rows = json.load(open(TIMES)), []
+    times, rows = block_times(), []
     F, I, W = (times[kind] / times['F'] for kind in 'FIW')
     for P in (4, 8, 16):
         for schedule, formula in BUBBLES.items():
@@ -560,7 +566,7 @@ def bubble_table():
 
 def main_run_stages(P):
     """(kind, stage) -> seconds of the main run's stages as runs/pipeline.py divides it."""
-    times, config = json.load(open(TIMES)), MODELS['main run'].gpt.config
+    times, config = block_times(), MODELS['main run'].gpt.config
     ends = [-(-config.n_layer * s // (2 * P)) for s in range(2 * P + 1)]
     blocks = [end - start for start, end in zip(ends, ends[1:])]
     blocks[-1] += config.num_nextn_predict_layers * config.mtp_n_layer
@@ -586,7 +592,7 @@ def main_run_table():
 
 
 def times_table():
-    times = json.load(open(TIMES))
+    times = block_times()
     return table(['F', 'I', 'W', 'one head with its gradients'],
                  [[f'{times[kind] * 1000:.0f} ms' for kind in ('F', 'I', 'W', 'head')]])
 
@@ -613,7 +619,7 @@ def draw(path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    times = json.load(open(TIMES))
+    times = block_times()
     each = [times[kind] for kind in 'FIW']
     P, M = 4, 10
     panels = [('1F1B', constant(*(2 * t for t in each)), '1F1B, a stage of two blocks on each rank'),
