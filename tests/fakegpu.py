@@ -145,21 +145,25 @@ def projects_line():
 
 
 def watch_decoding(mark):
-    """mark() after each decoding step. And what no kernel does: rows grow with each step, by a token and half of their
-    drafts. Returns a function: how many tokens each row lacks.
+    """mark() after each decoding step. And what no kernel does: rows begin with their prompts, and grow with each step,
+    by a token and half of their drafts. Returns a function: how many tokens each row lacks.
     """
     from extras import decode
 
     begin, take_step, left = decode.begin, decode.Decoder.take_step, []
 
+    def known_of(s):
+        return (ctypes.c_long * len(s.known)).from_address(s.known.data_ptr())
+
     def grow(s, n):
         left[:] = [tokens - n for tokens in left]
-        known = (ctypes.c_long * len(s.known)).from_address(s.known.data_ptr())
+        known = known_of(s)
         known[:] = [length + n for length in known]
 
     def begin_and_grow(model, s, prompts, max_new_tokens, *args):
         begin(model, s, prompts, max_new_tokens, *args)
         left[:] = [max_new_tokens] * len(prompts)
+        known_of(s)[:] = [len(prompt) for prompt in prompts]
         grow(s, 1)
 
     def step_and_grow(self, s, D, *kind):
