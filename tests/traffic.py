@@ -15,12 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from extras import parallel
 from model import GPT, GPTConfig
 
 
@@ -52,15 +50,26 @@ def states_of(model, optimizer):
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())  # FSDP's gradients share one
 
 
-def of_a_step(wrap):
+def with_ddp():
     torch.manual_seed(0)
-    gpt = GPT(config).train()
-    model = wrap(gpt)
-    optimizer = torch.optim.AdamW(gpt.parameters())
+    return DDP(GPT(config))
+
+
+def with_shards(shard, expert_parallel):
+    torch.manual_seed(0)
+    return parallel.distribute(config, None, 'cpu', 'bfloat16', shard, expert_parallel)
+
+
+def of_a_step(model):
+    """Bytes that a rank sends in a step of one micro-batch, and those of its states."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters())
     x = torch.randint(config.vocab_size, (1, config.block_size))
 
     def step():
-        model(x, x)[1].backward()
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = model(x, x)[1]
+        loss.backward()
 
     for _ in range(2):  # DDP arranges its buckets in the first
         step()
@@ -68,40 +77,23 @@ def of_a_step(wrap):
         optimizer.zero_grad()
     n = bytes_of(step)
     optimizer.step()
-    return n, states_of(gpt, optimizer), model
-
-
-def sharded(mesh):
-    def wrap(gpt):
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for block in gpt.blocks():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        return fully_shard(gpt, mesh=mesh, mp_policy=policy)
-
-    return wrap
-
-
-def exchange():
-    """A layer's rows to other ranks' experts and back, forward and backward, each expert with as many as another."""
-    rows = torch.randn(config.num_experts_per_tok * config.block_size, config.n_embd, dtype=torch.bfloat16,
-                       requires_grad=True)
-    group = dist.group.WORLD
-    there = all_to_all_single_autograd(rows, None, None, group)
-    all_to_all_single_autograd(there, None, None, group).sum().backward()
+    return n, states_of(model, optimizer)
 
 
 dist.init_process_group('gloo')
 world = dist.get_world_size()
 config = GPTConfig(**json.loads(sys.argv[1]))
-found = {}
-n, states, model = of_a_step(DDP)
+model = with_ddp()
+n, states = of_a_step(model)
 buckets = model._get_ddp_logging_data()['bucket_sizes']
-found['ddp'] = n, states + sum(int(size) for size in buckets.split(','))
+found = {'ddp': (n, states + sum(int(size) for size in buckets.split(',')))}
 del model
-found['fsdp'] = of_a_step(sharded(init_device_mesh('cpu', (world,))))[:2]
+found['fsdp'] = of_a_step(with_shards('True', 1))
+found['experts'] = of_a_step(with_shards('', world))
 if world == 4:
-    found['hsdp'] = of_a_step(sharded(init_device_mesh('cpu', (2, 2), mesh_dim_names=('replicate', 'shard'))))[:2]
-found['experts'] = bytes_of(exchange)
+    found['hsdp'] = of_a_step(with_shards('2', 1))
+    found['experts and hsdp'] = of_a_step(with_shards('2', 2))
 if dist.get_rank() == 0:
     print(json.dumps(found))
+parallel.leave()
 dist.destroy_process_group()
