@@ -322,7 +322,8 @@ def bubble_table():
         M = 4 * P
         equal, step = (simulate(schedule, P, M, *each)[0] for each in ((1, 1, 1), times))
         lost = step - 2 * M * sum(times)
-        rows.append([P, schedule, f'{equal - 2 * M * 3:g}', formula(P, 1, 1, 1), f'{lost * 1000:,.0f}', f'{lost / step:.0%}'])
+        rows.append([P, schedule, f'{equal - 2 * M * 3:g}', formula(P, 1, 1, 1), f'{lost * 1000:,.0f}',
+                     f'{lost / step:.0%}'])
     measured = ', '.join(f'{kind} = {t * 1000:.0f}' for kind, t in zip('FIW', times))
     return table(['P', 'schedule', 'bubble, F = I = W = 1', 'by formula', f'bubble in ms, {measured}', 'of the step'],
                  rows)

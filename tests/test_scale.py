@@ -1,4 +1,4 @@
-"""runs/scale.py: its formulas beside what torch and the kernel count, its simulation beside the papers, its tables."""
+"""runs/scale.py: formulas beside what torch and the kernel count, its tables; runs/schedules.py beside the papers."""
 
 import json
 import os
@@ -8,9 +8,11 @@ import sys
 
 import pytest
 from conftest import ROOT, TINY
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(ROOT / 'runs'))
 import scale
+import schedules
 from scale import Layout
 
 from model import GPTConfig
@@ -49,24 +51,21 @@ def test_v3_has_its_published_sizes():
 def test_states_and_traffic_are_what_torch_and_the_kernel_count(world):
     found = json.loads(in_a_namespace(torchrun(world, f"tests/traffic.py '{json.dumps(SETTINGS)}'")))
     gpt = scale.without_memory(**SETTINGS)
-    dense, experts, outside = scale.sizes(gpt)
-    in_blocks = dense + experts
-    n = in_blocks + outside
-    sent, states = found['ddp']
-    assert states == scale.states(gpt, world, Layout())
-    assert sent == pytest.approx(scale.ddp_bytes(n, world), rel=0.02)
-    gloo = scale.reduce_scatter(4 * n, world)  # its reduce-scatter sends twice a ring's bytes
-    sent, states = found['fsdp']
-    assert states == pytest.approx(scale.states(gpt, world, Layout(shard=world)), rel=0.01)
-    assert sent == pytest.approx(scale.fsdp_bytes(in_blocks, outside, world, 1) + gloo, rel=0.02)
+
+    def compare(name, layout, rel):
+        """Of a step with one micro-batch. gloo's reduce-scatter sends twice a ring's bytes."""
+        sent, states = found[name]
+        gloo = sum(scale.ring(4 * n, shards) for n, _, shards, _ in scale.parts(gpt, layout))
+        want = sum(n for _, n, _ in scale.wire(gpt, world, layout, 1, 1)) + gloo
+        assert sent == pytest.approx(want, rel=rel)
+        assert states == pytest.approx(scale.states(gpt, world, layout), rel=0.01)
+
+    compare('ddp', Layout(), rel=0.02)
+    compare('fsdp', Layout(shard=world), rel=0.02)
+    compare('experts', Layout(ep=world), rel=0.04)  # rows go to the experts that are chosen, not equally many to each
     if world == 4:
-        sent, states = found['hsdp']
-        want = scale.fsdp_bytes(in_blocks, outside, 2, 1) + scale.ddp_bytes(n / 2, 2)
-        assert states == pytest.approx(scale.states(gpt, 4, Layout(shard=2)), rel=0.01)
-        assert sent == pytest.approx(want + scale.reduce_scatter(4 * n, 2), rel=0.02)
-    one_layer = scale.without_memory(**SETTINGS | dict(n_layer=1, num_nextn_predict_layers=0))
-    copies, _ = scale.expert_copies(one_layer, world)
-    assert found['experts'] == pytest.approx(scale.expert_bytes(one_layer, SETTINGS['block_size'], copies), rel=0.03)
+        compare('hsdp', Layout(shard=2), rel=0.02)
+        compare('experts and hsdp', Layout(ep=2, shard=2), rel=0.04)
 
 
 @pytest.mark.slow
@@ -79,7 +78,7 @@ def test_a_pipelines_traffic_is_what_the_kernel_counts(small):
         printed = in_a_namespace(torchrun(2, script) + ' && cat /proc/net/dev', cwd=small)
         totals.append(int(re.search(r'lo:\s*(?:\d+\s+){8}(\d+)', printed)[1]))
     gpt = scale.without_memory(block_size=64, vocab_size=65, n_layer=8, n_head=4, n_embd=64)
-    want = 16 * scale.pipeline_bytes(gpt, 4 * 64, P=2)
+    (want,) = (n for what, n, _ in scale.wire(gpt, 2, Layout(pp=2), 4, 16) if what == 'stages')
     assert (totals[1] - totals[0]) / 10 / 2 == pytest.approx(want, rel=0.03)
 
 
@@ -87,19 +86,21 @@ def test_an_expert_rank_holds_its_share():
     whole, half = (scale.without_memory(**SETTINGS | {'n_routed_experts': E}) for E in (8, 4))
     routers = sum(moe.gate.weight.numel() for moe in half.moe_layers())
     want = half.get_num_params(non_embedding=False) + routers  # each rank routes among all
-    assert sum(scale.local_sizes(whole, 2, Layout(ep=2))) == pytest.approx(want, rel=1e-6)
+    assert sum(n for n, *_ in scale.parts(whole, Layout(ep=2))) == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize('dense', [False, True])
 def test_activations_are_those_of_a_real_block(dense):
     """And grow with the sequence as memory does that no two tokens share."""
     config = GPTConfig(**TINY | {'block_size': 256, 'n_embd': 128})
-    assert scale.saved_bytes(config, dense, fake=False) == scale.saved_bytes(config, dense)
-    longer = scale.saved_bytes(GPTConfig(**TINY | {'block_size': 512, 'n_embd': 128}), dense)
-    assert longer == pytest.approx(2 * scale.saved_bytes(config, dense), rel=0.02)
+    kept = scale.saved_bytes(config, dense)
+    with FakeTensorMode():
+        assert scale.saved_bytes(config, dense) == kept
+        longer = scale.saved_bytes(GPTConfig(**TINY | {'block_size': 512, 'n_embd': 128}), dense)
+    assert longer == pytest.approx(2 * kept, rel=0.02)
     # at least the residual stream, q, k, v and the attention's output, and what the experts or the FFN multiply with
     width = config.num_experts_per_tok * config.moe_intermediate_size if not dense else config.intermediate_size
-    assert scale.saved_bytes(config, dense) > 256 * (4 * 128 + 4 * 2 * 128 + 3 * 2 * width)
+    assert kept > 256 * (4 * 128 + 4 * 2 * 128 + 3 * 2 * width)
 
 
 def test_the_main_runs_peak_is_near_that_of_torchs_allocator():
@@ -115,38 +116,65 @@ def test_simulated_bubbles_are_the_papers(P):
     """Exactly where F = I = W, for any number of micro-batches; with other times 1F1B's still, the others' nearly."""
     for M in (2 * P, 2 * P + 3, 5 * P):
         for times in ((1, 1, 1), (1, 1.2, 0.8)):
-            for schedule, formula in scale.BUBBLES.items():
-                each = [2 * t for t in times] if schedule == '1F1B' else times
-                step, spans = scale.simulate(schedule, P, M, scale.constant(*each))
+            for schedule, formula in schedules.BUBBLES.items():
+                step, spans = schedules.simulate(schedule, P, M, *times)
                 bubble = step - 2 * M * sum(times)
                 exact = times == (1, 1, 1) or schedule == '1F1B'
-                assert bubble == pytest.approx(formula(P, *each), abs=1e-6 if exact else 0.25 * P), (schedule, M)
+                assert bubble == pytest.approx(formula(P, *times), abs=1e-6 if exact else 0.25 * P), (schedule, M)
                 if schedule == 'ZB-V' and exact:  # ranks never wait between their first and their last action
                     for rank in range(P):
                         mine = [(start, end) for r, *_, start, end in spans if r == rank]
                         assert max(end for _, end in mine) - min(start for start, _ in mine) == 2 * M * sum(times)
 
 
-def test_a_simulated_step_keeps_the_order_of_stages():
-    P, M, send = 4, 9, 0.3
-    _, spans = scale.simulate('DualPipeV', P, M, scale.constant(1, 1.5, 0.5), send)
+@pytest.mark.parametrize('schedule', schedules.BUBBLES)
+def test_a_simulated_step_keeps_the_order_of_stages(schedule):
+    P, M = 4, 9
+    step, spans = schedules.simulate(schedule, P, M, 1, 1.5, 0.5)
     at = {(kind, stage, m): (start, end) for _, kind, stage, m, start, end in spans}
-    assert len([kind for kind, *_ in at if kind == 'F']) == 2 * P * M
-    for stage in range(1, 2 * P):
-        gap = min(at['F', stage, m][0] - at['F', stage - 1, m][1] for m in range(M))
-        assert gap == pytest.approx(0 if stage == P else send)  # stages P - 1 and P lie on one rank
+    stages = P if schedule == '1F1B' else 2 * P
+    for m in range(M):
+        backward = [at.get(('I', stage, m)) or at['B', stage, m] for stage in range(stages)]
+        for stage in range(stages):
+            start, end = at['F', stage, m]
+            assert end <= backward[stage][0]
+            assert ('B', stage, m) in at or at['W', stage, m][0] >= backward[stage][1]
+            if stage > 0:
+                assert start >= at['F', stage - 1, m][1] and backward[stage][1] <= backward[stage - 1][0]
+    for rank in range(P):  # which does one thing at a time
+        mine = sorted((start, end) for r, *_, start, end in spans if r == rank)
+        assert all(end <= start + 1e-9 for (_, end), (start, _) in zip(mine, mine[1:]))
+        assert sum(end - start for start, end in mine) == pytest.approx(2 * M * 3)
 
 
 def test_the_plan_fits_and_links_matter(monkeypatch):
     model = scale.MODELS['Moonlight']
     plan = scale.choose(model, 8, pipelines=False)
-    assert plan.bytes <= scale.MEMORY and 0.3 < plan.mfu < model.efficiency
+    assert plan.memory <= scale.MEMORY and 0.3 < plan.mfu < model.efficiency
     assert scale.choose(model, 1, pipelines=False) is None  # 16 bytes a parameter are 255 GB
     monkeypatch.setattr(scale, 'NVLINK', scale.NVLINK / 20)
     slower = scale.predict(model, 8, *plan[:3])
-    assert slower.step > 1.5 * plan.step and slower.bytes == plan.bytes
+    assert slower.step > 1.5 * plan.step and slower.memory == plan.memory
+
+
+def test_rings_over_machines():
+    """A ring over whole machines has the links of 8 GPUs, one with a GPU on each machine that of its own."""
+    assert [scale.ring_speed(*group) for group in ((8, 1), (64, 1), (8, 8), (4, 4))] == \
+        [scale.NVLINK, scale.NVLINK, scale.NETWORK, 2 * scale.NETWORK]
+
+
+def test_experts_cross_the_network_only_between_machines():
+    v3 = scale.MODELS['V3'].gpt
+    found = {}
+    for ep in (8, 64):
+        sent = scale.wire(v3, 64, Layout(ep=ep), 1, 1)
+        found[ep] = next((n, seconds) for what, n, seconds in sent if what == 'experts')
+    rows = 4 * 59 * 4096 * 7168 * 2  # four passes, 58 MoE layers and the MTP module's
+    assert found[8] == (pytest.approx(rows * 8 * 7 / 8), pytest.approx(rows * 8 * 7 / 8 / scale.NVLINK))
+    assert found[64][1] == pytest.approx(rows * 4 * 7 / 8 / scale.NETWORK)  # to 4 machines of 8
 
 
 def test_the_page_holds_the_tables_that_the_script_computes():
     text = (ROOT / 'docs/scale.md').read_text()
+    assert re.findall('<!-- (?!end)(.*) -->', text) == ['models', 'memory', 'wire', 'choice', 'bubbles']
     assert scale.filled(text) == text
