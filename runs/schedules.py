@@ -60,16 +60,9 @@ def simulate(schedule, P, M, F, I, W):
     done = {(kind, outside, m): 0.0 for kind, outside in (('F', -1), ('I', stages)) for m in range(M)}
 
     def start_of(rank, unit):
-        """inf while something that the unit needs has no time yet."""
-        needed = []
-        for kind, stage, m in unit:
-            if kind == 'F':
-                needed += [('F', stage - 1, m)]
-            elif kind == 'W':
-                needed += [('I', stage, m)]
-            else:
-                needed += [('F', stage, m), ('I', stage + 1, m)]
-        return max([clock[rank], *(done.get(need, math.inf) for need in needed if need not in unit)])
+        """inf while what other ranks hand on to this unit has no time yet; the rest a rank's own order sees to."""
+        needed = [('F', stage - 1, m) if kind == 'F' else ('I', stage + 1, m) for kind, stage, m in unit if kind != 'W']
+        return max([clock[rank], *(done.get(need, math.inf) for need in needed)])
 
     for _ in range(sum(map(len, queues))):  # more rounds than are needed, if no rank waits for ever
         for rank, queue in enumerate(queues):

@@ -147,6 +147,21 @@ def test_a_simulated_step_keeps_the_order_of_stages(schedule):
         assert sum(end - start for start, end in mine) == pytest.approx(2 * M * 3)
 
 
+@pytest.mark.parametrize('P', [2, 4, 8])
+def test_ranks_keep_as_many_micro_batches_as_the_papers_say(P):
+    """V3 table 2: 1F1B P, DualPipe 2P + 1 of half as long stages, as scale.memory() has it; 2401.10241: ZB-V 2P."""
+    for schedule, want in (('1F1B', P), ('ZB-V', 2 * P), ('DualPipeV', 2 * P + 1)):
+        peaks = []
+        for units in schedules.orders(schedule, P, 5 * P):
+            kept = peak = 0
+            for unit in units:  # of two that overlap the forward begins while the other's activations are there
+                kept += sum(kind == 'F' for kind, *_ in unit)
+                peak = max(peak, kept)
+                kept -= sum(kind in 'BW' for kind, *_ in unit)
+            peaks.append(peak)
+        assert max(peaks) == want, (schedule, peaks)
+
+
 def test_the_plan_fits_and_links_matter(monkeypatch):
     model = scale.MODELS['Moonlight']
     plan = scale.choose(model, 8, pipelines=False)
