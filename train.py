@@ -111,6 +111,8 @@ def stop(message, every_rank=False):
     """A user's mistake: one line, printed on local rank 0 unless every_rank, and exit code 2."""
     if every_rank or local_rank == 0:
         print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # torchrun ends all ranks when one has ended: the one that speaks comes first
     disconnect(failed=True)
     raise SystemExit(2)
 

@@ -176,7 +176,8 @@ def test_all_layouts_train_alike(small, optimizer):
     flags = {'adamw': [], 'muon': ['--optimizer=muon', '--n_routed_experts=12'],
              # with the default seed the MTP losses part at step 11, as where last bits choose a token's expert
              'bf16': ['--bf16_moments=True', '--seed=1']}
-    flags = [*flags[optimizer], '--max_iters=20', '--lr_decay_iters=20', '--eval_interval=20']
+    flags = [*flags[optimizer], '--gradient_accumulation_steps=8', '--max_iters=20', '--lr_decay_iters=20',
+             '--eval_interval=20']
     for layout in LAYOUTS:
         train_in(small, layout, *flags, f'--out_dir={layout.replace(" ", "-")}')
     for layout in LAYOUTS:
@@ -521,14 +522,26 @@ runpy.run_path('train.py', run_name='__main__')
 """
 
 
-def test_ranks_say_what_is_wrong_in_one_line(small):
-    for flags, script, message, times in (
-            (['--expert_parallel=2', '--n_routed_experts=5'], 'train.py', 'does not divide the 5 routed experts', 1),
-            ([], 'mixed.py', 'some ranks have a GPU and others have none', 2)):  # a line on each machine
-        (small / 'mixed.py').write_text(MIXED)
-        code, printed = torchrun(small, *flags, script=script)
-        assert code != 0 and printed.count(message) == times, printed[-3000:]
-        assert 'train.py", line' not in printed and not (small / 'out').exists(), printed
+LATE = """
+import os, runpy, sys, time
+if os.environ['RANK'] == '0':
+    write = sys.stderr.write
+    sys.stderr.write = lambda text: time.sleep(2) or write(text)
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('flags, script, message, times', [
+    (['--expert_parallel=2', '--n_routed_experts=5'], LATE, 'does not divide the 5 routed experts', 1),
+    ([], MIXED, 'some ranks have a GPU and others have none', 2),  # a line on each machine
+    pytest.param(['--bach_size=2'], LATE, "unknown key 'bach_size'", 1, marks=pytest.mark.slow),
+])
+def test_ranks_say_what_is_wrong_in_one_line(small, flags, script, message, times):
+    """Where the others have ended before rank 0 has said it, torchrun has killed it, and nothing is said."""
+    (small / 'script.py').write_text(script)
+    code, printed = torchrun(small, *flags, script='script.py')
+    assert code != 0 and printed.count(message) == times, printed[-3000:]
+    assert 'train.py", line' not in printed and not (small / 'out').exists(), printed
 
 
 def test_without_the_file_one_line_says_so(small):
