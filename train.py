@@ -629,12 +629,14 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 def save(best):
     if not (master or sharded or dcp):
         return
-    # the first checkpoint is also saved as the best
-    best = best or not os.path.exists(os.path.join(out_dir, 'ckpt' + ending))
     rest = {'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num,
             'best_val_loss': best_val_loss, 'config': config, 'run': run,
             'meta': meta}  # a character set's table, for sample.py
     try:
+        if dcp:
+            dcp.finish()  # the checkpoint before
+        # the first checkpoint is also saved as the best
+        best = best or not os.path.exists(os.path.join(out_dir, 'ckpt' + ending))
         if dcp:
             dcp.save(raw_model, optimizer, rest, last_path, best_path if best else None)
             return

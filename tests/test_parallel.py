@@ -308,6 +308,29 @@ def test_a_new_run_keeps_the_sharded_checkpoints_of_earlier_ones(small):
     assert load(small)['iter_num'] == 1 and not (small / 'out/ckpt.dcp').exists()
 
 
+def test_the_first_is_the_best_until_a_better_one_comes(small, monkeypatch):
+    """Though it is still being written when the second is saved."""
+    rename = os.rename
+    monkeypatch.setattr(os, 'rename', lambda *names: time.sleep(0.5) or rename(*names))
+    train(small, '--checkpoint=dcp', '--max_iters=2', '--eval_interval=1', '--learning_rate=0', '--min_lr=0')
+    assert os.path.realpath(small / 'out/ckpt_best.dcp').startswith(str(small / 'out/ckpt-1-'))
+    assert os.path.realpath(small / 'out/ckpt.dcp').startswith(str(small / 'out/ckpt-2-'))
+
+
+def test_what_is_not_a_checkpoint_of_ours_stays(small):
+    """Folders of the user's, and what a copy without links has in the place of one."""
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    shutil.copytree(small / 'out', small / 'copied')  # follows links
+    shutil.copytree(small / 'out/ckpt.dcp', small / 'copied/ckpt-good.dcp')
+    assert not (small / 'copied/ckpt.dcp').is_symlink()
+    train(small, '--checkpoint=dcp', RESUME, '--out_dir=copied', '--max_iters=2')
+    kept = [dcp.open_checkpoint(str(small / 'copied' / name))[1]['iter_num']
+            for name in ('ckpt.dcp', 'ckpt.dcp.old', 'ckpt-good.dcp')]
+    assert kept == [2, 1, 1]
+    assert len(list((small / 'copied').glob('ckpt-*-*.dcp'))) == 1
+    assert 'python -m extras.dcp copied makes it' in run_inside('sample.py', '--out_dir=copied', cwd=small)[2]
+
+
 def test_a_malicious_sharded_checkpoint_runs_nothing(small):
     class Evil:
         def __reduce__(self):
