@@ -221,11 +221,12 @@ MOONLIGHT = dict(  # with fewer layers, and narrower
     num_experts_per_tok=6, kv_lora_rank=256, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64,
     v_head_dim=128, first_k_dense_replace=1, routed_scaling_factor=2.446, max_position_embeddings=8192,
     rope_theta=50000.0, scoring_func='sigmoid', topk_method='noaux_tc', norm_topk_prob=True)
-IMPORT = """
+WATCH = """
 import ctypes, gc, sys, threading, time, torch
 import torch.distributed as dist
 import convert
 from extras import parallel
+from model import GPT, GPTConfig
 
 def resident():
     with open('/proc/self/status') as f:
@@ -236,13 +237,20 @@ def watch():
         peaks.append(resident())
         time.sleep(0.002)
 
-dist.init_process_group('gloo')
-for flags in (('True', 1), ('True', 4)):
+def begin():
+    global before, peaks
     dist.barrier()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the round before gave back would hide what this one takes
     before, peaks = resident(), []
-    threading.Thread(target=watch, daemon=True).start()
+
+dist.init_process_group('gloo')
+peaks = []
+threading.Thread(target=watch, daemon=True).start()
+"""
+IMPORT = WATCH + """
+for flags in (('True', 1), ('True', 4)):
+    begin()
     model, tensors = convert.open_model('hf', {'block_size': 128}, 'meta')
     model = parallel.distribute(model.config, tensors, 'cpu', 'float32', *flags)
     peak, whole = max(peaks) - before, 4 * model.get_num_params(False)
@@ -268,6 +276,43 @@ def test_importing_takes_a_share_and_a_block(small):
                for part, view in convert_file.parts(config, name, tensor)}, small / 'hf/model.safetensors')
     (small / 'imports.py').write_text(IMPORT)
     code, printed = torchrun(small, n=4, script='imports.py')
+    print(printed)
+    assert code == 0, printed[-3000:]
+
+
+MEMORY = WATCH + """
+config = GPTConfig(block_size=64, vocab_size=16000, n_layer=8, n_head=8, n_embd=512, n_routed_experts=8,
+                   num_nextn_predict_layers=1)
+x = torch.randint(16000, (1, 64))
+for name, flags in (('DDP', None), ('shard=True', ('True', 1)), ('shard=True expert_parallel=2', ('True', 2)),
+                    ('expert_parallel=4', ('', 4))):
+    begin()
+    model = parallel.distribute(config, None, 'cpu', 'float32', *flags) if flags else GPT(config)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    forward = model.train() if flags else torch.nn.parallel.DistributedDataParallel(model.train())
+    for _ in range(2):
+        forward(x, x)[1].backward()
+        optimizer.step()
+    moments = [state[key] for state in optimizer.state.values() for key in ('exp_avg', 'exp_avg_sq')]
+    held = [sum(parallel.local(t).nbytes for t in tensors) / 1e6
+            for tensors in (model.parameters(), [p.grad for p in model.parameters()], moments)]
+    peak = (max(peaks) - before) / 1e6
+    if name == 'DDP':
+        of = sum(held), peak
+    if dist.get_rank() == 0:
+        print(f'{name}: {held[0]:.1f} + {held[1]:.1f} + {held[2]:.1f} = {sum(held):.1f} MB, {sum(held) / of[0]:.3f} of '
+              f"DDP's; peak {peak:.0f} MB, {peak / of[1]:.2f} of DDP's", flush=True)
+    assert not (flags and flags[0]) or sum(held) < 0.26 * of[0] and peak < 0.5 * of[1]
+    del model, forward, optimizer, moments
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_four_ranks_hold_a_quarter_each(small):
+    """52 million parameters. glibc keeps smaller pieces that were freed, which hides what is in use."""
+    (small / 'memory.py').write_text(MEMORY)
+    code, printed = torchrun(small, n=4, script='memory.py', MALLOC_MMAP_THRESHOLD_='262144')
     print(printed)
     assert code == 0, printed[-3000:]
 
