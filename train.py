@@ -350,10 +350,7 @@ ending = '.dcp' if checkpoint == 'dcp' else '.pt'
 last_path, best_path = (os.path.join(out_dir, name + ending) for name in
                         (('ckpt', 'ckpt_best') if always_save_checkpoint else ('ckpt_last', 'ckpt')))
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
-
-
-# sharded, no rank ever holds the whole model
-on_meta = torch.device('meta') if sharded else contextlib.nullcontext()
+on_meta = torch.device('meta') if sharded else contextlib.nullcontext()  # sharded, no rank ever holds the whole model
 
 
 def new_model():

@@ -187,6 +187,7 @@ def main():
                 raise ValueError(f'{whole_path} exists already: remove it or rename it')
             save_checkpoint(rest | {'model': model.state_dict()}, whole_path)
             print(f'wrote {whole_path}')
+            del model, rest  # before the next one is read
         if not any(map(os.path.exists, found)):
             raise ValueError(f'{sys.argv[1]} has no ckpt.dcp')
     except ValueError as e:

@@ -594,7 +594,7 @@ LATE = """
 import os, runpy, sys, time
 if os.environ['RANK'] == '0':
     write = sys.stderr.write
-    sys.stderr.write = lambda text: time.sleep(2) or write(text)
+    sys.stderr.write = lambda text: time.sleep(4) or write(text)
 runpy.run_path('train.py', run_name='__main__')
 """
 
