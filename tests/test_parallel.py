@@ -590,26 +590,27 @@ runpy.run_path('train.py', run_name='__main__')
 """
 
 
-LATE = """
-import os, runpy, sys, time
-if os.environ['RANK'] == '0':
-    write = sys.stderr.write
-    sys.stderr.write = lambda text: time.sleep(4) or write(text)
-runpy.run_path('train.py', run_name='__main__')
-"""
-
-
 @pytest.mark.parametrize('flags, script, message, times', [
-    (['--expert_parallel=2', '--n_routed_experts=5'], LATE, 'does not divide the 5 routed experts', 1),
+    (['--expert_parallel=2', '--n_routed_experts=5'], None, 'does not divide the 5 routed experts', 1),
     ([], MIXED, 'some ranks have a GPU and others have none', 2),  # a line on each machine
-    pytest.param(['--bach_size=2'], LATE, "unknown key 'bach_size'", 1, marks=pytest.mark.slow),
 ])
 def test_ranks_say_what_is_wrong_in_one_line(small, flags, script, message, times):
-    """Where the others have ended before rank 0 has said it, torchrun has killed it, and nothing is said."""
-    (small / 'script.py').write_text(script)
-    code, printed = torchrun(small, *flags, script='script.py')
+    if script:
+        (small / 'script.py').write_text(script)
+    code, printed = torchrun(small, *flags, script='script.py' if script else 'train.py')
     assert code != 0 and printed.count(message) == times, printed[-3000:]
     assert 'train.py", line' not in printed and not (small / 'out').exists(), printed
+
+
+@pytest.mark.parametrize('script, flag', [('train.py', '--bach_size=2'), ('train.py', '--batch_size=0'),
+                                          ('runs/pipeline.py', '--schedule=gpipe')])
+def test_silent_ranks_wait_for_the_one_that_speaks(small, monkeypatch, script, flag):
+    """torchrun ends all ranks when one has ended: of rank 0, if it came later, nothing was heard."""
+    for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    slept = []
+    monkeypatch.setattr(time, 'sleep', slept.append)
+    assert run_inside(script, flag, '--device=cpu', cwd=small) == (2, '', '') and slept == [10]
 
 
 def test_without_the_file_one_line_says_so(small):
