@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ def stop(message, every_rank=False):
     """A user's mistake: one line, exit code 2. Rank 0 of each machine speaks, or whichever rank meets it."""
     if every_rank or os.environ.get('LOCAL_RANK', '0') == '0':
         print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # torchrun ends all ranks when one has ended: the one that speaks comes first
     if dist.is_initialized() and dist.get_backend() == 'gloo':  # nccl would wait for ranks that do not stop
         disconnect()
     raise SystemExit(2)

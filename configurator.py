@@ -14,6 +14,7 @@ import os as _os
 import re as _re
 import sys as _sys
 import textwrap as _textwrap
+import time as _time
 import types as _types
 
 
@@ -26,6 +27,8 @@ def _stop(message):
     """A mistake of the user's: one line, and exit code 2."""
     if _os.environ.get('RANK', '0') == '0':
         print(' '.join(message.split()), file=_sys.stderr, flush=True)  # a config file's errors may have many lines
+    else:
+        _time.sleep(10)  # torchrun ends all ranks when one has ended: the one that speaks comes first
     raise SystemExit(2)
 
 

@@ -1041,7 +1041,10 @@ def is_of_run(path, run):
 
 
 def kept_earlier(path):
-    """In words, the files that keep_earlier() made of this one; '' if there are none."""
+    """In words, the files that keep_earlier() made of this one, or its sharded form; '' if there are none."""
+    sharded = path.removesuffix('.pt') + '.dcp'
+    if os.path.exists(sharded):
+        return f'. There is {sharded}: python -m extras.dcp {os.path.dirname(path) or "."} makes it of that'
     names = sorted(glob.glob(f'{glob.escape(path)}.old*'))
     return f'. Kept from earlier runs: {", ".join(names)}: to go on from one, rename it to {path}' if names else ''
 

@@ -111,6 +111,8 @@ def stop(message, every_rank=False):
     """A user's mistake: one line, printed on local rank 0 unless every_rank, and exit code 2."""
     if every_rank or local_rank == 0:
         print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # torchrun ends all ranks when one has ended: the one that speaks comes first
     disconnect(failed=True)
     raise SystemExit(2)
 
@@ -348,10 +350,7 @@ ending = '.dcp' if checkpoint == 'dcp' else '.pt'
 last_path, best_path = (os.path.join(out_dir, name + ending) for name in
                         (('ckpt', 'ckpt_best') if always_save_checkpoint else ('ckpt_last', 'ckpt')))
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
-
-
-# sharded, no rank ever holds the whole model
-on_meta = torch.device('meta') if sharded else contextlib.nullcontext()
+on_meta = torch.device('meta') if sharded else contextlib.nullcontext()  # sharded, no rank ever holds the whole model
 
 
 def new_model():
@@ -627,12 +626,14 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 def save(best):
     if not (master or sharded or dcp):
         return
-    # the first checkpoint is also saved as the best
-    best = best or not os.path.exists(os.path.join(out_dir, 'ckpt' + ending))
     rest = {'scaler': scaler.state_dict(), 'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num,
             'best_val_loss': best_val_loss, 'config': config, 'run': run,
             'meta': meta}  # a character set's table, for sample.py
     try:
+        if dcp:
+            dcp.finish()  # the checkpoint before
+        # the first checkpoint is also saved as the best
+        best = best or not os.path.exists(os.path.join(out_dir, 'ckpt' + ending))
         if dcp:
             dcp.save(raw_model, optimizer, rest, last_path, best_path if best else None)
             return

@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import pickle
+import re
 import shutil
 import sys
 import warnings
@@ -21,20 +22,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from model import GPT, GPTConfig, first_line, save_checkpoint, sync_folder
+from model import GPT, GPTConfig, first_line, keep_earlier, save_checkpoint, sync_folder
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one process is one process
+NAME = re.compile(r'ckpt-\d+-[0-9a-f]{8}\d*\.dcp(\.tmp)?')  # of a checkpoint's folder, and of one that is being written
 writer, saving, group = None, None, None  # the thread, what it does now, and the ranks' group for it
 
 
 def save(model, optimizer, rest, path, best_path):
-    """Write a checkpoint, each rank its shards, while the training goes on; all ranks take part.
+    """Write a checkpoint, each rank its shards, while the training goes on; all ranks take part, after finish().
 
     It is written beside, forced to the disk and renamed, and then the links point to it, best_path first: a kill at any
-    instant leaves the last one whole. rest: what is no tensor. ValueError where the one before could not be written.
+    instant leaves the last one whole. rest: what is no tensor.
     """
     global writer, saving, group
-    finish()
     if writer is None:
         writer = ThreadPoolExecutor(1)
         group = dist.new_group(backend='gloo') if dist.is_initialized() else None
@@ -62,6 +63,8 @@ def publish(written, rest, new, links):
         sync_folder(new)
         os.rename(new, target)
         for link in links:
+            if os.path.isdir(link) and not os.path.islink(link):  # copied by a program that follows links
+                keep_earlier(folder, [os.path.basename(link)])
             with contextlib.suppress(FileNotFoundError):
                 os.remove(link + '.tmp')
             os.symlink(os.path.basename(target), link + '.tmp')
@@ -72,7 +75,7 @@ def publish(written, rest, new, links):
         raise
     linked = {os.path.realpath(path) for path in glob.glob(f'{glob.escape(folder)}/*') if os.path.islink(path)}
     for old in glob.glob(f'{glob.escape(folder)}/ckpt-*.dcp*'):  # those of earlier runs have links too: ckpt.dcp.old
-        if os.path.realpath(old) not in linked:
+        if NAME.fullmatch(os.path.basename(old)) and os.path.realpath(old) not in linked:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -184,6 +187,7 @@ def main():
                 raise ValueError(f'{whole_path} exists already: remove it or rename it')
             save_checkpoint(rest | {'model': model.state_dict()}, whole_path)
             print(f'wrote {whole_path}')
+            del model, rest  # before the next one is read
         if not any(map(os.path.exists, found)):
             raise ValueError(f'{sys.argv[1]} has no ckpt.dcp')
     except ValueError as e:

@@ -122,7 +122,6 @@ try:
     config = GPTConfig(**sizes | {'vocab_size': vocab_size or meta.get('vocab_size', 50304)})
     tokens = open_tokens()
 except ValueError as e:
-    time.sleep(5 * (rank > 0))  # torchrun ends all ranks when one has ended: rank 0 speaks first
     stop(e)
 device_type = device_type_of(device)
 autocast(device_type, dtype)

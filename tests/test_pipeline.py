@@ -20,8 +20,9 @@ def check_equal(clone):
     """Losses and norms over 20 steps, and the weights after them; the balance bias to the bit."""
     one, piped = losses(clone), losses(clone, 'piped')
     assert len(one) == len(piped) == 20
-    for step, numbers in one.items():
-        torch.testing.assert_close(torch.tensor(piped[step]), torch.tensor(numbers), atol=1e-4, rtol=0)
+    worst = max(abs(x - y) for step in one for x, y in zip(one[step], piped[step], strict=True))
+    print(f'losses and gradient norms within {worst:.1e}')
+    assert worst < 1e-4
     busiest = [[max(r['max_vio']) if out == 'out' else r['max_vio'] for r in log(clone, out) if 'loss' in r]
                for out in ('out', 'piped')]
     assert busiest[0] == pytest.approx(busiest[1], abs=1e-6)
