@@ -66,11 +66,12 @@ class Decoder:
         # at the rows' stop tokens, for which a GPU's host must wait
         self.steps_between_looks = 1 if model.lm_head.weight.device.type == 'cpu' else 16
         if compile:
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            # the host's part of a step is a CUDA graph, or C++; and it looks at the state, but not at every module
+            # the host's part of a step is a CUDA graph, or C++; it looks at the state, but not at every module: without
+            # isolate_recompiles another model's Decoder would be given this one's graph
             options = {'triton.cudagraphs' if model.lm_head.weight.is_cuda else 'cpp_wrapper': True,
                        'guard_filter_fn': torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+            self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=64,
+                                      isolate_recompiles=True)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):

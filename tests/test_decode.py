@@ -289,6 +289,21 @@ def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same(overrides,
     assert decoder.compile and decoder.compile_seconds > 0
 
 
+@pytest.mark.slow
+def test_a_compiled_decoder_does_not_take_the_graph_of_another_models(monkeypatch):
+    """Whose sizes are the same. Without inductor, which guards nothing."""
+    def trace(f, options, **kwargs):
+        return real(f, backend='eager', options={'guard_filter_fn': options['guard_filter_fn']}, **kwargs)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', trace)
+    prompts = prompts_of(4)
+    for eps in (1e-6, 1.0):
+        model = tiny_model(n_layer=1, num_nextn_predict_layers=0, rms_norm_eps=eps).eval()
+        decoder = Decoder(model, compile=True)
+        assert decoder.generate(prompts, 10, temperature=0)[0] == plain(model, prompts, 10) and decoder.compile
+
+
 def test_weights_are_read_as_they_are_at_each_call():
     model = tiny_model().eval()
     decoder, prompts = Decoder(model), prompts_of(4)
