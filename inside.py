@@ -176,7 +176,7 @@ def speculate(model, ids, h, caches):
         x = decode.run_blocks(model, model.transformer.h, model.transformer.wte(tokens), s.caches, positions)
         choice = model.lm_head(model.transformer.ln_f(x)).argmax(dim=-1)               # (B, 1+D)
         drafts[places], choices[places] = tokens[:, 1:], choice[:, :-1]
-        accepted[places] = (tokens[:, 1:] == choice[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+        accepted[places] = decode.count_leading(tokens[:, 1:] == choice[:, :-1])
     return drafts, choices, accepted
 
 

@@ -296,7 +296,7 @@ def advance(model, s, h, drafted, sampled, top_k):
         new, accepted = verify(drafts, s.q[:, :drafted], probabilities(logits.float() / s.temperature, 1.0, top_k))
     else:
         new = logits.argmax(dim=-1)
-        accepted = (new[:, :drafted] == drafts).long().cumprod(dim=1).sum(dim=1)              # (B,)
+        accepted = count_leading(new[:, :drafted] == drafts)                                  # (B,)
     alive, run = ~s.done.unsqueeze(1), n <= accepted.unsqueeze(1)                             # (B, 1), (B, 1+drafted)
     stops = new == s.stop
     after_stop = stops.cumsum(dim=1) > stops.long()
@@ -309,6 +309,11 @@ def advance(model, s, h, drafted, sampled, top_k):
     s.done.logical_or_((kept & stops).any(dim=1) | (s.known >= s.end))
 
 
+def count_leading(right):
+    """(B, D) -> (B,): how many are right before the first that is not."""
+    return right.long().cumprod(dim=1).sum(dim=1)
+
+
 def verify(drafts, q, p):
     """Speculative sampling (arXiv 2211.17192): tokens distributed as p's, though the drafts were drawn from q.
 
@@ -317,7 +322,7 @@ def verify(drafts, q, p):
     """
     at_draft = [x.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p[:, :-1], q)]       # (B, D) each
     accept = torch.rand_like(at_draft[1]) * at_draft[1] < at_draft[0]                         # with probability p / q
-    a = accept.long().cumprod(dim=1).sum(dim=1, keepdim=True)                                 # (B, 1)
+    a = count_leading(accept).unsqueeze(1)                                                    # (B, 1)
     q = torch.cat((q, torch.zeros_like(p[:, :1])), dim=1)                                     # 0 where all are accepted
     p_a, q_a = (x[rows_of(a), a].squeeze(1) for x in (p, q))                                  # (B, V)
     rest = (p_a - q_a).clamp(min=0)                                           # a rejection draws from max(p - q, 0)

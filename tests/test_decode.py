@@ -298,10 +298,11 @@ def test_a_compiled_decoder_does_not_take_the_graph_of_another_models(monkeypatc
     real = torch.compile
     monkeypatch.setattr(torch, 'compile', trace)
     prompts = prompts_of(4)
-    for eps in (1e-6, 1.0):
-        model = tiny_model(n_layer=1, num_nextn_predict_layers=0, rms_norm_eps=eps).eval()
+    sizes = dict(n_layer=1, num_nextn_predict_layers=0, tie_word_embeddings=False)
+    for scaling in (1.0, 9.0):
+        model = tiny_model(**sizes, routed_scaling_factor=scaling).eval()
         decoder = Decoder(model, compile=True)
-        assert decoder.generate(prompts, 10, temperature=0)[0] == plain(model, prompts, 10) and decoder.compile
+        assert decoder.generate(prompts, 20, temperature=0)[0] == plain(model, prompts, 20) and decoder.compile
 
 
 def test_weights_are_read_as_they_are_at_each_call():
