@@ -125,22 +125,31 @@ class Decoder:
                 row += new[:new.index(stop_token) + 1] if stop_token in new else new
         return rows, Speculation(counts[:, 0], counts[:, 1], *counts[:, 2:].split((D, D), dim=1))
 
-    def state(self, B, length, D):
-        """A State for B rows of up to `length` tokens, and 1 + D behind them, where a row that is done writes still.
-        A compiled step has few sizes of it: powers of two, and 32 more, so that a whole context fits closely.
+    def room(self, length, D):
+        """S for rows of up to `length` tokens, and 1 + D behind them, where a row that is done writes still. A compiled
+        step has few sizes of it: powers of two, and 32 more, so that a whole context fits closely.
         """
         S = length + 1 + D
+        return 32 + (1 << (max(S, 64) - 33).bit_length()) if self.compile else S
+
+    def state(self, B, length, D):
+        """A State for B rows of up to `length` tokens."""
+        S = self.room(length, D)
         if not self.compile:
             return empty_state(self.model, B, S, D)
-        S = 32 + (1 << (max(S, 64) - 33).bit_length())
         if (B, S, D) in self.states:
             for cache in self.states[B, S, D].caches:  # a nan that an earlier call left would spread: 0 * nan is nan
                 cache.zero_()
         else:
-            s = self.states[B, S, D] = empty_state(self.model, B, S, D)
-            for x in (*s.caches, *(x for x in s if isinstance(x, torch.Tensor))):
+            self.states[B, S, D] = empty_state(self.model, B, S, D)
+            for x in tensors_of(self.states[B, S, D]):
                 torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it where it lies
         return self.states[B, S, D]
+
+    def bytes_per_row(self, length, D):
+        """What a row of up to `length` tokens takes: of a State, and of a step's logits with their probabilities."""
+        s = empty_state(self.model, 1, self.room(length, D), D, device='meta')
+        return sum(x.nbytes for x in tensors_of(s)) + 16 * (1 + D) * self.model.config.vocab_size
 
     def take_step(self, s, *kind):
         """One step(). The first two of a kind compile it, and record the CUDA graph."""
@@ -172,11 +181,12 @@ class State(NamedTuple):
     counts: torch.Tensor       # (B, 2 + 2 D): Speculation's
 
 
-def empty_state(model, B, S, D):
+def empty_state(model, B, S, D, device=None):
+    """device: where it is not the model's."""
     w = model.lm_head.weight
 
     def zeros(*shape, dtype=torch.long):
-        return torch.zeros(shape, dtype=dtype, device=w.device)
+        return torch.zeros(shape, dtype=dtype, device=device or w.device)
 
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     blocks = len(model.blocks()) if D else model.config.n_layer
@@ -184,6 +194,10 @@ def empty_state(model, B, S, D):
                  [zeros(B, S, width, dtype=compute_dtype(w)) for _ in range(blocks)],
                  zeros(B, S if D else 0, model.config.n_embd, dtype=w.dtype),
                  zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
+
+
+def tensors_of(s):
+    return [*s.caches, *(x for x in s if isinstance(x, torch.Tensor))]
 
 
 def take_rows(s, rows):

@@ -134,6 +134,8 @@ def test_rooms_hold_the_last_tokens_drafts():
     for length in range(1, 200):
         rooms.add(decoder.state(1, length, 3).tokens.size(1))
         assert length + 4 <= max(rooms)
+    state = decoder.state(1, length, 3)
+    assert decoder.bytes_per_row(length, 3) > sum(x.nbytes for x in decode.tensors_of(state))
     assert rooms == {64, 96, 160, 288}
     for start, n in ((90, 10), (60, 33), (92, 2), (150, 20)):
         prompts = prompts_of(start, 3)
