@@ -2,7 +2,7 @@
 Generates text from a checkpoint that train.py wrote.
 
     python sample.py --out_dir=out-demo --start="def " --num_samples=3 --max_new_tokens=200
-    python sample.py --out_dir=out-demo --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out-demo --start=FILE:prompt.txt --num_samples=1 --temperature=0
     python sample.py --init_from=DIR --start="The "    # a DeepSeek checkpoint in Hugging Face's format
 """
 
@@ -105,11 +105,11 @@ except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
          'max_new_tokens')
 torch.manual_seed(seed)
 stop_token = model.config.eos_token_id if model.config.eos_token_id >= 0 else tokenizer.end
-t0 = time.time()
+t0 = time.perf_counter()
 temperature = temperature if temperature >= 1e-6 else 0.0
 prompts = [prompt] * num_samples
 rows, speculation = decoder.generate(prompts, max_new_tokens, temperature, top_k, stop_token, speculative)
-dt = time.time() - t0 - decoder.compile_seconds
+dt = time.perf_counter() - t0 - decoder.compile_seconds
 for row in rows:
     print(tokenizer.decode(row[:-1] if row[-1] == stop_token and len(row) > len(prompt) else row))
     print('---------------')
@@ -121,4 +121,5 @@ if speculative:
     passes, tokens, drafts, accepted = (count.sum(dim=0) for count in speculation)
     rates = ', '.join(f'module {k} {100 * a / max(n, 1):.0f}%'
                       for k, (a, n) in enumerate(zip(accepted.tolist(), drafts.tolist()), start=1))
-    print(f'accepted drafts: {rates}; {tokens / passes.clamp(min=1):.2f} tokens per sample and pass')
+    print(f'accepted drafts: {rates}; {tokens / passes:.2f} tokens per sample and pass' if passes > 0 else
+          'no draft was verified: a first token, and tokens past block_size, are decoded plainly')
