@@ -9,7 +9,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from model import first_line
+from model import GPT, first_line
+from tokenizer import of_checkpoint
+
+DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 def stop(message, every_rank=False):
@@ -39,7 +42,7 @@ def device_type_of(device):
 
 def autocast(device_type, dtype):
     """The context in which matrix products run in dtype ('float32', 'bfloat16' or 'float16')."""
-    if dtype not in ('float32', 'bfloat16', 'float16'):
+    if dtype not in DTYPES:
         stop(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'")
     return contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 
@@ -74,6 +77,23 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
         # after `except`: the error's frames hold the group, and with it gloo's threads
         stop(f'rank {dist.get_rank()}: another rank is gone: {error}', every_rank=True)
     return x
+
+
+def load_checkpoint(folder, device, **overrides):
+    """The model of a folder's ckpt.pt on the device, the checkpoint itself, and its tokenizer."""
+    path = os.path.join(folder, 'ckpt.pt')
+    try:
+        model, checkpoint = GPT.from_checkpoint(path, device, **overrides)
+        tokenizer = of_checkpoint(folder, checkpoint.get('meta') or {}, model.config.vocab_size)
+        model.to(device)
+    except ValueError as e:
+        stop(str(e))
+    except RuntimeError as e:
+        stop(f'the model cannot be loaded: {first_line(e)}')
+    config = checkpoint.get('config') or {}
+    if type(config) is not dict or (config.get('dtype') or 'float32') not in DTYPES:
+        stop(f'{path} is no checkpoint of this model: its config is no table with a dtype of {", ".join(DTYPES)}')
+    return model, checkpoint, tokenizer
 
 
 def use_kernels(model):

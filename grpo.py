@@ -39,13 +39,13 @@ from common import (
     default_device,
     device_type_of,
     disconnect,
+    load_checkpoint,
     start_wandb,
     stop,
     use_kernels,
 )
 from extras.decode import Decoder
-from model import GPT, MoE, first_line, is_of_run, open_log, save_checkpoint
-from tokenizer import of_checkpoint
+from model import MoE, first_line, is_of_run, is_out_of_memory, open_log, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -249,17 +249,13 @@ def load_model(folder, device):
     """The model of a folder's ckpt.pt, without dropout, the checkpoint, and its tokenizer. A response ends with the
     checkpoint's eos_token_id, or else with the tokenizer's end of text.
     """
-    path = os.path.join(folder, 'ckpt.pt')
-    try:
-        model, checkpoint = GPT.from_checkpoint(path, device, dropout=0.0)
-        tokenizer = of_checkpoint(folder, checkpoint.get('meta') or {}, model.config.vocab_size)
-    except ValueError as e:
-        stop(str(e))
+    model, checkpoint, tokenizer = load_checkpoint(folder, device, dropout=0.0)
     if model.config.eos_token_id < 0 and tokenizer.end is None:
-        stop(f'{path} has no eos_token_id, with which a response ends: train it with one, as config/sft_arithmetic.py')
+        stop(f'{folder}/ckpt.pt has no eos_token_id, with which a response ends: train it with one, as '
+             'config/sft_arithmetic.py')
     if model.config.eos_token_id < 0:
         model.config.eos_token_id = tokenizer.end
-    return use_kernels(model.to(device)), checkpoint, tokenizer
+    return use_kernels(model), checkpoint, tokenizer
 
 
 def load_prompts(path, tokenizer, max_prompt):
@@ -516,6 +512,6 @@ if __name__ == '__main__':
     try:
         main()
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+        if not is_out_of_memory(e):
             raise
         stop(f'out of memory: make prompts_per_iter, group_size or batch_size smaller ({first_line(e)})', True)

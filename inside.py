@@ -20,11 +20,10 @@ if __name__ == '__main__':  # Ctrl-C ends it without a traceback
 import torch
 from torch.nn import functional as F
 
-from common import default_device, device_type_of, stop
+from common import default_device, device_type_of, load_checkpoint, stop
 from extras import decode
-from model import GPT, MoE, first_line
+from model import MoE, first_line
 from plot import read_log
-from tokenizer import of_checkpoint
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the folder of ckpt.pt
@@ -176,7 +175,7 @@ def speculate(model, ids, h, caches):
         x = decode.run_blocks(model, model.transformer.h, model.transformer.wte(tokens), s.caches, positions)
         choice = model.lm_head(model.transformer.ln_f(x)).argmax(dim=-1)               # (B, 1+D)
         drafts[places], choices[places] = tokens[:, 1:], choice[:, :-1]
-        accepted[places] = (tokens[:, 1:] == choice[:, :-1]).long().cumprod(dim=1).sum(dim=1)
+        accepted[places] = decode.count_leading(tokens[:, 1:] == choice[:, :-1])
     return drafts, choices, accepted
 
 
@@ -356,15 +355,8 @@ def main():
             words = f.read()
     except (OSError, UnicodeDecodeError) as e:
         stop(f'text={text}: {first_line(e)}')
-    try:
-        model, checkpoint = GPT.from_checkpoint(os.path.join(out_dir, 'ckpt.pt'), device)
-        config = checkpoint.get('config') or {}
-        dtype = (config.get('dtype') if type(config) is dict else '') or 'float32'
-        tokenizer = of_checkpoint(out_dir, checkpoint.get('meta') or {}, model.config.vocab_size)
-    except ValueError as e:
-        stop(str(e))
-    except RuntimeError as e:
-        stop(f'the model cannot be loaded: {first_line(e)}')
+    model, checkpoint, tokenizer = load_checkpoint(out_dir, device)
+    dtype = (checkpoint.get('config') or {}).get('dtype') or 'float32'
     try:
         ids = tokenizer.begin + tokenizer.encode(words)
     except ValueError as e:
@@ -375,7 +367,7 @@ def main():
     if max(ids) >= model.config.vocab_size:
         stop(f'{tokenizer.name} does not fit the model: the text has the token {max(ids)}, the vocabulary '
              f'{model.config.vocab_size}')
-    model = model.eval().float().to(device)
+    model = model.eval().float()
     data = look(model, tokenizer, ids, count_tokens, dtype, os.path.join(out_dir, 'log.jsonl'))
     data |= {'model': os.path.basename(os.path.abspath(out_dir)), 'text': os.path.basename(text),
              'iteration': checkpoint.get('iter_num'), 'parameters': model.get_num_params(),

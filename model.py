@@ -983,6 +983,10 @@ def first_line(error):
     return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
+def is_out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 # a run's files
 
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')

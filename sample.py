@@ -2,7 +2,7 @@
 Generates text from a checkpoint that train.py wrote.
 
     python sample.py --out_dir=out-demo --start="def " --num_samples=3 --max_new_tokens=200
-    python sample.py --out_dir=out-demo --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out-demo --start=FILE:prompt.txt --num_samples=1 --temperature=0
     python sample.py --init_from=DIR --start="The "    # a DeepSeek checkpoint in Hugging Face's format
 """
 
@@ -20,9 +20,9 @@ if __name__ == '__main__':  # Ctrl-C, and a reader that leaves as `head` does, e
 
 import torch
 
-from common import default_device, device_type_of, stop, use_kernels
+from common import DTYPES, default_device, device_type_of, load_checkpoint, stop, use_kernels
 from extras.decode import Decoder, for_decoding
-from model import GPT, first_line
+from model import first_line
 from tokenizer import of_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -53,7 +53,7 @@ if num_samples <= 0 or min(max_new_tokens, temperature, top_k) < 0:
 if not -2 ** 63 <= seed < 2 ** 64:
     stop(f'seed={seed} must fit in 64 bits')
 device_type_of(device)
-if dtype not in ('', 'float32', 'bfloat16', 'float16'):
+if dtype not in ('', *DTYPES):
     stop(f"dtype={dtype!r} must be 'float32', 'bfloat16' or 'float16'")
 if start.startswith('FILE:'):
     try:
@@ -67,12 +67,8 @@ elif start[:5].upper() == 'FILE:' and not start[5:6].isspace():
 # the tokenizer and the prompt; those of a folder come before its weights, which may be large
 try:
     if init_from == 'resume':
-        ckpt_path = os.path.join(out_dir, 'ckpt.pt')
-        model, checkpoint = GPT.from_checkpoint(ckpt_path, device)
-        tokenizer = of_checkpoint(out_dir, checkpoint.get('meta') or {}, model.config.vocab_size)
+        model, checkpoint, tokenizer = load_checkpoint(out_dir, device)
         config = checkpoint.get('config') or {}
-        if type(config) is not dict:
-            stop(f'{ckpt_path} is no checkpoint of this model: its config is no table')
     else:
         import convert
         tokenizer, config = of_checkpoint(init_from), {}
@@ -83,8 +79,8 @@ try:
     if not prompt:
         stop('start: an empty prompt; there must be at least one token')
     if init_from != 'resume':
-        model = convert.load_folder(init_from)
-    use_kernels(model.eval().to(device))
+        model = convert.load_folder(init_from).to(device)
+    use_kernels(model.eval())
 except ValueError as e:
     stop(str(e))
 except RuntimeError as e:
@@ -96,17 +92,12 @@ if speculative and len(model.mtp) == 0:
     stop('speculative=True needs MTP modules, and this model has none')
 
 dtype = dtype or config.get('dtype') or 'float32'
-c = model.config
 total = len(prompt) + max_new_tokens
-context = min(total, c.block_size)
+context = min(total, model.config.block_size)
 compile = compile or context - len(prompt) >= compile_from
 decoder = Decoder(for_decoding(model, getattr(torch, dtype)), compile)
 
-# the caches, the token ids, and the logits of a step with their probabilities
-D = len(model.mtp) if speculative else 0
-numbers = (len(model.blocks()) if D else c.n_layer) * (c.kv_lora_rank + c.qk_rope_head_dim) + (c.n_embd if D else 0)
-caches = context * numbers * getattr(torch, dtype).itemsize * (2 if compile else 1)
-needed = num_samples * (caches + 8 * total + 16 * (1 + D) * c.vocab_size)
+needed = num_samples * (decoder.bytes_per_row(context, len(model.mtp) if speculative else 0) + 8 * total)
 try:
     torch.empty(needed, dtype=torch.uint8, device=device)
 except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
@@ -114,11 +105,11 @@ except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
          'max_new_tokens')
 torch.manual_seed(seed)
 stop_token = model.config.eos_token_id if model.config.eos_token_id >= 0 else tokenizer.end
-t0 = time.time()
+t0 = time.perf_counter()
 temperature = temperature if temperature >= 1e-6 else 0.0
 prompts = [prompt] * num_samples
 rows, speculation = decoder.generate(prompts, max_new_tokens, temperature, top_k, stop_token, speculative)
-dt = time.time() - t0 - decoder.compile_seconds
+dt = time.perf_counter() - t0 - decoder.compile_seconds
 for row in rows:
     print(tokenizer.decode(row[:-1] if row[-1] == stop_token and len(row) > len(prompt) else row))
     print('---------------')
@@ -130,4 +121,5 @@ if speculative:
     passes, tokens, drafts, accepted = (count.sum(dim=0) for count in speculation)
     rates = ', '.join(f'module {k} {100 * a / max(n, 1):.0f}%'
                       for k, (a, n) in enumerate(zip(accepted.tolist(), drafts.tolist()), start=1))
-    print(f'accepted drafts: {rates}; {tokens / passes.clamp(min=1):.2f} tokens per sample and pass')
+    print(f'accepted drafts: {rates}; {tokens / passes:.2f} tokens per sample and pass' if passes > 0 else
+          'no draft was verified: a first token, and tokens past block_size, are decoded plainly')

@@ -34,7 +34,7 @@ import torch._functorch.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import GPT, GPTConfig, first_line, is_of_run, load_meta, open_log, save_checkpoint
+from model import GPT, GPTConfig, first_line, is_of_run, is_out_of_memory, load_meta, open_log, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig with its default (-1: derived from n_layer, n_head and n_embd)
@@ -471,10 +471,6 @@ def build_optimizer(model, checkpoint):
             raise ValueError(f'the optimizer in {resume_path()} does not fit optimizer={optimizer!r}: '
                              f'{first_line(e)}') from None
     return made, scaler
-
-
-def is_out_of_memory(e):
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
 
 
 def micro_batch(n):

@@ -66,11 +66,12 @@ class Decoder:
         # at the rows' stop tokens, for which a GPU's host must wait
         self.steps_between_looks = 1 if model.lm_head.weight.device.type == 'cpu' else 16
         if compile:
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            # the host's part of a step is a CUDA graph, or C++; and it looks at the state, but not at every module
+            # the host's part of a step is a CUDA graph, or C++; it looks at the state, but not at every module: without
+            # isolate_recompiles another model's Decoder would be given this one's graph
             options = {'triton.cudagraphs' if model.lm_head.weight.is_cuda else 'cpp_wrapper': True,
                        'guard_filter_fn': torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+            self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=64,
+                                      isolate_recompiles=True)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
@@ -124,22 +125,31 @@ class Decoder:
                 row += new[:new.index(stop_token) + 1] if stop_token in new else new
         return rows, Speculation(counts[:, 0], counts[:, 1], *counts[:, 2:].split((D, D), dim=1))
 
-    def state(self, B, length, D):
-        """A State for B rows of up to `length` tokens, and 1 + D behind them, where a row that is done writes still.
-        A compiled step has few sizes of it: powers of two, and 32 more, so that a whole context fits closely.
+    def room(self, length, D):
+        """S for rows of up to `length` tokens, and 1 + D behind them, where a row that is done writes still. A compiled
+        step has few sizes of it: powers of two, and 32 more, so that a whole context fits closely.
         """
         S = length + 1 + D
+        return 32 + (1 << (max(S, 64) - 33).bit_length()) if self.compile else S
+
+    def state(self, B, length, D):
+        """A State for B rows of up to `length` tokens."""
+        S = self.room(length, D)
         if not self.compile:
             return empty_state(self.model, B, S, D)
-        S = 32 + (1 << (max(S, 64) - 33).bit_length())
         if (B, S, D) in self.states:
             for cache in self.states[B, S, D].caches:  # a nan that an earlier call left would spread: 0 * nan is nan
                 cache.zero_()
         else:
-            s = self.states[B, S, D] = empty_state(self.model, B, S, D)
-            for x in (*s.caches, *(x for x in s if isinstance(x, torch.Tensor))):
+            self.states[B, S, D] = empty_state(self.model, B, S, D)
+            for x in tensors_of(self.states[B, S, D]):
                 torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it where it lies
         return self.states[B, S, D]
+
+    def bytes_per_row(self, length, D):
+        """What a row of up to `length` tokens takes: of a State, and of a step's logits with their probabilities."""
+        s = empty_state(self.model, 1, self.room(length, D), D, device='meta')
+        return sum(x.nbytes for x in tensors_of(s)) + 16 * (1 + D) * self.model.config.vocab_size
 
     def take_step(self, s, *kind):
         """One step(). The first two of a kind compile it, and record the CUDA graph."""
@@ -171,11 +181,12 @@ class State(NamedTuple):
     counts: torch.Tensor       # (B, 2 + 2 D): Speculation's
 
 
-def empty_state(model, B, S, D):
+def empty_state(model, B, S, D, device=None):
+    """device: where it is not the model's."""
     w = model.lm_head.weight
 
     def zeros(*shape, dtype=torch.long):
-        return torch.zeros(shape, dtype=dtype, device=w.device)
+        return torch.zeros(shape, dtype=dtype, device=device or w.device)
 
     width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     blocks = len(model.blocks()) if D else model.config.n_layer
@@ -183,6 +194,10 @@ def empty_state(model, B, S, D):
                  [zeros(B, S, width, dtype=compute_dtype(w)) for _ in range(blocks)],
                  zeros(B, S if D else 0, model.config.n_embd, dtype=w.dtype),
                  zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
+
+
+def tensors_of(s):
+    return [*s.caches, *(x for x in s if isinstance(x, torch.Tensor))]
 
 
 def take_rows(s, rows):
@@ -295,7 +310,7 @@ def advance(model, s, h, drafted, sampled, top_k):
         new, accepted = verify(drafts, s.q[:, :drafted], probabilities(logits.float() / s.temperature, 1.0, top_k))
     else:
         new = logits.argmax(dim=-1)
-        accepted = (new[:, :drafted] == drafts).long().cumprod(dim=1).sum(dim=1)              # (B,)
+        accepted = count_leading(new[:, :drafted] == drafts)                                  # (B,)
     alive, run = ~s.done.unsqueeze(1), n <= accepted.unsqueeze(1)                             # (B, 1), (B, 1+drafted)
     stops = new == s.stop
     after_stop = stops.cumsum(dim=1) > stops.long()
@@ -308,6 +323,11 @@ def advance(model, s, h, drafted, sampled, top_k):
     s.done.logical_or_((kept & stops).any(dim=1) | (s.known >= s.end))
 
 
+def count_leading(right):
+    """(B, D) -> (B,): how many are right before the first that is not."""
+    return right.long().cumprod(dim=1).sum(dim=1)
+
+
 def verify(drafts, q, p):
     """Speculative sampling (arXiv 2211.17192): tokens distributed as p's, though the drafts were drawn from q.
 
@@ -316,7 +336,7 @@ def verify(drafts, q, p):
     """
     at_draft = [x.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p[:, :-1], q)]       # (B, D) each
     accept = torch.rand_like(at_draft[1]) * at_draft[1] < at_draft[0]                         # with probability p / q
-    a = accept.long().cumprod(dim=1).sum(dim=1, keepdim=True)                                 # (B, 1)
+    a = count_leading(accept).unsqueeze(1)                                                    # (B, 1)
     q = torch.cat((q, torch.zeros_like(p[:, :1])), dim=1)                                     # 0 where all are accepted
     p_a, q_a = (x[rows_of(a), a].squeeze(1) for x in (p, q))                                  # (B, V)
     rest = (p_a - q_a).clamp(min=0)                                           # a rejection draws from max(p - q, 0)

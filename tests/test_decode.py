@@ -134,6 +134,8 @@ def test_rooms_hold_the_last_tokens_drafts():
     for length in range(1, 200):
         rooms.add(decoder.state(1, length, 3).tokens.size(1))
         assert length + 4 <= max(rooms)
+    state = decoder.state(1, length, 3)
+    assert decoder.bytes_per_row(length, 3) > sum(x.nbytes for x in decode.tensors_of(state))
     assert rooms == {64, 96, 160, 288}
     for start, n in ((90, 10), (60, 33), (92, 2), (150, 20)):
         prompts = prompts_of(start, 3)
@@ -287,6 +289,22 @@ def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same(overrides,
             assert got == plain(model, prompts, 20, stop_token)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == len(decoder.calls) == 1
     assert decoder.compile and decoder.compile_seconds > 0
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_does_not_take_the_graph_of_another_models(monkeypatch):
+    """Whose sizes are the same. Without inductor, which guards nothing."""
+    def trace(f, options, **kwargs):
+        return real(f, backend='eager', options={'guard_filter_fn': options['guard_filter_fn']}, **kwargs)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', trace)
+    prompts = prompts_of(4)
+    sizes = dict(n_layer=1, num_nextn_predict_layers=0, tie_word_embeddings=False)
+    for scaling in (1.0, 9.0):
+        model = tiny_model(**sizes, routed_scaling_factor=scaling).eval()
+        decoder = Decoder(model, compile=True)
+        assert decoder.generate(prompts, 20, temperature=0)[0] == plain(model, prompts, 20) and decoder.compile
 
 
 def test_weights_are_read_as_they_are_at_each_call():

@@ -92,6 +92,13 @@ def test_every_way_of_decoding_gives_the_same_text(made, monkeypatch):
         assert re.fullmatch(r'40 tokens in \d+\.\d\d s: \d+\.\d tokens/s', said[-1])
 
 
+@pytest.mark.parametrize('flag', ['--max_new_tokens=1', '--start=' + '1+2' * 11])
+def test_speculation_without_drafts_says_so(made, flag):
+    """The second prompt fills the context, of 32 tokens."""
+    code, out, err = run_inside(str(ROOT / 'sample.py'), *FEW, '--speculative=True', flag, cwd=made)
+    assert code == 0 and out.splitlines()[-1].startswith('no draft was verified'), err
+
+
 # -----------------------------------------------------------------------------
 # mistakes
 
