@@ -21,7 +21,8 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LAPTOP = ('config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 '
           '--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 '
           '--dropout=0.0')
-SPEEDRUN = 'config/speedrun_shakespeare_char.py'
+SPEEDRUN = 'config/speedrun_shakespeare_char.py --out_dir=out-why-speedrun'
+LONGER = '--n_layer=3 --n_head=3 --n_embd=96 --learning_rate=1e-2 --max_iters=1450 --lr_decay_iters=1450'
 
 
 def evaluations(folder, flags):
@@ -44,14 +45,13 @@ parser.add_argument('nanogpt', help='a nanoGPT clone with its own train.py and m
 parser.add_argument('--out', default=os.path.join(HERE, 'assets', 'why.png'))
 args = parser.parse_args()
 theirs = evaluations(args.nanogpt, LAPTOP)
-speedrun = [evaluations(HERE, f'{SPEEDRUN} --max_iters={n} --lr_decay_iters={n} --out_dir=out-why-{n}')[-1]
-            for n in (380, 1900)]
+speedrun = [evaluations(HERE, flags)[-1] for flags in (SPEEDRUN, f'{SPEEDRUN} {LONGER}')]
 ours = evaluations(HERE, f'{LAPTOP} --out_dir=out-why')
 
 fig, ax = plt.subplots(figsize=(8, 4.2), layout='constrained')
 for label, found, style in (('nanoGPT, its laptop command', theirs, 's--'),
                             ('this repository, the same command', ours, 'o-'),
-                            ('this repository, the speedrun (380 and 1,900 iterations)', speedrun, 'D')):
+                            ('this repository, the speedrun (340 and 1,450 iterations)', speedrun, 'D')):
     ax.plot([seconds for seconds, _, _ in found], [loss for _, _, loss in found], style, label=label, markersize=5)
 ax.axhline(theirs[-1][2], color='black', linewidth=0.8, linestyle=':')
 ax.set(xlabel='seconds from the command, evaluations included', ylabel='validation loss',
