@@ -13,7 +13,6 @@ line of runs/ablations.jsonl, written when it ends, so that a killed command goe
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import glob
 import json
 import math
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
 
+from common import autocast
 from extras import fp8, optim
 from model import GPT, GPTConfig, apply_rope
 
@@ -50,7 +50,7 @@ BATCHES_OF_LOG = 100  # of the last iterations, for MaxVio and dead experts
 
 def variants(size):
     """{question: {name: settings}}. A setting is a field of GPTConfig, or one of build()'s own."""
-    C, H, L = (SIZES[size][k] for k in ('n_embd', 'n_head', 'n_layer'))
+    C, H = SIZES[size]['n_embd'], SIZES[size]['n_head']
     d, W = C // H, 2 * C  # a token's FFN is W wide in every row
     questions = {
         'attention': {
@@ -132,7 +132,7 @@ class GroupedQueryAttention(nn.Module):
 def build(size, variant, vocab_size):
     """The model of a variant, and in bytes what it caches per token in bf16."""
     own = dict(settings_of(size, variant))
-    kv_heads, rope, precision = own.pop('kv_heads', None), own.pop('rope', True), own.pop('precision', 'fp32')
+    kv_heads, rope, precision = own.pop('kv_heads', None), own.pop('rope', True), own.pop('precision', None)
     own.pop('optimizer', None)
     sizes = {k: v for k, v in SIZES[size].items() if k != 'steps'}
     if kv_heads:
@@ -153,9 +153,8 @@ def build(size, variant, vocab_size):
     return model, 2 * config.n_layer * cached
 
 
-def autocast(size, variant):
-    precise = settings_of(size, variant).get('precision', 'fp32') == 'fp32'
-    return contextlib.nullcontext() if precise else torch.autocast('cpu', torch.bfloat16)
+def context_of(size, variant):
+    return autocast('cpu', 'bfloat16' if 'precision' in settings_of(size, variant) else 'float32')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +265,7 @@ def train(job):
     data, vocab_size = load(size)
     torch.manual_seed(seed)
     model, _ = build(size, variant, vocab_size)
-    optimizer = optimizer_of(size, variant, model, lr)
+    optimizer, context = optimizer_of(size, variant, model, lr), context_of(size, variant)
     stream = batches(data['train'], model.config.block_size, seed)
     curve, loads = [], collections.deque(maxlen=BATCHES_OF_LOG)
     for it in range(steps):
@@ -274,8 +273,7 @@ def train(job):
             curve.append([it, round(loss_on(model, data['val'][:20_000]), 4)])
         late = it >= 0.67 * steps  # as train.py
         mtp_lambda = min(0.1, model.config.mtp_lambda) if late else model.config.mtp_lambda
-        loads.append(iteration(model, optimizer, autocast(size, variant), *next(stream), rate(it, steps, lr),
-                               mtp_lambda))
+        loads.append(iteration(model, optimizer, context, *next(stream), rate(it, steps, lr), mtp_lambda))
     record = {'size': size, 'variant': variant, 'lr': lr, 'seed': seed, 'steps': steps, 'curve': curve,
               'held': round(loss_on(model, data['held']), 4), 'val': round(loss_on(model, data['val']), 4)}
     if loads[-1] is not None:
@@ -323,7 +321,7 @@ def missing(runs, size, variant, seeds):
     best = best_rate(runs, size, variant)
     if best in (min(found), max(found)):
         return [(size, variant, best / 2 if best == min(found) else best * 2, 0, steps)]
-    lengths = [steps // 2, 3 * steps // 4, steps, 2 * steps] if variant == 'base' else [steps]
+    lengths = [steps // 2, 3 * steps // 4, steps, 3 * steps // 2, 2 * steps] if variant == 'base' else [steps]
     done = {(r['size'], r['variant'], r['lr'], r['seed'], r['steps']) for r in runs}
     return [job for n in lengths for seed in range(seeds) if (job := (size, variant, best, seed, n)) not in done]
 
@@ -353,14 +351,14 @@ def run_all(sizes, only, workers, seeds):
 
 
 def time_all(sizes, rounds=5, iterations=4):
-    """Milliseconds per iteration of every variant: the fastest of the rounds, which take turns."""
+    """Milliseconds per iteration of every variant: the median of rounds in which the variants take turns."""
     for size in sizes:
         data, vocab_size = load(size)
         names = [variant for found in variants(size).values() for variant in found]
         models = {name: build(size, name, vocab_size) for name in names}
         steps, ms = {}, collections.defaultdict(list)
         for name, (model, _) in models.items():
-            steps[name] = (model, optimizer_of(size, name, model, 1e-3), autocast(size, name),
+            steps[name] = (model, optimizer_of(size, name, model, 1e-3), context_of(size, name),
                            *next(batches(data['train'], model.config.block_size, 0)), 1e-3, 0.3)
             iteration(*steps[name])
         for _ in range(rounds):
@@ -375,27 +373,30 @@ def time_all(sizes, rounds=5, iterations=4):
                     'flops': model.flops_per_token(), 'parameters': model.get_num_params(),
                     'active': model.get_num_active_params()})
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the report
 
-def val_losses(runs, size, variant, steps):
-    """{seed: validation loss} at the variant's best rate."""
-    best = best_rate(runs, size, variant)
-    return {r['seed']: r['val'] for r in runs if (r['size'], r['variant'], r['lr'], r['steps']) ==
-            (size, variant, best, steps)}
+def at_best_rate(runs, size, variant, steps=None):
+    """The variant's runs at its best rate, one a seed, with so many iterations; else with the size's own."""
+    wanted = (size, variant, best_rate(runs, size, variant), steps or SIZES[size]['steps'])
+    return [r for r in runs if (r['size'], r['variant'], r['lr'], r['steps']) == wanted]
+
+
+def mean_loss(runs):
+    return statistics.mean(r['val'] for r in runs)
 
 
 def against_base(runs, size, variant):
     """Loss minus the base's after equally many tokens, seed by seed."""
-    steps = SIZES[size]['steps']
-    base, own = (val_losses(runs, size, name, steps) for name in ('base', variant))
+    base, own = ({r['seed']: r['val'] for r in at_best_rate(runs, size, name)} for name in ('base', variant))
     return [own[seed] - base[seed] for seed in sorted(own) if seed in base]
 
 
 def base_after(runs, size, share):
     """What the base reaches with `share` times the iterations, between the lengths that were run; None beyond them."""
     steps = SIZES[size]['steps']
-    points = sorted((n / steps, statistics.mean(val_losses(runs, size, 'base', n).values()))
+    points = sorted((n / steps, mean_loss(at_best_rate(runs, size, 'base', n)))
                     for n in {r['steps'] for r in runs if (r['size'], r['variant']) == (size, 'base')})
     if not points[0][0] <= share <= points[-1][0]:
         return None
@@ -403,16 +404,15 @@ def base_after(runs, size, share):
     return float(np.interp(math.log(share), [math.log(x) for x in shares], losses))
 
 
-def standard_error(runs, size, names):
-    """Of one difference to the base: the seeds' spread about their variant's mean, pooled over all variants."""
+def spread_of_seeds(runs, size, names):
+    """The standard deviation of a seed's difference to the base about its variant's mean, pooled over all variants."""
     groups = [against_base(runs, size, name) for name in names]
-    squares = sum((x - statistics.mean(g)) ** 2 for g in groups for x in g if len(g) > 1)
-    freedom = sum(len(g) - 1 for g in groups if len(g) > 1)
-    return math.sqrt(squares / freedom)
+    squares = sum((x - statistics.mean(g)) ** 2 for g in groups for x in g)
+    return math.sqrt(squares / sum(len(g) - 1 for g in groups))
 
 
 def finished(runs, size, names, seeds=3):
-    return [n for n in names if sweep(runs, size, n) and len(val_losses(runs, size, n, SIZES[size]['steps'])) >= seeds]
+    return [n for n in names if sweep(runs, size, n) and len(at_best_rate(runs, size, n)) >= seeds]
 
 
 def tables(runs, times):
@@ -422,7 +422,7 @@ def tables(runs, times):
         for question, found in variants(size).items():
             own = [n for n in found if n in names]
             if own:
-                yield size, question, table(runs, times, size, question, own, standard_error(runs, size, names))
+                yield size, question, table(runs, times, size, question, own, spread_of_seeds(runs, size, names))
 
 
 def table(runs, times, size, question, names, spread):
@@ -433,9 +433,8 @@ def table(runs, times, size, question, names, spread):
     lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
     time_of = {r['variant']: r for r in times if r['size'] == size}
     for name in ['base', *names]:
-        own = [r for r in runs if (r['size'], r['variant'], r['lr'], r['steps']) ==
-               (size, name, best_rate(runs, size, name), SIZES[size]['steps'])]
-        mean, t = statistics.mean(r['val'] for r in own), time_of[name]
+        own, t = at_best_rate(runs, size, name), time_of[name]
+        mean = mean_loss(own)
         cells = [name, f'{mean:.4f}']
         if name == 'base':
             cells += ['0', '0', '0']
@@ -468,8 +467,7 @@ def draw(runs, times):
     for ax, size in zip(axes[0], sizes):
         ms = {r['variant']: r['ms'] for r in times if r['size'] == size}
         for name in finished(runs, size, shown):
-            own = [r for r in runs if (r['size'], r['variant'], r['lr'], r['steps']) ==
-                   (size, name, best_rate(runs, size, name), SIZES[size]['steps'])]
+            own = at_best_rate(runs, size, name)
             points = [(it * ms[name] / 1000, statistics.mean(r['curve'][i][1] for r in own))
                       for i, (it, _) in enumerate(own[0]['curve'])]
             ax.plot(*zip(*points), shown[name], label=name, marker='.')
@@ -483,7 +481,7 @@ def draw(runs, times):
         cache = {r['variant']: r['cache'] for r in times if r['size'] == size}
         names = finished(runs, size, ['base', *variants(size)['attention']])
         names = sorted((n for n in names if n != 'MLA without RoPE'), key=cache.get)  # far above all others
-        loss = {name: statistics.mean(val_losses(runs, size, name, SIZES[size]['steps']).values()) for name in names}
+        loss = {name: mean_loss(at_best_rate(runs, size, name)) for name in names}
         for name in names:
             highest = max(loss[n] for n in names if cache[n] == cache[name]) == loss[name]  # its words stand above
             ax.plot([cache[name]], [loss[name]], 'o' if name == 'base' or 'MLA' in name else 's')
@@ -502,7 +500,6 @@ def report():
     for size, question, text in tables(runs, times):
         print(f'### {question}, {size}\n\n{text}\n')
     draw(runs, times)
-
 
 
 if __name__ == '__main__':

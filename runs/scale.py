@@ -7,7 +7,6 @@ W ranks are P pipeline ranks times D data ranks. Memory and messages are in byte
 """
 
 import re
-import runpy
 import sys
 from collections import Counter
 from functools import lru_cache
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
-from schedules import BUBBLES, block_times, simulate
+from schedules import BUBBLES, block_times, main_run, simulate
 
 from model import GPT, MLP, Block, GPTConfig
 
@@ -39,7 +38,7 @@ def without_memory(**settings):
         return GPT(GPTConfig(**settings))
 
 
-main = runpy.run_path(str(root / 'config/train_deepseek.py'))
+main, main_sizes = main_run()
 lite = dict(vocab_size=102400, block_size=4096, n_layer=27, n_head=16, n_embd=2048, q_lora_rank=0, kv_lora_rank=512,
             qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=64, n_shared_experts=2,
             num_experts_per_tok=6, moe_intermediate_size=1408, intermediate_size=10944, first_k_dense_replace=1,
@@ -48,7 +47,7 @@ moonlight = lite | dict(vocab_size=163840, block_size=8192, intermediate_size=11
 v3 = lite | dict(vocab_size=129280, n_layer=61, n_head=128, n_embd=7168, q_lora_rank=1536, n_routed_experts=256,
                  n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, intermediate_size=18432,
                  first_k_dense_replace=3, n_group=8, topk_group=4, num_nextn_predict_layers=1, mtp_n_layer=1)
-MODELS = {'main run': Model(without_memory(**{k: main[k] for k in GPTConfig.__dataclass_fields__ if k in main}),
+MODELS = {'main run': Model(without_memory(**main_sizes),
                             main['batch_size'] * main['gradient_accumulation_steps'], 0.31),  # docs/gpu.md's estimate
           'V2-Lite': Model(without_memory(**lite), 4608, 0.5),
           'Moonlight': Model(without_memory(**moonlight), 2048, 0.5),

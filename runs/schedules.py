@@ -77,6 +77,12 @@ def simulate(schedule, P, M, F, I, W):
     return max(clock), spans
 
 
+def main_run():
+    """What config/train_deepseek.py sets: all of it, and what of it are fields of GPTConfig."""
+    settings = runpy.run_path(str(root / 'config/train_deepseek.py'))
+    return settings, {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
+
+
 def block_times():
     """F, I and W of a block of the main run: what measure() wrote."""
     return [json.loads((root / 'runs/scale_times.json').read_text())[kind] for kind in 'FIW']
@@ -106,8 +112,7 @@ def draw(path):
 
 def measure():
     """Time a block of the main run, 1 x 1,024 tokens, fp32, on this CPU: the fastest of 25."""
-    main = runpy.run_path(str(root / 'config/train_deepseek.py'))
-    config = GPTConfig(**{name: main[name] for name in GPTConfig.__dataclass_fields__ if name in main})
+    config = GPTConfig(**main_run()[1])
     block, angles = Block(config).train(), rope_table(config)
     x = torch.randn(1, config.block_size, config.n_embd, requires_grad=True)
 
