@@ -88,7 +88,12 @@ def _help():
         comments |= _re.findall(r'^ *(\w+)(?:: \w+)? = [^#\n]+  # (.+)$', source, _re.M)
     lines = [f'  --{key}={value}' + (f'  # {comments[key]}' if key in comments else '')
              for key, value in _settings(globals()).items()]
-    _print('\n'.join([_ast.get_docstring(_ast.parse(source)) or '', '', 'Settings, each with its default:', *lines]))
+    doc = _ast.get_docstring(_ast.parse(source)) or ''
+    try:
+        _print('\n'.join([doc, '', 'Settings, each with its default:', *lines]))
+        _sys.stdout.flush()
+    except BrokenPipeError:  # | head
+        _os.dup2(_os.open(_os.devnull, _os.O_WRONLY), _sys.stdout.fileno())  # for the flush at Python's end
     raise SystemExit(0)
 
 

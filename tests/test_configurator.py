@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT, run_inside
 
@@ -64,6 +68,17 @@ def test_help_lists_every_setting_with_its_default_and_comment(small):
     assert '--eval_only=False  # evaluate once and stop' in printed and '--beta1=0.9\n' in printed
     assert '--kv_lora_rank=-1  # width of the latent that is cached' in printed  # of GPTConfig
     assert printed.startswith("Trains a model; nanoGPT's loop and flags")
+
+
+def test_help_into_a_pipe_that_is_closed(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(f"rate = 1.0\nexec(open({str(ROOT / 'configurator.py')!r}).read())\n")
+    (tmp_path / 'model.py').write_text('')  # its comments are read
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, script, '--help'], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, '')
 
 
 def test_a_config_file_is_echoed_as_what_it_sets(monkeypatch, tmp_path, capsys):

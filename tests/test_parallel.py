@@ -57,7 +57,7 @@ def train_in(clone, layout, *flags):
     return printed
 
 
-def assert_same_run(clone, out, like='one', atol=2e-5):
+def assert_same_run(clone, out, like='one', atol=2e-5, state_rtol=1e-3):
     """Losses and gradient norm of each step, weights and optimizer: as one process's, and so is the file's form."""
     a, b = losses(clone, like), losses(clone, out)
     assert b.keys() == a.keys()
@@ -68,7 +68,7 @@ def assert_same_run(clone, out, like='one', atol=2e-5):
     a, b = load(clone, f'{like}/ckpt.pt'), load(clone, f'{out}/ckpt.pt')
     assert list(a['model']) == list(b['model']) and a['optimizer']['param_groups'] == b['optimizer']['param_groups']
     torch.testing.assert_close(b['model'], a['model'], atol=atol, rtol=1e-4)
-    torch.testing.assert_close(b['optimizer']['state'], a['optimizer']['state'], atol=atol / 20, rtol=1e-3)
+    torch.testing.assert_close(b['optimizer']['state'], a['optimizer']['state'], atol=atol / 20, rtol=state_rtol)
     return worst
 
 
@@ -182,7 +182,8 @@ def test_all_layouts_train_alike(small, optimizer):
         train_in(small, layout, *flags, f'--out_dir={layout.replace(" ", "-")}')
     for layout in LAYOUTS:
         out = layout.replace(' ', '-')
-        worst = assert_same_run(small, out, atol=1e-3 if optimizer == 'bf16' else 2e-5)  # the moments' last bits
+        # a bf16 moment may be one step of bf16 away
+        worst = assert_same_run(small, out, **({'atol': 1e-3, 'state_rtol': 2 ** -7} if optimizer == 'bf16' else {}))
         print(f'{optimizer}, {layout}: losses and gradient norms within {worst:.1e}')
 
 
