@@ -3,8 +3,8 @@
 #   python grpo.py config/grpo_arithmetic.py
 #   torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_arithmetic.py
 #
-# Hardware: two CPU cores. Expected: from 34% of the held-out sums to 99% in 66 to 124 seconds, 98% in the first 30, as
-# the model takes to working them out (seeds 1337, 1 and 2).
+# Hardware: two CPU cores. Expected: from 32% of the held-out sums to 98.5% in 70 to 124 seconds, 98% in the first 30,
+# as the model takes to working them out (99.7 and 99.9% with seeds 1 and 2).
 
 init_from = 'out-sft-arithmetic'
 out_dir = 'out-grpo-arithmetic'
