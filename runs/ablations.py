@@ -332,22 +332,19 @@ def run_all(sizes, only, workers, seeds):
     if not todo:
         raise SystemExit(f'--only={only} names no question and no variant')
     runs, under_way = read_results()[0], {}
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'))
-    while True:
-        for size, variant in todo:
-            if len(under_way) >= workers:
-                break
-            for job in missing(runs, size, variant, seeds):
-                if job not in under_way.values() and len(under_way) < workers:
-                    under_way[pool.submit(train, job)] = job
-        if not under_way:
-            return
-        ended, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
-        for future in ended:
-            del under_way[future]
-            runs.append(future.result())
-            append(runs[-1])
-            print({k: v for k, v in runs[-1].items() if k != 'curve'}, flush=True)
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        while True:
+            jobs = [job for size, variant in todo for job in missing(runs, size, variant, seeds)
+                    if job not in under_way.values()]
+            under_way |= {pool.submit(train, job): job for job in jobs[:workers - len(under_way)]}
+            if not under_way:
+                return
+            ended, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in ended:
+                del under_way[future]
+                runs.append(future.result())
+                append(runs[-1])
+                print({k: v for k, v in runs[-1].items() if k != 'curve'}, flush=True)
 
 
 def time_all(sizes, rounds=5, iterations=4):
