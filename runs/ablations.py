@@ -99,8 +99,8 @@ def variants(size):
         'initialisation': {'0.02': {'initializer_range': 0.02}, '0.006': {'initializer_range': 0.006}},
     }
     if size == 'large':  # the five large questions
-        keep = {'attention': ('MHA', 'MQA'), 'experts': ('dense', '32 experts, 8 chosen, none shared'),
-                'balance': ('none', 'auxiliary loss, 0.01'),
+        keep = {'attention': ('MHA', 'MQA', "MLA, V3's head sizes"),
+                'experts': ('dense', '32 experts, 8 chosen, none shared'), 'balance': ('none', 'auxiliary loss, 0.01'),
                 'MTP': ('one module', 'two modules'), 'optimizer': ('Muon',)}
         questions = {q: {name: questions[q][name] for name in names} for q, names in keep.items()}
     return {'base': {'base': {}}} | questions
@@ -390,10 +390,11 @@ def against_base(runs, size, variant):
     return [own[seed] - base[seed] for seed in sorted(own) if seed in base]
 
 
-def base_after(runs, size, share):
-    """What the base reaches with `share` times the iterations, between the lengths that were run; None beyond them."""
+def base_after(runs, size, share, seeds):
+    """What the base reaches at these seeds with `share` times the iterations, between the lengths that were run; None
+    beyond them."""
     steps = SIZES[size]['steps']
-    points = sorted((n / steps, mean_loss(at_best_rate(runs, size, 'base', n)))
+    points = sorted((n / steps, mean_loss(r for r in at_best_rate(runs, size, 'base', n) if r['seed'] in seeds))
                     for n in {r['steps'] for r in runs if (r['size'], r['variant']) == (size, 'base')})
     if not points[0][0] <= share <= points[-1][0]:
         return None
@@ -416,10 +417,11 @@ def tables(runs, times):
     """(size, question, Markdown) of each question, with the variants that are finished."""
     for size in SIZES:
         names = finished(runs, size, [n for found in variants(size).values() for n in found if n != 'base'])
+        spread = spread_of_seeds(runs, size, names) if names else None
         for question, found in variants(size).items():
             own = [n for n in found if n in names]
             if own:
-                yield size, question, table(runs, times, size, question, own, spread_of_seeds(runs, size, names))
+                yield size, question, table(runs, times, size, question, own, spread)
 
 
 def table(runs, times, size, question, names, spread):
@@ -439,7 +441,7 @@ def table(runs, times, size, question, names, spread):
             difference = statistics.mean(against_base(runs, size, name))
             cells.append(f'{difference:+.3f} ± {2 * spread / math.sqrt(len(own)):.3f}')
             for ratio in (t['flops'] / time_of['base']['flops'], t['ms'] / time_of['base']['ms']):
-                reference = base_after(runs, size, ratio)
+                reference = base_after(runs, size, ratio, {r['seed'] for r in own})
                 cells.append('' if reference is None else f'{mean - reference:+.3f}')
         cells += [f'{t["ms"]:.0f}', f'{own[0]["lr"]:g}']
         mean_of = {key: statistics.mean(r[key] for r in own) if key in own[0] else None for key in ('max_vio', 'dead')}
