@@ -479,7 +479,8 @@ def draw(runs, times):
     for ax, size in zip(axes[0], sizes):
         cache = {r['variant']: r['cache'] for r in times if r['size'] == size}
         names = finished(runs, size, ['base', *variants(size)['attention']])
-        names = sorted((n for n in names if n != 'MLA without RoPE'), key=cache.get)  # far above all others
+        left_out = 'MLA without RoPE', 'MLA, RoPE on twice as much', "MLA, MHA's parameters"  # far above; beside others
+        names = sorted((n for n in names if n not in left_out), key=cache.get)
         loss = {name: mean_loss(at_best_rate(runs, size, name)) for name in names}
         for name in names:
             highest = max(loss[n] for n in names if cache[n] == cache[name]) == loss[name]  # its words stand above

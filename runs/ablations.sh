@@ -3,8 +3,7 @@
 #   sh runs/ablations.sh
 set -e
 test -e data/shakespeare_char/val.bin || python data/shakespeare_char/prepare.py
-for question in base attention experts balance MTP optimizer router initialisation precision; do
-    python runs/ablations.py run --only=$question
-done
+python runs/ablations.py run --size=small --seeds=5
+python runs/ablations.py run --size=large
 python runs/ablations.py time
 python runs/ablations.py report
