@@ -532,7 +532,6 @@ class GPT(nn.Module):
 
     def compile(self, **kwargs):
         """Compile block by block (equal blocks share one graph) and the loss, rather than the whole model at once."""
-        leave_uncompiled()
         for block in self.blocks():
             block.compile(**kwargs)
         if self.rows_fn is cross_entropy_rows:
@@ -815,16 +814,11 @@ def grouped_linear(x, weight, offsets):
     return grouped_linear_uncompiled(x, weight, offsets)
 
 
+@torch.compiler.disable
 def grouped_linear_uncompiled(x, weight, offsets):
     if x.dtype == torch.float32 and x.device.type == 'cpu':  # where grouped_mm takes fp32 too
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     return grouped_linear_loop(x, weight, offsets)
-
-
-def leave_uncompiled():
-    """As a decorator, torch.compiler.disable would import the compiler with this file, which takes a second."""
-    global grouped_linear_uncompiled
-    grouped_linear_uncompiled = torch.compiler.disable(grouped_linear_uncompiled)
 
 
 def grouped_linear_loop(x, weight, offsets):

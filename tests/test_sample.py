@@ -209,12 +209,6 @@ def start(*args, cwd, **kwargs):
                             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', **kwargs})
 
 
-def test_the_compiler_is_not_imported_where_nothing_is_compiled():
-    """It takes longer to import than everything else together."""
-    script = 'import sys, common, configurator, tokenizer, extras.decode; print("torch._dynamo" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True).stdout == 'False\n'
-
-
 def test_a_reader_that_leaves(made):
     """`| head -1` ends it without a traceback."""
     process = start(ROOT / 'sample.py', *FEW, '--num_samples=3', '--max_new_tokens=400', cwd=made)
