@@ -391,12 +391,14 @@ def against_base(runs, size, variant):
 
 
 def base_after(runs, size, share, seeds):
-    """What the base reaches at these seeds with `share` times the iterations, between the lengths that were run; None
-    beyond them."""
+    """What the base reaches at these seeds with `share` times the iterations, between the lengths that were run with
+    all of them; None beyond.
+    """
     steps = SIZES[size]['steps']
-    points = sorted((n / steps, mean_loss(r for r in at_best_rate(runs, size, 'base', n) if r['seed'] in seeds))
-                    for n in {r['steps'] for r in runs if (r['size'], r['variant']) == (size, 'base')})
-    if not points[0][0] <= share <= points[-1][0]:
+    lengths = {r['steps'] for r in runs if (r['size'], r['variant']) == (size, 'base')}
+    own = {n: [r for r in at_best_rate(runs, size, 'base', n) if r['seed'] in seeds] for n in lengths}
+    points = sorted((n / steps, mean_loss(found)) for n, found in own.items() if len(found) == len(seeds))
+    if not points or not points[0][0] <= share <= points[-1][0]:
         return None
     shares, losses = zip(*points)
     return float(np.interp(math.log(share), [math.log(x) for x in shares], losses))

@@ -1,4 +1,4 @@
-# docs/insight.md's runs, about four hours on two cores; killed, the same command goes on where it was.
+# docs/insight.md's runs, four to five hours on two cores; killed, the same command goes on where it was.
 #
 #   sh runs/ablations.sh
 set -e

@@ -76,6 +76,16 @@ def test_sweep_goes_on_while_the_best_rate_is_at_its_edge():
     assert {r['steps'] for r in runs} == {steps}
 
 
+def test_the_base_in_other_time_is_that_of_the_same_seeds():
+    steps = ablations.SIZES['small']['steps']
+    runs = [{'size': 'small', 'variant': 'base', 'lr': 0.002, 'seed': seed, 'steps': n, 'held': 1.0, 'val': val + seed}
+            for n, val, seeds in ((steps // 2, 4.0, 1), (steps, 3.0, 5), (2 * steps, 2.0, 5)) for seed in range(seeds)]
+    assert ablations.base_after(runs, 'small', 2 ** 0.5, {0, 1}) == pytest.approx(2.5 + 0.5)
+    assert ablations.base_after(runs, 'small', 2, range(5)) == pytest.approx(2 + 2)
+    assert ablations.base_after(runs, 'small', 0.5, {0}) == pytest.approx(4)
+    assert ablations.base_after(runs, 'small', 0.9, {0, 1}) is None  # the half has seed 0 alone
+
+
 def test_a_run_is_repeated_by_its_line(monkeypatch):
     """The same job gives the same line, another seed another."""
     tokens = torch.randint(61, (4200,), generator=torch.Generator().manual_seed(1))
