@@ -92,6 +92,7 @@ def test_the_main_run_on_a_t4(on_gpu, mode):
     assert faults(found, 3650 if mode == 'eager' else 1250, 460, mode == 'compiled') == []
 
 
+@slow
 def test_out_of_memory_names_a_batch_size_that_fits(on_gpu):
     """On 24 GB."""
     found = on_gpu(89, 'train.py', *MAIN, '--compile=False', '--batch_size=60')
