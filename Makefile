@@ -1,9 +1,9 @@
-# make demo: from nothing to a trained model's samples.   make test: ruff and pytest.   make soak: kills, 20 minutes.
-# make gpu: what a GPU computes, and how fast; a report.
+# make demo: from nothing to a trained model's samples.   make test: ruff and pytest.   make test-all: slow tests too.
+# make soak: kills, 20 minutes.   make gpu: what a GPU computes, and how fast; a report.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak gpu
+.PHONY: demo test test-all soak gpu
 demo: .venv/installed
 	$(BIN)/python data/pydocs_char/prepare.py
 	$(BIN)/python train.py config/demo.py
@@ -14,17 +14,22 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+test-all: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "slow or not slow"
+
 soak: .venv/installed-dev
-	$(BIN)/python tests/soak.py
+	$(BIN)/python tests/by_hand/soak.py
 
 gpu: .venv/installed-dev
-	$(BIN)/python tests/test_gpu.py
+	$(BIN)/python tests/by_hand/test_gpu.py
 
-.venv/installed: requirements.txt
+.venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q --upgrade 'pip>=25.1'  # the first that knows --group
+	$(BIN)/pip install -q .
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install -q -r requirements-dev.txt
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install -q --group dev
 	touch $@

@@ -6,16 +6,25 @@ Overrides of a script's settings, in nanoGPT's syntax:
 A script runs this file with exec(), so that it reads and sets the script's own globals. A config file is Python
 that assigns to the script's names; --key=value sets one. They are applied in the order given, later ones winning.
 A value must fit the type of the default it replaces: an int will do for a float, and anything is a str.
+
+It also decides how a script ends: a user's mistake is one line and exit code 2, Ctrl-C is one line and 130, a bug keeps
+its traceback. A script with arguments of its own gets that alone, by `import configurator` before its slow imports.
 """
 
 import ast as _ast
 import difflib as _difflib
+import errno as _errno
 import os as _os
 import re as _re
+import signal as _signal
 import sys as _sys
 import textwrap as _textwrap
 import time as _time
 import types as _types
+
+_DISK = (_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG, _errno.EIO, _errno.EROFS)  # full, failing, read-only
+_PACKAGES = ('accelerate', 'datasets', 'matplotlib', 'safetensors', 'tiktoken', 'tokenizers', 'tqdm', 'transformers',
+             'triton', 'wandb')  # that a script imports when it needs them
 
 
 def _print(text):
@@ -23,13 +32,63 @@ def _print(text):
         print(text)
 
 
-def _stop(message):
-    """A mistake of the user's: one line, and exit code 2."""
-    if _os.environ.get('RANK', '0') == '0':
-        print(' '.join(message.split()), file=_sys.stderr, flush=True)  # a config file's errors may have many lines
+def _one_line(error):
+    """What an error says if the user can mend it; None for a bug."""
+    model = _sys.modules.get('model')  # without it nobody has raised a Mistake
+    said = ' '.join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return 'interrupted'
+    if model and isinstance(error, model.Mistake):
+        return said
+    if isinstance(error, MemoryError) or model and model.is_out_of_memory(error):
+        return f'out of memory: make the batch or the model smaller ({said[:200] or type(error).__name__})'
+    if isinstance(error, ModuleNotFoundError) and error.name in _PACKAGES:
+        return f'this needs {error.name}: pip install {error.name}'
+    if 'RANK' in _os.environ and isinstance(error, RuntimeError) and _re.search('onnection .* by peer', said):
+        return f'another rank is gone: {said[:200]}'
+    if type(error).__module__.startswith('wandb.'):
+        return f'wandb cannot start ({said[:200]}): run `wandb login`, or set WANDB_MODE=offline'
+    if isinstance(error, OSError):
+        path = str(error.filename or '')
+        settings = [globals()[key] for key in _keys if type(globals().get(key)) is str]
+        named = settings + [arg.partition('=')[2] or arg for arg in _sys.argv[1:]]
+        if any(name and path.startswith(name) for name in named) or error.errno in _DISK:
+            return f'{path or "a file"} cannot be used: {error.strerror}'
+    return None
+
+
+def _excepthook(kind, error, trace):
+    """How a script ends that an exception ends."""
+    line = _one_line(error)
+    code = 130 if kind is KeyboardInterrupt else 1 if line is None else 2
+    ranks = 'RANK' in _os.environ
+    if ranks:  # torch.distributed wraps this hook in its own, which would hold the text back
+        _sys.stderr = _sys.__stderr__
+    if code == 2 and ranks and _os.environ.get('LOCAL_RANK', '0') != '0':
+        # what every rank meets, local rank 0 says, and torchrun then ends the others: whoever is left met it alone
+        _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
+        _time.sleep(10)
+    if line is None:
+        _sys.__excepthook__(kind, error, trace)
     else:
-        _time.sleep(10)  # torchrun ends all ranks when one has ended: the one that speaks comes first
-    raise SystemExit(2)
+        print(line, file=_sys.stderr)
+    for stream in (_sys.stdout, _sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # | head
+            pass
+    if ranks:
+        _os._exit(code)  # at once: gloo's threads may outlive Python and abort it (pytorch#190489)
+    if line is not None:
+        raise SystemExit(code)
+
+
+_sys.excepthook = _excepthook
+
+
+def _mistake(text):
+    import model
+    return model.Mistake(text)
 
 
 def _settings(namespace):
@@ -40,7 +99,7 @@ def _check_key(key, where):
     known = _settings(globals())
     if key not in known:
         near = _difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        _stop(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+        raise _mistake(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
     return type(known[key])
 
 
@@ -52,7 +111,7 @@ def _fit(key, value, kind, where):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():  # 1e4
         return int(value)
-    _stop(f'{where}: {key} must be {kind.__name__}, not {value!r}')
+    raise _mistake(f'{where}: {key} must be {kind.__name__}, not {value!r}')
 
 
 def _read_config(path):
@@ -60,15 +119,15 @@ def _read_config(path):
         with open(path, encoding='utf-8') as f:
             source = f.read()
     except OSError as e:
-        _stop(f'config file {path}: {e.strerror}')
+        raise _mistake(f'config file {path}: {e.strerror}') from None
     except UnicodeDecodeError:
-        _stop(f'config file {path}: not UTF-8 text')
+        raise _mistake(f'config file {path}: not UTF-8 text') from None
     names = dict(globals())  # a config file may read the defaults
     before = dict(names)
     try:
         exec(source, names)
     except (Exception, SystemExit) as e:
-        _stop(f'{path}: {type(e).__name__}: {e}')
+        raise _mistake(f'{path}: {type(e).__name__}: {e}') from None
     found = {}
     for key, value in names.items():
         passing = key.startswith('_') or isinstance(value, (_types.ModuleType, _types.FunctionType, type))
@@ -100,7 +159,7 @@ def _help():
 def _read_flag(arg):
     key, equals, text = arg[2:].partition('=')
     if not arg.startswith('--') or not equals:
-        _stop(f'{arg}: settings are written --key=value')
+        raise _mistake(f'{arg}: settings are written --key=value')
     kind = _check_key(key, arg)
     value = text
     if kind is not str:
@@ -113,10 +172,12 @@ def _read_flag(arg):
     return key, value
 
 
-if {'--help', '-h'} & set(_sys.argv[1:]):
-    _help()
-for _arg in _sys.argv[1:]:
-    if _arg.startswith('-'):
-        globals().update([_read_flag(_arg)])
-    else:
-        globals().update(_read_config(_arg))
+_keys = list(_settings(globals()))
+if __name__ != 'configurator':
+    if {'--help', '-h'} & set(_sys.argv[1:]):
+        _help()
+    for _arg in _sys.argv[1:]:
+        if _arg.startswith('-'):
+            globals().update([_read_flag(_arg)])
+        else:
+            globals().update(_read_config(_arg))

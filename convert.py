@@ -26,7 +26,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import GPT, TOKENIZER_FILES, GPTConfig, copy_tokenizer, first_line, save_checkpoint
+from extras.folder import TOKENIZER_FILES, copy_tokenizer, elsewhere
+from model import GPT, GPTConfig, Mistake, first_line, save_checkpoint
 from tokenizer import from_folder, of_checkpoint, read_table
 
 # -----------------------------------------------------------------------------
@@ -51,11 +52,11 @@ def settings_out(config, dtype, eos_token_id):
     left_out = []
     v2 = config.scoring_func == 'softmax'
     if v2 and config.norm_topk_prob:
-        raise ValueError('softmax scores with norm_topk_prob=True have no counterpart in transformers: it normalises '
-                         "V3's sigmoid scores and takes V2's softmax scores as they are")
+        raise Mistake('softmax scores with norm_topk_prob=True have no counterpart in transformers: it normalises '
+                      "V3's sigmoid scores and takes V2's softmax scores as they are")
     if config.n_routed_experts == 1:
-        raise ValueError('a single routed expert has no counterpart in transformers: its router ranks groups by their '
-                         'best two')
+        raise Mistake('a single routed expert has no counterpart in transformers: its router ranks groups by their '
+                      'best two')
     modules = config.num_nextn_predict_layers
     if modules > 0 and (v2 or config.mtp_n_layer > 1 or config.n_routed_experts == 0):
         reason = 'softmax scores' if v2 else 'dense blocks' if config.n_routed_experts == 0 else \
@@ -85,7 +86,7 @@ def settings_in(settings):
     """config.json -> the keywords of GPTConfig."""
     architecture = (settings.get('architectures') or ['nothing'])[0]
     if architecture not in ('DeepseekV2ForCausalLM', 'DeepseekV3ForCausalLM'):
-        raise ValueError(f'its architecture is {architecture}; DeepseekV2ForCausalLM and DeepseekV3ForCausalLM fit')
+        raise Mistake(f'its architecture is {architecture}; DeepseekV2ForCausalLM and DeepseekV3ForCausalLM fit')
     v2 = architecture == 'DeepseekV2ForCausalLM'
     grouped = v2 and settings.get('topk_method') == 'group_limited_greedy'
     fixed = {'hidden_act': ['silu'], 'mlp_bias': [False], 'moe_layer_freq': [1], 'rope_interleave': [True],
@@ -94,13 +95,13 @@ def settings_in(settings):
              'topk_method': ['greedy', 'group_limited_greedy'] if v2 else ['noaux_tc']}
     for name, allowed in fixed.items():
         if settings.get(name) is not None and settings[name] not in allowed:
-            raise ValueError(f'{name}={settings[name]!r} is not supported; {" or ".join(map(repr, allowed))} is')
+            raise Mistake(f'{name}={settings[name]!r} is not supported; {" or ".join(map(repr, allowed))} is')
     quantised = settings.get('quantization_config') or {}
     if quantised and quantised.get('quant_method') != 'fp8':
-        raise ValueError(f"weights quantised by {quantised.get('quant_method')!r} are not supported; V3's block-wise "
-                         "'fp8' is")
+        raise Mistake(f"weights quantised by {quantised.get('quant_method')!r} are not supported; V3's block-wise "
+                      "'fp8' is")
     if quantised.get('weight_block_size', [128, 128]) != [128, 128]:
-        raise ValueError(f"FP8 blocks of {quantised['weight_block_size']} are not supported; [128, 128] are")
+        raise Mistake(f"FP8 blocks of {quantised['weight_block_size']} are not supported; [128, 128] are")
 
     # transformers 5 writes rope_parameters, the released files have rope_theta and rope_scaling
     rope = settings.get('rope_parameters') or settings.get('rope_scaling') or {}
@@ -111,7 +112,7 @@ def settings_in(settings):
         if value is None:
             value = DEFAULTS.get(theirs)
         if value is None:
-            raise ValueError(f'config.json lacks {theirs}')
+            raise Mistake(f'config.json lacks {theirs}')
         args[ours] = value
     args |= {'q_lora_rank': settings.get('q_lora_rank') or 0, 'scoring_func': 'softmax' if v2 else 'sigmoid',
              'mtp_n_layer': 1,
@@ -119,20 +120,20 @@ def settings_in(settings):
     args['first_k_dense_replace'] = min(args['first_k_dense_replace'], args['n_layer'])
     if v2:
         if args['norm_topk_prob']:
-            raise ValueError('norm_topk_prob=True with softmax scores is not supported: no released model has it')
+            raise Mistake('norm_topk_prob=True with softmax scores is not supported: no released model has it')
         if not grouped:
             args |= {'n_group': 1, 'topk_group': 1}
     elif args['num_experts_per_tok'] == 1 and args['norm_topk_prob']:
-        raise ValueError('num_experts_per_tok=1 with norm_topk_prob=True is not supported: its gates would be constant')
+        raise Mistake('num_experts_per_tok=1 with norm_topk_prob=True is not supported: its gates would be constant')
     if type(settings.get('eos_token_id')) is int:
         args['eos_token_id'] = settings['eos_token_id']
 
     kind = rope.get('rope_type') or rope.get('type') or 'default'
     if kind not in ('default', 'yarn'):
-        raise ValueError(f"RoPE of type {kind!r} is not supported; 'default' and 'yarn' are")
+        raise Mistake(f"RoPE of type {kind!r} is not supported; 'default' and 'yarn' are")
     if kind == 'yarn':
         if rope.get('attention_factor') is not None or rope.get('truncate') is False:
-            raise ValueError('YaRN with an attention_factor or truncate=False is not supported')
+            raise Mistake('YaRN with an attention_factor or truncate=False is not supported')
         given = {name: rope[name] for name in YARN if rope.get(name) is not None}
         original = given.setdefault('original_max_position_embeddings', args['block_size'])
         given.setdefault('factor', args['block_size'] / original)
@@ -182,7 +183,7 @@ def skeleton(config):
         with torch.device('meta'):
             return GPT(config).state_dict()
     except (RuntimeError, TypeError) as e:  # TypeError: a number beyond 64 bits
-        raise ValueError(f'config.json asks for sizes that no model has: {first_line(e)}') from None
+        raise Mistake(f'config.json asks for sizes that no model has: {first_line(e)}') from None
 
 
 def open_folder(hf_dir):
@@ -198,14 +199,14 @@ def open_folder(hf_dir):
         if os.path.exists(index):
             files = sorted(set(read_table(index)['weight_map'].values()))
     except Exception as e:  # a table of something else fails in many ways
-        raise ValueError(f'{hf_dir} cannot be read: {first_line(e)}') from None
+        raise Mistake(f'{hf_dir} cannot be read: {first_line(e)}') from None
     tensors = {}
     for name in files:
         try:
             file = safe_open(os.path.join(hf_dir, name), framework='pt')  # mapped: a tensor is read when asked for
             tensors |= dict.fromkeys(file.keys(), file)
         except Exception as e:  # safetensors has errors of its own
-            raise ValueError(f'{hf_dir}/{name} is damaged or missing: {first_line(e)}') from None
+            raise Mistake(f'{hf_dir}/{name} is damaged or missing: {first_line(e)}') from None
     modules = f'model.layers.{args["n_layer"]}.'
     if args['num_nextn_predict_layers'] and not any(name.startswith(modules) for name in tensors):
         print('config.json names MTP modules and the weights have none: going on without them')
@@ -227,24 +228,24 @@ def check_tensors(hf_dir, tensors, config):
              and 0 not in tensors[name].get_slice(name).get_shape()]
     for names, fault in ((missing, 'missing'), (extra, 'unknown to this model')):
         if names:
-            raise ValueError(f'{hf_dir}: {len(names)} tensors are {fault}, the first is {names[0]}')
+            raise Mistake(f'{hf_dir}: {len(names)} tensors are {fault}, the first is {names[0]}')
     for name, shape in wanted.items():
         found, code = shape_and_dtype(tensors, name)
         if found != shape:
-            raise ValueError(f'{hf_dir}: {name} has the shape {found}, config.json asks for {shape}')
+            raise Mistake(f'{hf_dir}: {name} has the shape {found}, config.json asks for {shape}')
         if code not in ('F64', 'F32', 'F16', 'BF16', 'F8_E4M3'):
-            raise ValueError(f"{hf_dir}: {name} is in {code}; F32, F16, BF16 and V3's F8_E4M3 are read")
+            raise Mistake(f"{hf_dir}: {name} is in {code}; F32, F16, BF16 and V3's F8_E4M3 are read")
         if code == 'F8_E4M3':
             scale, blocks = f'{name}_scale_inv', [-(-side // 128) for side in shape]
             if scale not in tensors:
-                raise ValueError(f'{hf_dir}: {name} is in FP8 and its {scale} is missing')
+                raise Mistake(f'{hf_dir}: {name} is in FP8 and its {scale} is missing')
             found, code = shape_and_dtype(tensors, scale)
             if found != blocks or code not in ('F32', 'F16', 'BF16', 'F8_E8M0'):
-                raise ValueError(f'{hf_dir}: {scale} is {code} of the shape {found}; a factor for each block of '
-                                 f'128 x 128 is {blocks}, in F32, BF16 or F8_E8M0')
+                raise Mistake(f'{hf_dir}: {scale} is {code} of the shape {found}; a factor for each block of '
+                              f'128 x 128 is {blocks}, in F32, BF16 or F8_E8M0')
     for name, source in copies.items():
         if name in tensors and not torch.equal(read(tensors, name), read(tensors, source)):
-            raise ValueError(f'{hf_dir}: {name} differs from {source}; this model shares one')
+            raise Mistake(f'{hf_dir}: {name} differs from {source}; this model shares one')
 
 
 def shape_and_dtype(tensors, name):
@@ -390,7 +391,7 @@ def check_vocabulary(folder, meta, data_dir):
     else:
         same = from_folder(folder).encode('<|endoftext|>') == [50256]  # GPT-2's
     if not same:
-        raise ValueError(f'{data_dir} has other tokens than {path}: prepare the data with --tokenizer={folder}')
+        raise Mistake(f'{data_dir} has other tokens than {path}: prepare the data with --tokenizer={folder}')
 
 
 # -----------------------------------------------------------------------------
@@ -481,17 +482,19 @@ def quantise_weights(tensors, n_layer):
 def export_folder(out_dir, hf_dir, fp8=False):
     hf_dir = os.path.normpath(hf_dir)
     if os.path.exists(hf_dir) and (not os.path.isdir(hf_dir) or os.listdir(hf_dir)):
-        raise ValueError(f'{hf_dir} exists already: remove it, or name another')
+        raise Mistake(f'{hf_dir} exists already: remove it, or name another')
     path = os.path.join(out_dir, 'ckpt.pt')
+    if not os.path.exists(path):
+        raise Mistake(f'{path} is missing: train a model first, or name the out_dir it is in{elsewhere(path)}')
     with torch.device('meta'):  # its parameters are the checkpoint's tensors
         model, checkpoint = GPT.from_checkpoint(path, assign=True)
     config, state = model.config, model.state_dict()
     if type(checkpoint.get('config') or {}) is not dict or type(checkpoint.get('best_val_loss', 0.0)) is not float:
-        raise ValueError(f'{path} is no checkpoint of this model: its config or best_val_loss has a wrong type')
+        raise Mistake(f'{path} is no checkpoint of this model: its config or best_val_loss has a wrong type')
     biases = [state[name] for name in state if name.endswith('e_score_correction_bias')]
     if config.scoring_func == 'softmax' and any(bias.any() for bias in biases):
-        raise ValueError('the balance bias of a model with softmax scores is not zero, and V2 has none: '
-                         'train it with --bias_update_speed=0')
+        raise Mistake('the balance bias of a model with softmax scores is not zero, and V2 has none: '
+                      'train it with --bias_update_speed=0')
     dtype = str(state['transformer.wte.weight'].dtype).removeprefix('torch.')
     eos = config.eos_token_id if config.eos_token_id >= 0 else None
     settings, left_out = settings_out(config, dtype, eos)
@@ -547,7 +550,7 @@ def memory_estimate(config, bytes_per_weight):
 def import_folder(hf_dir, out_dir):
     for name in ('ckpt.pt', *TOKENIZER_FILES):
         if os.path.exists(os.path.join(out_dir, name)):
-            raise ValueError(f'{os.path.join(out_dir, name)} exists already: remove it, or name another out_dir')
+            raise Mistake(f'{os.path.join(out_dir, name)} exists already: remove it, or name another out_dir')
     args, tensors = open_folder(hf_dir)
     config = GPTConfig(**args)
     try:

@@ -45,7 +45,9 @@ from common import (
     use_kernels,
 )
 from extras.decode import Decoder
-from model import MoE, first_line, is_of_run, is_out_of_memory, open_log, save_checkpoint
+from extras.folder import take
+from extras.scripts import is_of_run, open_log
+from model import MoE, first_line, is_out_of_memory, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -409,7 +411,9 @@ def main():
         log_path = os.path.join(out_dir, 'eval.jsonl' if eval_only else 'log.jsonl')
         header = {'command': shlex.join(sys.argv), 'config': settings, 'model_args': model_args, 'world_size': world}
         try:
-            log_file = open_log(log_path, header, source if not resume and not eval_only else None)
+            if not eval_only:
+                take(out_dir, None if resume else source)
+            log_file = open_log(log_path, header)
         except ValueError as e:
             stop(str(e))
         if resume:

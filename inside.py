@@ -3,7 +3,7 @@ Writes one HTML page that shows a trained model while it reads a text: experts, 
 
     python inside.py --out_dir=out-demo --text=FILE    # a text of one's own, in UTF-8; writes out-demo/inside.html
 
-The page is one file that needs no network. assets/inside.html is its template: the numbers come from here, as JSON.
+The page is one file that needs no network. extras/inside.html is its template: the numbers come from here, as JSON.
 """
 
 import base64

@@ -1,8 +1,6 @@
 """
-A small DeepSeek-V3 behind nanoGPT's interface: Multi-head Latent Attention, DeepSeekMoE with
-loss-free balancing, and multi-token prediction, in one file that needs torch alone.
-
-The model comes first, from its config to generate(); below the double rule stands the machinery that it calls.
+A small DeepSeek-V3 behind nanoGPT's interface: Multi-head Latent Attention, DeepSeekMoE with loss-free balancing, and
+multi-token prediction. The model comes first, from its config to generate(). Below the rule is what the model calls.
 
 Papers: V2 = arXiv 2405.04434, V3 = arXiv 2412.19437, loss-free balancing = arXiv 2408.15664.
 Equation numbers in the comments are V3's unless they say otherwise.
@@ -15,16 +13,12 @@ Letters in the shape comments:
 """
 
 import contextlib
-import glob
-import json
 import math
 import os
 import pickle
-import re
 import shutil
 import zipfile
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -33,13 +27,12 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's fields, then DeepSeek's under their names in the released configs.
-
-    -1 (or -1.0) asks for a derived size, so that nanoGPT's own flags describe a whole model: see __post_init__.
+    """nanoGPT's fields, then DeepSeek's under their names in the released configs. -1 (or -1.0): __post_init__ derives
+    the size, so that nanoGPT's own flags describe a whole model.
     """
     block_size: int = 1024          # context length in tokens
     vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64
-    n_layer: int = 12               # main blocks; the MTP modules' blocks come on top
+    n_layer: int = 12               # main blocks; the MTP modules have blocks of their own
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
@@ -50,8 +43,8 @@ class GPTConfig:
     # Multi-head Latent Attention
     q_lora_rank: int = -1           # width of the queries' latent; 0: no query compression
     kv_lora_rank: int = -1          # width of the latent that is cached
-    qk_nope_head_dim: int = -1      # per head, the part of q and k without RoPE
-    qk_rope_head_dim: int = -1      # ... and with it; its key is shared by all heads, and cached
+    qk_nope_head_dim: int = -1      # size of a head's query and key without RoPE
+    qk_rope_head_dim: int = -1      # ... and with RoPE: all heads share this key, and it is cached
     v_head_dim: int = -1
     rope_theta: float = 10000.0
     # DeepSeekMoE
@@ -61,28 +54,28 @@ class GPTConfig:
     moe_intermediate_size: int = -1  # width of an expert
     intermediate_size: int = -1     # width of the dense FFN
     first_k_dense_replace: int = 0  # the first k main blocks are dense
-    n_group: int = 1                # the experts are in so many groups,
-    topk_group: int = 1             # and a token's come from so many of them
+    n_group: int = 1                # number of expert groups
+    topk_group: int = 1             # groups a token may choose from
     scoring_func: str = 'sigmoid'   # or 'softmax' (V2)
     norm_topk_prob: bool = True     # a token's gates sum to 1
-    routed_scaling_factor: float = -1.0  # the gates are multiplied by it
+    routed_scaling_factor: float = -1.0  # multiplies the gates
     bias_update_speed: float = 0.001  # loss-free balancing, per optimizer step; 0: off
-    aux_loss_alpha: float = 0.0001    # sequence-wise balance loss; 0: off
+    aux_loss_alpha: float = 0.0001    # weight of the sequence-wise balance loss; 0: off
     # multi-token prediction
     num_nextn_predict_layers: int = 2  # MTP modules; 0: none
-    mtp_n_layer: int = -1              # blocks in each
-    mtp_lambda: float = 0.3            # weight of their mean loss
-    eos_token_id: int = -1             # ends a document: MTP targets never cross it; -1: not known
-    # YaRN, for a context longer than that of the training
+    mtp_n_layer: int = -1              # blocks in each module
+    mtp_lambda: float = 0.3            # weight of the modules' mean loss
+    eos_token_id: int = -1             # end-of-text id; MTP targets never cross it; -1: unknown
+    # YaRN: a context longer than the trained one
     rope_factor: float = 1.0        # how many times longer; 1: off
-    rope_original_max_position_embeddings: int = -1
-    rope_beta_fast: float = 32.0    # pairs with more turns than this in the original context keep their frequency,
-    rope_beta_slow: float = 1.0     # those with fewer than this are slowed by the factor
+    rope_original_max_position_embeddings: int = -1  # the trained context
+    rope_beta_fast: float = 32.0    # pairs that turn more often in the trained context keep their frequency
+    rope_beta_slow: float = 1.0     # pairs that turn less often are slowed by the factor
     rope_mscale: float = 1.0
     rope_mscale_all_dim: float = 1.0
 
     def __post_init__(self):
-        check_types(self)
+        check_config(self)
         C, d, K = self.n_embd, self.n_embd // self.n_head, self.num_experts_per_tok
 
         def derive(name, value):
@@ -94,13 +87,12 @@ class GPTConfig:
         derive('kv_lora_rank', max(1, 3 * C // 8))
         derive('v_head_dim', d)
         derive('qk_rope_head_dim', max(2, d // 4 * 2))
-        derive('qk_nope_head_dim', max(1, d - self.qk_rope_head_dim))  # q, k and v heads of one size
+        derive('qk_nope_head_dim', max(1, d - self.qk_rope_head_dim))  # q, k and v heads have one size
         derive('rope_original_max_position_embeddings', max(1, int(self.block_size / self.rope_factor)))
-        derive('moe_intermediate_size', (C // 2 + 7) // 8 * 8)
-        derive('intermediate_size', (self.n_shared_experts + K) * self.moe_intermediate_size)  # as a token's experts
+        derive('moe_intermediate_size', max(8, (C // 2 + 7) // 8 * 8))
+        derive('intermediate_size', max(1, self.n_shared_experts + K) * self.moe_intermediate_size)
         derive('routed_scaling_factor', math.sqrt(K))             # K outputs with gates 1/K add up to 1/sqrt(K) of one
         derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
-        check_sizes(self)
 
 
 class RMSNorm(nn.Module):
@@ -110,7 +102,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # in fp32 whatever x is; F.rms_norm leaves its fused path when the dtypes of x and weight differ
+        # always in fp32; F.rms_norm is fused only if x and weight have the same dtype
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -131,7 +123,7 @@ class MLA(nn.Module):
         qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         self.scale = qk_head_dim ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
 
-        # the latents' norms have this epsilon in every released model, whatever its rms_norm_eps
+        # every released model has this epsilon in the latents' norms, whatever its rms_norm_eps
         if config.q_lora_rank > 0:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
@@ -153,14 +145,13 @@ class MLA(nn.Module):
         if pos == 0:
             y = self.attend_materialised(q_nope, q_rope, c_kv, k_rope)
         else:
-            seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(pos)       # the last T are the queries'
+            seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(pos)       # the queries are the last T
             y = self.attend_absorbed(q_nope, q_rope, cache[:, :S], seen)
         return self.resid_dropout(self.o_proj(y))                                      # eq. 11: (B, T, C)
 
     def project(self, x, cos, sin):
-        """x (B, T, C) -> q_nope (B, H, T, n) and q_rope (B, H, T, r), c_kv (B, T, c) and k_rope (B, T, r).
-
-        cos, sin: (T, r/2), or (B, T, r/2) where each row has positions of its own.
+        """x (B, T, C) -> q_nope (B, H, T, n), q_rope (B, H, T, r), c_kv (B, T, c), k_rope (B, T, r)
+        cos, sin: (T, r/2), or (B, T, r/2) if each row has its own positions
         """
         cfg = self.config
         n, r, c = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
@@ -174,9 +165,7 @@ class MLA(nn.Module):
         return q_nope, q_rope, self.kv_a_layernorm(c_kv), k_rope
 
     def latents(self, x):
-        """x (B, T, C) -> the queries' latent (B, T, q_lora_rank), or without one the queries (B, T, H*(n+r)); and the
-        latent of keys and values before its norm, with the key that is to be rotated (B, T, c + r).
-        """
+        """x (B, T, C) -> the queries' latent (without one, the queries), and [c_kv | k_rope] before norm and RoPE."""
         q = self.q_a_proj(x) if self.config.q_lora_rank > 0 else self.q_proj(x)        # eq. 6
         return q, self.kv_a_proj_with_mqa(x)                                           # eq. 1, 3
 
@@ -195,9 +184,8 @@ class MLA(nn.Module):
 
     def attend_absorbed(self, q_nope, q_rope, cache, seen):
         """Decode: fold W_uk into the query and W_uv into the output, and attend in the latent space. -> (B, T, H*v)
-
-        All heads then share one key (the cache row) and one value (its first c numbers). cache: (B, S, c + r);
-        seen: which of the S positions each query attends to, (T, S) or (B, 1, T, S).
+        All heads share one key, the cache row, and one value, its first c numbers. cache: (B, S, c + r)
+        seen: the positions that each query attends to, (T, S) or (B, 1, T, S)
         """
         H, T, n = q_nope.shape[1:]
         c, v_dim = self.config.kv_lora_rank, self.config.v_head_dim
@@ -205,37 +193,35 @@ class MLA(nn.Module):
         # einsum multiplies head by head; @ would first copy the weights for each row of the batch
         q = torch.einsum('bhtn,hnc->bhtc', q_nope, w_uk.to(q_nope.dtype))
         q = torch.cat((q, q_rope), dim=-1) * self.scale                                # (B, H, T, c+r)
-        # the cache comes first, because a CPU kernel would copy its transpose
+        # the cache is the left factor: a CPU kernel would copy its transpose
         scores = (cache @ q.flatten(1, 2).transpose(1, 2)).transpose(1, 2)             # (B, H*T, S)
         scores = scores.unflatten(1, (H, T)).float().masked_fill(~seen, float('-inf'))  # (B, H, T, S)
         weights = scores.softmax(dim=-1).to(cache.dtype).flatten(1, 2)                 # (B, H*T, S)
-        # of the whole cache, of which a CPU's bf16 product would copy a part first
+        # times the whole cache row: a CPU's bf16 product would first copy a part of the row
         latent = (weights @ cache)[..., :c].unflatten(1, (H, T))                       # (B, H, T, c)
         return torch.einsum('bhtc,hvc->bthv', latent, w_uv.to(latent.dtype)).flatten(2)
 
 
-def swiglu(x, gates=None):
-    """[gate, up] (..., 2h) -> silu(gate) * up (..., h), times gates where they are given"""
+def swiglu(x):
+    """[gate, up] (..., 2h) -> silu(gate) * up (..., h)"""
     gate, up = x.chunk(2, dim=-1)
-    hidden = F.silu(gate) * up
-    return hidden if gates is None else hidden * gates
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
-    """The dense FFN, and the shared experts as one FFN of their joint width."""
+    """The dense FFN. The shared experts are one such FFN of their joint width."""
 
     def __init__(self, config, width):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.n_embd, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, config.n_embd, bias=False)
-        self.swiglu = swiglu  # FP8 has its own
 
     def forward(self, x):
-        return self.down_proj(self.swiglu(self.gate_up_proj(x)))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE (V3 eq. 12-20): shared experts for every token, K of E fine-grained ones chosen per token."""
+    """DeepSeekMoE (V3 eq. 12-20): shared experts for every token, and K of E small routed experts per token."""
 
     def __init__(self, config):
         super().__init__()
@@ -245,12 +231,9 @@ class MoE(nn.Module):
         self.experts_gate_up = nn.Parameter(torch.empty(E, 2 * h, C))
         self.experts_down = nn.Parameter(torch.empty(E, C, h))
         self.shared_experts = MLP(config, config.n_shared_experts * h) if config.n_shared_experts > 0 else None
-        # b of eq. 16: moved by GPT.update_balance after an optimizer step, never by a gradient
+        # b of eq. 16: GPT.update_balance moves it after an optimizer step, no gradient does
         self.register_buffer('e_score_correction_bias', torch.zeros(E))
-        # what extras/fp8.py and extras/kernels.py replace
-        self.swiglu, self.linear = swiglu, linear
-        self.dispatch_linear, self.grouped_linear = dispatch_linear, grouped_linear
-        self.kernels = False
+        self.experts_fn = sorted_experts  # extras/experts.py, kernels.py and fp8.py replace it
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C), and in training its balance loss (scalar) and load (E,), else None."""
@@ -264,20 +247,6 @@ class MoE(nn.Module):
             return out, None
         load = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, True).sum(dim=0)
         return out, (self.balance_loss(scores.view(B, T, -1)), load)
-
-    def routed(self, x, gates, experts):
-        """The sum over the chosen experts in eq. 12. x (N, C), gates and experts (N, K) -> (N, C)"""
-        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
-        if not self.training and is_few(x, K, E):
-            return all_experts(x, gates, experts, self.experts_gate_up, self.experts_down)
-        if is_wide(x.device, compute_dtype(x), self):
-            return wide_experts(x, gates, experts, self.experts_gate_up, self.experts_down, self.linear, self.swiglu)
-        rows = sort_by_expert(experts, gates, E)                            # which token each of M rows is of
-        hidden = self.dispatch_linear(x, self.experts_gate_up, rows)        # (M, 2h)
-        # the gate g of eq. 12 is applied here, where rows are h wide; W_down is linear
-        hidden = self.swiglu(hidden, rows.gates.to(hidden.dtype))           # (M, h)
-        hidden = self.grouped_linear(hidden, self.experts_down, rows.offsets)  # (M, C)
-        return Combine.apply(hidden, rows.token, rows.place)                # (N, C)
 
     def route(self, x):
         """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
@@ -294,6 +263,10 @@ class MoE(nn.Module):
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)                            # eq. 13
         return scores, gates * cfg.routed_scaling_factor, experts
 
+    def routed(self, x, gates, experts):
+        """The sum over the chosen experts in eq. 12: x (N, C), gates and experts (N, K) -> (N, C)"""
+        return self.experts_fn(x, gates, experts, self.experts_gate_up, self.experts_down)
+
     def balance_loss(self, scores):
         """The sequence-wise balance loss without its weight alpha (eq. 17-20); 1 at balance. scores: (B, T, E)"""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
@@ -301,6 +274,15 @@ class MoE(nn.Module):
         f = (scores >= kth).float().mean(dim=1) * (E / K)                                        # eq. 18: (B, E)
         p = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)                              # eq. 19-20
         return (f * p).sum(dim=-1).mean()
+
+
+def sorted_experts(x, gates, experts, gate_up, down):
+    """MoE.routed() with the N*K choices as M rows, sorted by expert. gate_up: (E, 2h, C), down: (E, C, h)"""
+    token, place, row_gates, offsets = sort_by_expert(experts, gates, len(down))
+    y = Gather.apply(x.to(compute_dtype(x)), token, place)                  # (M, C): each row's token
+    y = swiglu(grouped_linear(y, gate_up, offsets))                         # (M, h)
+    y = y * row_gates.to(y.dtype)  # g of eq. 12, here because rows are h wide; W_down is linear
+    return Gather.apply(grouped_linear(y, down, offsets), place, token)     # (N, C): the sum of each token's K rows
 
 
 class Block(nn.Module):
@@ -313,7 +295,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None, pos=0):
-        """(B, T, C) -> (B, T, C), and in training the balance loss and load of an MoE block, else None."""
+        """(B, T, C) -> (B, T, C), and from an MoE block in training (balance loss, load), else None."""
         x = x + self.attn(self.input_layernorm(x), cos, sin, cache, pos)
         y = self.mlp(self.post_attention_layernorm(x))
         y, routing = y if isinstance(self.mlp, MoE) else (y, None)
@@ -335,11 +317,11 @@ class MTP(nn.Module):
     def combine(self, emb, h):
         """eq. 21, in the released order: the embedding first. Both (B, T, C)."""
         x = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), dim=-1))
-        return x.to(emb.dtype)  # autocast or not, the residual stream has the embedding's dtype
+        return x.to(emb.dtype)  # the residual stream has the embedding's dtype, with or without autocast
 
 
 class GPT(nn.Module):
-    """The model. Initialisation, as nanoGPT's:
+    """The model. Initialisation, as nanoGPT's; a parameter that you add keeps the values that you gave it:
 
     | parameter                                           | distribution | std or value                        |
     |-----------------------------------------------------|--------------|-------------------------------------|
@@ -362,37 +344,19 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.transformer.wte.weight = self.lm_head.weight
-        cos, sin = rope_table(config)
-        self.register_buffer('rope_cos', cos, persistent=False)
-        self.register_buffer('rope_sin', sin, persistent=False)
+        for name, table in zip(('rope_cos', 'rope_sin'), rope_table(config)):  # (block_size, r/2) each
+            self.register_buffer(name, table, persistent=False)
         self.stats = {}  # of the last training forward: see forward()
-        self.rows_fn = self.plain_rows_fn = cross_entropy_rows  # compile() replaces the first, extras/kernels.py both
-
+        self.rows_fn = cross_entropy_rows  # compile() and extras/kernels.py replace it
         for name, p in self.named_parameters():
             self.initialise(name, p)
 
-    def initialise(self, name, p):
-        if p.dim() >= 2:
-            residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'experts_down'))
-            std = self.config.initializer_range / (math.sqrt(2 * self.config.n_layer) if residual else 1)
-            nn.init.normal_(p, std=std)
-        else:
-            nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
-
-    def blocks(self):
-        """Every block, the main stack's first, then each MTP module's."""
-        return [*self.transformer.h, *(block for module in self.mtp for block in module.h)]
-
-    def moe_layers(self):
-        return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
-
     def run(self, blocks, x, cache, pos):
-        """x (B, T, C) through the blocks -> (B, T, C), and of each MoE block in training (balance loss, load)."""
-        T = x.size(1)
+        """x (B, T, C) through the blocks -> (B, T, C), and (balance loss, load) of each MoE block in training."""
+        cos, sin = (table[pos:pos + x.size(1)] for table in (self.rope_cos, self.rope_sin))
         routing = []
         for i, block in enumerate(blocks):
-            x, balance_and_load = block(x, self.rope_cos[pos:pos + T], self.rope_sin[pos:pos + T],
-                                        None if cache is None else cache[i], pos)
+            x, balance_and_load = block(x, cos, sin, None if cache is None else cache[i], pos)
             if balance_and_load is not None:
                 routing.append(balance_and_load)
         return x, routing
@@ -412,47 +376,44 @@ class GPT(nn.Module):
         """idx (B, T) -> logits, loss.
 
         Without targets: logits of the last position (B, 1, V), and None. With targets (B, T; -1: no target): in eval
-        the logits (B, T, V) and the main next-token loss; in training None (all the logits are never held) and the
-        loss to minimise: main + MTP (eq. 24-25) + balance. return_logits=False: None in eval too, for less memory.
-        A training forward with targets leaves in `stats`, as tensors: `losses` (1 + modules): main and each MTP
-        module's; `balance`: the mean over MoE layers; `load` (MoE layers, E): tokens per expert.
-        mtp_lambda: the weight of the MTP losses, where it is not the config's.
-        cache: from make_cache(); then idx are the tokens at positions pos..pos+T-1, and the cache is filled with them.
+        the logits (B, T, V), None if not return_logits, and the main next-token loss; in training None, because all
+        the logits are never held, and training_loss().
+        cache: from make_cache(); idx are then the tokens at positions pos..pos+T-1, and forward writes them there.
         """
-        B, T = idx.shape
-        if pos + T > self.config.block_size:
-            raise ValueError(f'{pos + T} tokens do not fit in block_size={self.config.block_size}')
+        end = pos + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f'{end} tokens do not fit in block_size={self.config.block_size}')
         if pos > 0 and cache is None:
             raise ValueError(f'pos={pos} needs the cache that holds the positions before it')
         h, routing = self.main_stack(idx, cache, pos)                       # (B, T, C)
         if targets is None:
             return self.lm_head(h[:, -1:]), None
-        if not self.training and return_logits:
-            logits = self.lm_head(h)                                        # (B, T, V)
-            total = F.cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), ignore_index=-1, reduction='sum')
-            return logits, total / (targets >= 0).sum().clamp(min=1)
-        if not self.training:
+        if self.training:
+            return None, self.training_loss(h, routing, idx, targets, mtp_lambda)
+        if not return_logits:
             return None, self.loss_of_heads([h], [targets], [1.0])[0]
-
-        return None, self.training_loss(h, routing, idx, targets, mtp_lambda)
+        logits = self.lm_head(h)                                            # (B, T, V)
+        total = F.cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), ignore_index=-1, reduction='sum')
+        return logits, total / (targets >= 0).sum().clamp(min=1)
 
     def training_loss(self, h, routing, idx, targets, mtp_lambda=None):
-        """The loss to minimise, from main_stack()'s state h (B, T, C) and routing; fills `stats`: see forward()."""
-        # Module k sees t_{i+k} at position i and predicts t_{i+k+1}. The sequence keeps its length T; its last k
-        # positions have no label, nor has any with a missing target (-1) or the end of a document in between.
-        T = idx.size(1)
+        """The loss to minimise: main + MTP + balance. h (B, T, C), routing: main_stack()'s.
+
+        Leaves tensors in `stats`: `losses` (1 + modules), of the main head and each MTP module; `balance`, the mean
+        over MoE layers; `load` (MoE layers, E), the tokens of each expert.
+        """
+        # At position i, module k sees t_{i+k} and predicts t_{i+k+1}. The sequence keeps its length T. The last k
+        # positions have no label, nor have those with a missing target (-1) or a document's end before the label.
+        T, D = idx.size(1), len(self.mtp)
         states, labels = [h], [targets]
-        token, label = idx, targets
         for k, module in enumerate(self.mtp, start=1):
-            token = F.pad(token[:, 1:], (0, 1))                             # t_{i+k}
+            token = F.pad(idx[:, k:], (0, min(k, T)))                       # t_{i+k}
             h, more = self.mtp_module(module, token, h)
             routing += more
-            beyond = (label < 0) | (label == self.config.eos_token_id)
+            beyond = (labels[-1] < 0) | (labels[-1] == self.config.eos_token_id)
             label = torch.where(beyond, -1, F.pad(targets[:, k:], (0, min(k, T)), value=-1))  # t_{i+k+1}
             states.append(h)
             labels.append(label)
-
-        D = len(self.mtp)
         weight = self.config.mtp_lambda if mtp_lambda is None else mtp_lambda
         loss, losses = self.loss_of_heads(states, labels, [1.0] + [weight / max(D, 1)] * D)   # eq. 24-25
         self.stats = {'losses': losses}
@@ -462,25 +423,12 @@ class GPT(nn.Module):
             self.stats |= {'balance': balance.detach().mean(), 'load': torch.stack([load for _, load in routing])}
         return loss
 
-    def loss_of_heads(self, states, labels, weights):
-        """States (B, T, C), each through the shared head against its labels (B, T; -1: none): the weighted sum of their
-        mean losses, and, without a gradient, these means (len(states),).
-        """
-        labels = torch.stack(labels).flatten(1)                             # (1+D, B*T)
-        valid = labels >= 0
-        mean = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)          # each loss averages over its own labels
-        loss, row_losses = LinearCrossEntropy.apply(
-            torch.stack(states).flatten(0, 2), self.lm_head.weight, labels.flatten(),
-            torch.cat([w * m for w, m in zip(weights, mean)]), self.rows_fn, torch.is_grad_enabled())
-        return loss, (row_losses.view(len(states), -1) * mean).sum(dim=1)
-
     @torch.no_grad()
     def update_balance(self, load):
         """Loss-free balancing: raise b of the experts below their layer's mean load, lower it of those above.
 
-        Once after each optimizer step. load (MoE layers, E): the tokens that each expert got in the whole step,
-        summed over micro-batches and ranks; where all are 0, b stays. b is re-centred, since a shift common to all
-        experts changes no choice.
+        Once after each optimizer step. load (MoE layers, E): each expert's tokens in the step, over all micro-batches
+        and ranks; a layer with no load keeps its b. b is re-centred: a shift common to all experts changes no choice.
         """
         if self.config.bias_update_speed == 0:
             return
@@ -491,20 +439,12 @@ class GPT(nn.Module):
             moved = bias + delta
             bias.copy_(torch.where(idle, bias, moved - moved.mean()))
 
-    def make_cache(self, batch_size, length):
-        """An empty latent cache: a row of kv_lora_rank + qk_rope_head_dim numbers per position and main block.
-        (n_layer, B, length, c + r)
-        """
-        cfg, w = self.config, self.lm_head.weight
-        return torch.zeros(cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
-                           dtype=compute_dtype(w), device=w.device)
-
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
-        """Append max_new_tokens to each row of idx (B, T). temperature 0: the likeliest token, always.
+        """Append max_new_tokens to each row of idx (B, T). temperature 0: always the likeliest token.
 
-        Past block_size the last block_size tokens are the context, as in nanoGPT, and nothing is cached. With a
-        stop_token, a row that produced it is filled up with it, and generation ends when every row has.
+        Past block_size the last block_size tokens are the context, as in nanoGPT, and nothing is cached. After a row's
+        stop_token only stop_token follows, and generation ends when every row has one.
         """
         B, T = idx.shape
         if T == 0:
@@ -530,17 +470,57 @@ class GPT(nn.Module):
     # =================================================================================================================
     # The machinery: first the rest of GPT's methods, then the functions that the model above calls.
 
+    def initialise(self, name, p):
+        """The table above, for one parameter."""
+        module = self.get_submodule(name.rpartition('.')[0])
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(p)
+        elif isinstance(module, nn.Linear) and name.endswith('bias'):
+            nn.init.zeros_(p)
+        elif isinstance(module, (nn.Linear, nn.Embedding)) or name.endswith(('experts_gate_up', 'experts_down')):
+            residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'experts_down'))
+            terms = 2 * self.config.n_layer if residual else 1
+            nn.init.normal_(p, std=self.config.initializer_range / math.sqrt(terms))
+
+    def blocks(self):
+        """Main blocks, then MTP blocks."""
+        return [*self.transformer.h, *(block for module in self.mtp for block in module.h)]
+
+    def moe_layers(self):
+        return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
+
+    def make_cache(self, batch_size, length):
+        """An empty latent cache (n_layer, B, length, c + r)."""
+        cfg, w = self.config, self.lm_head.weight
+        return torch.zeros(cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
+                           dtype=compute_dtype(w), device=w.device)
+
+    def loss_of_heads(self, states, labels, weights):
+        """States (B, T, C) through the shared head, against labels (B, T; -1: none) -> the weighted sum of their mean
+        losses, and these means (len(states),) without a gradient.
+        """
+        labels = torch.stack(labels).flatten(1)                             # (1+D, B*T)
+        valid = labels >= 0
+        mean = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)          # each loss averages over its own labels
+        loss, row_losses = LinearCrossEntropy.apply(
+            torch.stack(states).flatten(0, 2), self.lm_head.weight, labels.flatten(),
+            torch.cat([w * m for w, m in zip(weights, mean)]), self.rows_fn, torch.is_grad_enabled())
+        return loss, (row_losses.view(len(states), -1) * mean).sum(dim=1)
+
     def compile(self, **kwargs):
-        """Compile block by block (equal blocks share one graph) and the loss, rather than the whole model at once."""
+        """Compile the blocks, because equal ones share one graph, and the loss."""
         for block in self.blocks():
             block.compile(**kwargs)
         if self.rows_fn is cross_entropy_rows:
             self.rows_fn = torch.compile(cross_entropy_rows, **kwargs)
 
-    def uncompile(self):
+    def recompute(self):
+        """Keep only each block's input for the backward, which computes the rest of the block again."""
+        def recomputed(forward):  # torch.compile traces through a function that calls checkpoint(), not a partial
+            return lambda *args: torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
+
         for block in self.blocks():
-            block._compiled_call_impl = None
-        self.rows_fn = self.plain_rows_fn
+            block.forward = recomputed(block.forward)
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters, without embedding and head unless asked for. A tied head counts once."""
@@ -548,7 +528,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - sum(apart.values())
 
     def get_num_active_params(self):
-        """get_num_params() less the routed experts that a token does not meet."""
+        """Parameters used per token, without embedding and head."""
         idle = self.config.n_routed_experts - self.config.num_experts_per_tok
         expert = 3 * self.config.n_embd * self.config.moe_intermediate_size
         return self.get_num_params() - len(self.moe_layers()) * idle * expert
@@ -562,123 +542,112 @@ class GPT(nn.Module):
         return 6 * (self.get_num_active_params() + heads + attention)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
-        """Model FLOP/s over the device's dense bf16 peak, for sequences of block_size; nan where it is not known.
-
-        fwdbwd_per_iter: sequences per iteration on this device; dt: seconds per iteration.
-        """
+        """Model FLOP/s over the device's peak, or nan. fwdbwd_per_iter: sequences on this device in dt seconds."""
         device = self.lm_head.weight.device
-        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-        peak = peak_tflops(name)
+        peak = peak_tflops(torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type)
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / (peak * 1e12)
 
     def crop_block_size(self, block_size):
-        """Shorten the context, as nanoGPT's surgery does after loading. RoPE has nothing to retrain."""
+        """Shorten the context after loading, as in nanoGPT."""
         if block_size > self.config.block_size:
-            raise ValueError(f'cannot crop block_size={self.config.block_size} to {block_size}')
+            raise Mistake(f'cannot crop block_size={self.config.block_size} to {block_size}')
         self.config.block_size = block_size
         self.rope_cos, self.rope_sin = self.rope_cos[:block_size], self.rope_sin[:block_size]
 
-    @classmethod
-    def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):
-        """The model of a ckpt.pt that train.py wrote, and the checkpoint itself; a ValueError where it cannot be.
-
-        assign: the model's tensors are the checkpoint's own, in their dtypes, and read from the file when used.
-        """
-        try:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True,
-                                    mmap=assign and zipfile.is_zipfile(path))
-            weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-            if 'transformer.wpe.weight' not in weights:
-                args = checkpoint['model_args']
-                # where the checkpoint does not say it, its context is the original one
-                config = GPTConfig(**({'rope_original_max_position_embeddings': args['block_size']} | args))
-        except FileNotFoundError:
-            raise ValueError(f'{path} is missing: train a model first, or name the out_dir it is in'
-                             f'{kept_earlier(path)}') from None
-        except torch.OutOfMemoryError:
-            raise
-        except EOFError:
-            raise ValueError(f'{path} is no checkpoint of this model: it is empty, or cut short') from None
-        except Exception as e:  # a damaged file, another program's
-            raise ValueError(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
-        if 'transformer.wpe.weight' in weights:
-            raise ValueError(f'{path}: this is a nanoGPT (GPT-2) checkpoint, and its weights do not fit MLA and MoE: '
-                             'train a new model')
-        model = cls(replace(config, **overrides))
-        try:
-            model.load_state_dict(weights, assign=assign)
-        except RuntimeError as e:
-            raise ValueError(f'{path} is no checkpoint of this model: {first_line(e)}') from None
-        return model, checkpoint
-
-    @classmethod
-    def from_pretrained(cls, model_type, override_args=None):
-        """nanoGPT loads GPT-2 here, whose weights do not fit: always a ValueError, which says what does."""
-        raise ValueError(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). "
-                         'What fits is a local folder of the DeepSeek-V2 or V3 family in Hugging Face format: '
-                         'convert.load_folder(folder), or --init_from=FOLDER')
-
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """AdamW, fused where it exists; matrices, 2-D and 3-D, decay, norms and biases do not."""
+        """AdamW, fused where it exists. Matrices, 2-D and 3-D, decay; norms and biases do not."""
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
 
+    @classmethod
+    def from_pretrained(cls, model_type, override_args=None):
+        raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). A "
+                      'DeepSeek-V2 or V3 family checkpoint in Hugging Face format does: --init_from=FOLDER')
 
-# config checks
-
-def check(ok, message):
-    if not ok:
-        raise ValueError(f'GPTConfig: {message}')
-
-
-def check_types(config):
-    """Types, and what the derived sizes divide by."""
-    for field in fields(config):
-        value, kind = getattr(config, field.name), type(field.default)
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        check(fits, f'{field.name} must be {kind.__name__}, not {value!r}')
-        check(kind is not float or math.isfinite(value), f'{field.name}={value} must be finite')
-    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-        check(getattr(config, name) > 0, f'{name} must be positive')
-    check(config.n_embd % config.n_head == 0, f'n_head={config.n_head} must divide n_embd={config.n_embd}')
-    check(config.num_experts_per_tok >= 0, 'num_experts_per_tok must not be negative')
-    check(config.rope_factor >= 1, 'rope_factor must be at least 1 (1: no YaRN)')
-
-
-def check_sizes(config):
-    """Every size, now that none is left to derive."""
-    for name in ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size',
-                 'mtp_n_layer', 'rope_original_max_position_embeddings'):
-        check(getattr(config, name) > 0, f'{name} must be positive, or -1 to derive it')
-    for name in ('q_lora_rank', 'n_routed_experts', 'n_shared_experts', 'first_k_dense_replace',
-                 'num_nextn_predict_layers', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda',
-                 'rope_mscale', 'rope_mscale_all_dim', 'routed_scaling_factor'):
-        check(getattr(config, name) >= 0, f'{name} must not be negative')
-    for name in ('rms_norm_eps', 'rope_theta', 'rope_beta_fast', 'rope_beta_slow', 'initializer_range'):
-        check(getattr(config, name) > 0, f'{name} must be positive')
-    check(config.first_k_dense_replace <= config.n_layer, f'first_k_dense_replace must lie in 0..{config.n_layer}')
-    check(-1 <= config.eos_token_id < config.vocab_size,
-          f'eos_token_id={config.eos_token_id} must be a token below vocab_size={config.vocab_size}, or -1')
-    check(config.qk_rope_head_dim % 2 == 0, 'qk_rope_head_dim must be even: RoPE rotates pairs')
-    check(0 <= config.dropout < 1, 'dropout must lie in [0, 1)')
-    check(config.scoring_func in ('sigmoid', 'softmax'), "scoring_func must be 'sigmoid' or 'softmax'")
-    E, K, group = config.n_routed_experts, config.num_experts_per_tok, config.n_group
-    if E > 0:
-        check(0 < K <= E, f'num_experts_per_tok must lie in 1..n_routed_experts={E}')
-        check(group > 0 and E % group == 0, f'n_group must divide n_routed_experts={E}')
-        check(0 < config.topk_group <= group, f'topk_group must lie in 1..n_group={group}')
-        check(K <= config.topk_group * (E // group),
-              f'num_experts_per_tok={K} does not fit in topk_group={config.topk_group} groups of {E // group} experts')
-        check(config.n_embd % 8 == 0 and config.moe_intermediate_size > 0 and config.moe_intermediate_size % 8 == 0,
-              'n_embd and moe_intermediate_size must be multiples of 8 (grouped_mm wants rows of 16 bytes)')
+    @classmethod
+    def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):
+        """train.py's ckpt.pt -> the model, and the checkpoint. assign: the model's tensors are the file's own, in their
+        dtypes, and are read when used.
+        """
+        try:
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True,
+                                    mmap=assign and zipfile.is_zipfile(path))
+            weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
+            args = {'rope_original_max_position_embeddings': checkpoint['model_args']['block_size']}
+            config = GPTConfig(**(args | checkpoint['model_args']))
+        except FileNotFoundError:
+            raise Mistake(f'{path} is missing: train a model first, or name the out_dir it is in') from None
+        except EOFError:
+            raise Mistake(f'{path} is no checkpoint of this model: it is empty, or cut short') from None
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as e:  # a damaged file, another program's
+            raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+        if 'transformer.wpe.weight' in weights:
+            raise Mistake(f'{path}: this is a nanoGPT (GPT-2) checkpoint: it does not fit MLA and MoE; train a model')
+        model = cls(replace(config, **overrides))
+        try:
+            model.load_state_dict(weights, assign=assign)
+        except RuntimeError as e:
+            raise Mistake(f'{path} is no checkpoint of this model: {first_line(e)}') from None
+        return model, checkpoint
 
 
-# dtype and RoPE's table
+class Mistake(ValueError):
+    """A user's mistake: what is wrong; what to do. configurator.py prints this one line, and the exit code is 2."""
+
+
+def first_line(error):
+    """exception -> one-line message"""
+    return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+def is_out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+CHECKS = [  # fields, a test of each value x (c: the config), the test in words; a default of -1 always passes
+    ('block_size vocab_size n_layer n_head n_embd rms_norm_eps initializer_range kv_lora_rank qk_nope_head_dim '
+     'qk_rope_head_dim v_head_dim rope_theta moe_intermediate_size intermediate_size mtp_n_layer '
+     'rope_original_max_position_embeddings rope_beta_fast rope_beta_slow', lambda x, c: x > 0, 'must be positive'),
+    ('q_lora_rank n_routed_experts n_shared_experts num_experts_per_tok first_k_dense_replace routed_scaling_factor '
+     'bias_update_speed aux_loss_alpha num_nextn_predict_layers mtp_lambda rope_mscale rope_mscale_all_dim',
+     lambda x, c: x >= 0, 'must not be negative'),
+    ('dropout', lambda x, c: 0 <= x < 1, 'must lie in [0, 1)'),
+    ('rope_factor', lambda x, c: x >= 1, 'must be at least 1 (1: no YaRN)'),
+    ('n_head', lambda x, c: c.n_embd % x == 0, 'must divide n_embd={n_embd}'),
+    ('qk_rope_head_dim', lambda x, c: x % 2 == 0, 'must be even: RoPE rotates pairs'),
+    ('first_k_dense_replace', lambda x, c: x <= c.n_layer, 'must lie in 0..n_layer={n_layer}'),
+    ('eos_token_id', lambda x, c: 0 <= x < c.vocab_size, 'must be a token below vocab_size={vocab_size}, or -1'),
+    ('scoring_func', lambda x, c: x in ('sigmoid', 'softmax'), "must be 'sigmoid' or 'softmax'"),
+]
+EXPERT_CHECKS = [
+    ('n_group', lambda x, c: x > 0 and c.n_routed_experts % x == 0, 'must divide n_routed_experts={n_routed_experts}'),
+    ('topk_group', lambda x, c: 0 < x <= c.n_group, 'must lie in 1..n_group={n_group}'),
+    ('num_experts_per_tok', lambda x, c: 0 < x <= c.topk_group * c.n_routed_experts // c.n_group,
+     'must lie in 1..n_routed_experts={n_routed_experts}, and fit in topk_group={topk_group} of {n_group} groups'),
+    ('n_embd moe_intermediate_size', lambda x, c: x % 8 == 0, 'must be a multiple of 8 (grouped_mm wants 16 bytes)'),
+]
+
+
+def check_config(config):
+    """Mistake if the values cannot make a model."""
+    defaults = {field.name: field.default for field in fields(config)}
+    for name, default in defaults.items():
+        value, kind = getattr(config, name), type(default)
+        if not (math.isfinite(value) if kind is float and type(value) in (int, float) else type(value) is kind):
+            raise Mistake(f'GPTConfig: {name} must be {kind.__name__}{" and finite" * (kind is float)}, not {value!r}')
+    for names, fits, words in CHECKS + (EXPERT_CHECKS if config.n_routed_experts > 0 else []):
+        for name in names.split():
+            value = getattr(config, name)
+            if not fits(value, config) and (value != -1 or defaults[name] != -1):
+                raise Mistake(f'GPTConfig: {name}={value!r} {words.format(**vars(config))}')
+
 
 def compute_dtype(x):
-    """The dtype matrix products run in: autocast's where it is on, else that of x."""
+    """autocast's dtype if enabled, else x.dtype"""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -688,37 +657,32 @@ def yarn_mscale(factor, mscale):
 
 
 def rope_table(config):
-    """cos and sin of position * theta^(-2i/r), each (block_size, r/2), fp32; with YaRN where rope_factor > 1.
-
-    YaRN (arXiv 2309.00071, section 3.2): pairs that turn many times within the original context keep their frequency,
-    pairs that hardly turn are slowed by the factor, and a ramp over the pairs lies between.
+    """cos and sin of position * theta^(-2i/r), each (block_size, r/2), fp32. YaRN (arXiv 2309.00071, section 3.2) keeps
+    the frequency of pairs that turn often within the trained context, slows those that hardly turn by the factor, and
+    the pairs between by less.
     """
     r, factor = config.qk_rope_head_dim, config.rope_factor
     freq = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)              # (r/2,)
-    scale = 1.0
     if factor > 1:
-        def pair(turns):  # which pair makes so many turns within the original context
-            return r * math.log(config.rope_original_max_position_embeddings / (turns * 2 * math.pi)) / (
-                2 * math.log(config.rope_theta))
+        def pair(turns):  # the pair that makes this many turns within the trained context
+            wavelength = config.rope_original_max_position_embeddings / (turns * 2 * math.pi)
+            return r * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
         low = max(math.floor(pair(config.rope_beta_fast)), 0)
         high = min(math.ceil(pair(config.rope_beta_slow)), r - 1)
         slowed = ((torch.arange(r // 2) - low) / (high - low or 0.001)).clamp(0, 1)            # (r/2,): 0 to 1
         freq = freq * (1 - slowed) + freq / factor * slowed
-        # MLA.scale already contains mscale_all_dim; cos and sin take only the ratio mscale / mscale_all_dim
-        scale = yarn_mscale(factor, 1.0)
-        if config.rope_mscale > 0 and config.rope_mscale_all_dim > 0:
-            scale = yarn_mscale(factor, config.rope_mscale) / yarn_mscale(factor, config.rope_mscale_all_dim)
+    # MLA.scale already contains mscale_all_dim; cos and sin take only the ratio mscale / mscale_all_dim
+    scale = yarn_mscale(factor, 1.0)
+    if config.rope_mscale > 0 and config.rope_mscale_all_dim > 0:
+        scale = yarn_mscale(factor, config.rope_mscale) / yarn_mscale(factor, config.rope_mscale_all_dim)
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), freq)
     return (angle.cos() * scale).float(), (angle.sin() * scale).float()
 
 
-# the experts' rows
-
 def keep_best_groups(choice, n_group, topk_group, scoring_func):
-    """Group-limited routing (V3 section 2.1.2): choice (N, E), with -inf outside each token's topk_group best groups.
-
-    A group is as good as the sum of its two best experts; in V2, which scores by softmax, as its best one.
+    """Group-limited routing (V3 section 2.1.2): choice (N, E), with -inf outside each token's topk_group best groups. A
+    group's score is the sum of its two best experts; in V2, which scores by softmax, its best expert.
     """
     groups = choice.unflatten(-1, (n_group, -1))                            # (N, n_group, E / n_group)
     best = min(2 if scoring_func == 'sigmoid' else 1, groups.size(-1))
@@ -728,20 +692,10 @@ def keep_best_groups(choice, n_group, topk_group, scoring_func):
     return groups.masked_fill(dropped.unsqueeze(-1), float('-inf')).flatten(1)
 
 
-class Rows(NamedTuple):
-    """The N*K choices of experts as M rows, sorted by expert. Padding rows repeat an arbitrary token with gate 0.
-    """
-    token: torch.Tensor    # (M,): the token of each row
-    place: torch.Tensor    # (N, K): the row of each choice
-    gates: torch.Tensor    # (M, 1)
-    offsets: torch.Tensor  # (E,) int32: where each expert's rows end
-
-
 def sort_by_expert(experts, gates, n_experts):
-    """experts, gates (N, K) -> Rows. No loop, no host sync, no shape that depends on the data.
-
-    Each expert's rows begin at a multiple of `align`: kernels meet few different shapes, and the padding is a few
-    percent.
+    """The N*K choices (experts, gates: (N, K)) as M rows, sorted by expert -> each row's token (M,), each choice's row
+    (N, K), each row's gate (M, 1), and where each expert's rows end (E,). No loop, no host sync, no shape that depends
+    on the data. Padding rows (token 0, gate 0) align each expert's first row, so that kernels meet few shapes.
     """
     K = experts.size(1)
     align = row_alignment(experts.numel(), n_experts)
@@ -753,61 +707,36 @@ def sort_by_expert(experts, gates, n_experts):
     shift = (offsets - padded) - (ends - load)                              # (E,): how far its rows move
     position = torch.arange(order.numel(), device=order.device)
     place = torch.empty_like(order).scatter_(0, order, position + shift[expert])  # (N*K,)
-    M = order.numel() + n_experts * (align - 1)                             # rows that suffice, however they fall
+    M = order.numel() + n_experts * (align - 1)                             # enough rows for any load
     token = place.new_zeros(M).scatter_(0, place, position // K)            # (M,)
     row_gates = gates.new_zeros(M).scatter(0, place, gates.view(-1))        # (M,)
-    return Rows(token, place.view(-1, K), row_gates.unsqueeze(-1), offsets.int())
+    return token, place.view(-1, K), row_gates.unsqueeze(-1), offsets.int()
 
 
 def row_alignment(n, n_experts):
-    """The largest power of two, up to 64, that pads an expert's share of n rows on average by at most a 16th."""
+    """The largest power of two, up to 64, that pads an expert's mean share of n rows by at most a 16th."""
     return 1 << min(6, max(1, n // n_experts // 8).bit_length() - 1)
 
 
-class Dispatch(torch.autograd.Function):
-    """(N, C) -> (M, C): row i becomes token[i]'s.
-
-    A plain x[token] would add up its gradient with atomics; `place` (where the K copies of each token went)
-    turns that into a gather and a sum, which is faster and adds in one fixed order. Combine is the transpose.
+class Gather(torch.autograd.Function):
+    """x[index], summed over K if index is (N, K). `back` is the index of the other direction: the gradient is a Gather
+    too, by `back`. The gradient of a plain x[index] would add with atomics, more slowly and in any order.
     """
 
     @staticmethod
-    def forward(ctx, x, token, place):
-        ctx.save_for_backward(token, place)
-        return x.index_select(0, token)
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(index, back)
+        y = x.index_select(0, index.flatten())
+        return y if index.dim() == 1 else y.view(*index.shape, -1).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad):
-        token, place = ctx.saved_tensors
-        return Combine.apply(grad, token, place), None, None
-
-
-class Combine(torch.autograd.Function):
-    """(M, C) -> (N, C): the sum over each token's K rows."""
-
-    @staticmethod
-    def forward(ctx, y, token, place):
-        ctx.save_for_backward(token, place)
-        N, K = place.shape
-        return y.index_select(0, place.view(-1)).view(N, K, -1).sum(dim=1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        token, place = ctx.saved_tensors
-        return Dispatch.apply(grad.contiguous(), token, place), None, None
-
-
-def dispatch_linear(x, weight, rows):
-    """grouped_linear() of each choice's token: x (N, C), weight (E, out, C) -> (M, out)"""
-    rows_of_x = Dispatch.apply(x.to(compute_dtype(x)), rows.token, rows.place)                # (M, C)
-    return grouped_linear(rows_of_x, weight, rows.offsets)
+        index, back = ctx.saved_tensors
+        return Gather.apply(grad.contiguous(), back, index), None, None
 
 
 def grouped_linear(x, weight, offsets):
-    """Rows offsets[e-1]..offsets[e] of x (M, in) times weight[e] (E, out, in), transposed. -> (M, out)
-
-    What the rows beyond the last offset become is not defined.
-    """
+    """x (M, in): rows offsets[e-1]..offsets[e] times weight[e].T (E, out, in) -> (M, out), undefined past the last."""
     weight = weight.to(x.dtype)
     if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
@@ -816,75 +745,13 @@ def grouped_linear(x, weight, offsets):
 
 @torch.compiler.disable
 def grouped_linear_uncompiled(x, weight, offsets):
-    if x.dtype == torch.float32 and x.device.type == 'cpu':  # where grouped_mm takes fp32 too
+    """Eager grouped_mm takes fp32 on CPUs. Any other dtype or device: a loop, which waits for the host."""
+    if x.dtype == torch.float32 and x.device.type == 'cpu':
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    return grouped_linear_loop(x, weight, offsets)
-
-
-def grouped_linear_loop(x, weight, offsets):
-    """grouped_linear for any dtype and device, at the price of a host sync."""
     ends = offsets.tolist()
     parts = [F.linear(x[start:end], w) for start, end, w in zip([0, *ends], ends, weight)]
     return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.size(1))])
 
-
-def is_few(x, top_k, n_experts):
-    """Whether all_experts() is faster for the tokens x (N, C) than sorting them: they make at least half as many
-    choices as there are experts, and are so few that reading the weights takes the time, not computing.
-    """
-    N = len(x)
-    return N <= (256 if x.is_cuda else 16) and n_experts <= 2 * N * top_k
-
-
-def all_experts(x, gates, experts, gate_up, down):
-    """The routed part for few tokens: every expert of every token, unchosen ones with gate 0. (N, C) -> (N, C)
-
-    Decoding is bound by reading the experts' weights. A few tokens meet most experts anyway, and two batched products
-    read them faster than one product per expert does.
-    """
-    dtype = compute_dtype(x)
-    gates = gates.new_zeros(len(x), len(down)).scatter(1, experts, gates)                    # (N, E)
-    hidden = x.to(dtype) @ gate_up.to(dtype).transpose(1, 2)                                 # (E, N, 2h)
-    hidden = swiglu(hidden, gates.t().unsqueeze(-1).to(dtype))                               # (E, N, h)
-    return (hidden @ down.to(dtype).transpose(1, 2)).sum(dim=0)                              # (E, N, C) -> (N, C)
-
-
-def has_grouped_kernel(device, dtype):
-    """Whether torch multiplies grouped rows there by one kernel. Elsewhere its host loops over the experts, and waits.
-    """
-    if device.type == 'cuda':
-        return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
-    return device.type == 'cpu'
-
-
-def is_wide(device, dtype, moe):
-    """Whether wide_experts() is to be preferred to sorting the tokens.
-
-    Unchosen experts cost products; copies of each token for each of its experts cost memory traffic. On GPUs the two
-    are about equal with twice as many experts as are chosen (estimated, not timed). Where the host would have to wait,
-    more products cost less. On CPUs wide experts took 1.08 times as long in fp32 (14 of 20), 1.3 in bf16.
-    """
-    if device.type == 'cpu':
-        return False
-    grouped = moe.kernels or has_grouped_kernel(device, dtype)
-    return moe.config.n_routed_experts <= (2 if grouped else 4) * moe.config.num_experts_per_tok
-
-
-def wide_experts(x, gates, experts, gate_up, down, linear, swiglu):
-    """The routed part as one FFN of all experts' width, unchosen ones with gate 0. (N, C) -> (N, C)"""
-    E, C, h = down.shape
-    dtype = compute_dtype(x)
-    gates = gates.new_zeros(len(x), E).scatter(1, experts, gates)                            # (N, E)
-    hidden = linear(x.to(dtype), gate_up.flatten(0, 1)).unflatten(1, (E, 2 * h))             # (N, E, 2h)
-    hidden = swiglu(hidden, gates.unsqueeze(-1).to(dtype)).flatten(1)                        # (N, E*h)
-    return linear(hidden, down.transpose(0, 1).flatten(1))                                   # (N, C)
-
-
-def linear(x, weight):
-    return F.linear(x, weight.to(x.dtype))
-
-
-# the loss
 
 def cross_entropy_rows(logits, target, row_weight):
     """Each row's loss (n,), fp32; its gradient replaces the logits (n, V). target, row_weight: (n,)"""
@@ -900,10 +767,8 @@ def cross_entropy_rows(logits, target, row_weight):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i row_weight_i * cross_entropy(h_i @ weight.T, target_i), without ever holding all the logits.
-
-    The gradient is made in the forward, while a chunk's logits are at hand, so that nothing of the vocabulary's
-    width is kept or computed twice. h: (N, C), weight: (V, C), target: (N,), row_weight: (N,), 0 where a row does
-    not count. Returns the weighted sum and, without a gradient, each row's loss (N,).
+    The forward makes the gradient too, so that nothing of the vocabulary's width is kept or computed twice. h: (N, C),
+    weight: (V, C), target and row_weight: (N,), 0 if a row does not count -> the sum, and each row's loss (N,).
     """
     CHUNK = 2048  # rows whose gradients are held at a time: fewer make the weight's gradient slower
     SLICE = 512   # rows that go from logits to gradients together, while caches hold some of them
@@ -920,7 +785,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         unit = row_weight.max().clamp(min=1e-20)  # the largest row weight is scaled to 1: fp16 would underflow
         share = row_weight / unit
         held = x.new_empty(min(len(x), LinearCrossEntropy.CHUNK), len(w))   # (chunk, V): logits, then gradients
-        one_pass = x.is_cuda and rows_fn is not cross_entropy_rows          # which holds no copy of them in fp32
+        one_pass = x.is_cuda and rows_fn is not cross_entropy_rows          # it holds no copy of them in fp32
         size = LinearCrossEntropy.CHUNK if one_pass else LinearCrossEntropy.SLICE
         losses, grad_x, grad_w = [], torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), LinearCrossEntropy.CHUNK):
@@ -943,10 +808,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_h * scale, grad_w * scale, None, None, None, None
 
 
-# decoding
-
 def probabilities(logits, temperature, top_k):
-    """(..., V) -> (..., V), fp32. At temperature 0 all of it is the likeliest token's."""
+    """(..., V) -> (..., V), fp32. temperature 0: 1 for the likeliest token."""
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
@@ -958,56 +821,32 @@ def probabilities(logits, temperature, top_k):
 
 
 def draw(probs):
-    """(B, V), not necessarily summing to 1 -> (B, 1)"""
-    # as torch.multinomial does, but without its host sync: the smallest of exponential times with these rates
+    """(B, V), whatever its sum -> (B, 1): the smallest of exponential times, because multinomial waits for the host."""
     return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1, keepdim=True)
 
 
-# what MFU is measured against
-
-# dense bf16 tensor-core peak in TFLOP/s (fp16 for those without bf16), by the words of the device's name
-PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989, 'A100': 312, 'L40S': 362,
-               'L40': 181, 'L4': 121, 'A10G': 70, 'A10': 125, 'RTX 5090': 209, 'RTX 4090': 165, 'RTX 3090': 71,
-               'V100': 125, 'T4': 65}
+# dense bf16 peak in TFLOP/s (fp16 on a device without bf16), by words of the device's name; nan if unknown
+PEAK_TFLOPS = {'Laptop': math.nan, 'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989,
+               'A100': 312, 'L40S': 362, 'L40': 181, 'L4': 121, 'A10G': 70, 'A10': 125, 'RTX 5090': 209,
+               'RTX 4090': 165, 'RTX 3090': 71, 'V100': 125, 'T4': 65}
 
 
 def peak_tflops(name):
-    """nan for a device that is not in the table."""
-    if 'Laptop' in name:
-        return math.nan
-    return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf'\b{words}\b', name)), math.nan)
-
-
-def first_line(error):
-    """What an exception says, on one line; its type where it says nothing."""
-    return ' '.join(str(error).split())[:200] or type(error).__name__
-
-
-def is_out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-# a run's files
-
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+    words = f' {name} '.replace('-', ' ')
+    return next((peak for part, peak in PEAK_TFLOPS.items() if f' {part} ' in words), math.nan)
 
 
 def save_checkpoint(checkpoint, path, best_path=None):
     """Write a checkpoint beside `path`, force it to the disk, and rename it: a kill at any instant leaves a whole one.
-
-    best_path becomes a second name of the same file, before path does. A kill between the two leaves path one
-    checkpoint older; the resumed run repeats those steps and writes the best one again. ValueError where the disk is
-    full or fails; what was saved before is whole then.
+    best_path becomes a second name of the file before path does, so that a run resumed between the two repeats the
+    steps since path's checkpoint, and writes the best one again.
     """
     new, new_best = f'{path}.tmp', f'{best_path}.tmp'
-
-    def remove_temporary():
-        for name in [new, new_best] if best_path else [new]:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(name)
-
+    for target in filter(None, (path, best_path)):
+        if os.path.exists(target) and not os.path.isfile(target):  # /dev/null: a rename would replace the device
+            raise Mistake(f'{target} is no regular file: a checkpoint is not written over it')
     try:
-        remove_temporary()  # left by a kill, it may share its file with the best checkpoint: never write into it
+        remove(new, new_best)  # a kill may have left them as names of the best checkpoint: do not write into it
         with open(new, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
@@ -1022,9 +861,14 @@ def save_checkpoint(checkpoint, path, best_path=None):
         sync_folder(os.path.dirname(path) or '.')
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
-            remove_temporary()
+            remove(new, new_best)
         cause = e if isinstance(e, OSError) else e.__context__ or e  # torch's own error hides the system's
-        raise ValueError(f'{path} could not be written, what was saved before is whole: {first_line(cause)}') from None
+        raise Mistake(f'{path} could not be written, what was saved before is whole: {first_line(cause)}') from None
+
+
+def remove(*paths):
+    for path in filter(os.path.lexists, paths):
+        os.remove(path)
 
 
 def sync_folder(folder):
@@ -1035,98 +879,21 @@ def sync_folder(folder):
         os.close(file)
 
 
-def is_of_run(path, run):
-    """Whether a checkpoint is of this run: torchrun's restarts go on with no other."""
-    try:
-        path = os.path.join(path, 'rest.pt') if os.path.isdir(path) else path  # extras/dcp.py
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True).get('run') == run
-    except Exception:  # it is missing, damaged or another program's
-        return False
-
-
-def kept_earlier(path):
-    """In words, the files that keep_earlier() made of this one, or its sharded form; '' if there are none."""
-    sharded = path.removesuffix('.pt') + '.dcp'
-    if os.path.exists(sharded):
-        return f'. There is {sharded}: python -m extras.dcp {os.path.dirname(path) or "."} makes it of that'
-    names = sorted(glob.glob(f'{glob.escape(path)}.old*'))
-    return f'. Kept from earlier runs: {", ".join(names)}: to go on from one, rename it to {path}' if names else ''
-
-
-def keep_earlier(folder, names):
-    """Rename what an earlier run left in a folder: to NAME.old, or with the first number that is free to NAME.old2, ...
-
-    All of its files get one number, and nothing is written over. Returns the new names by the old ones.
-    """
-    def there(name):
-        return os.path.lexists(os.path.join(folder, name))
-
-    n, end = 1, '.old'
-    while any(there(name + end) for name in names):
-        n += 1
-        end = f'.old{n}'
-    moved = {name: name + end for name in names if there(name)}
-    for name, new in moved.items():
-        os.rename(os.path.join(folder, name), os.path.join(folder, new))
-    return moved
-
-
 class PlainUnpickler(pickle.Unpickler):
-    """Reads a pickle of dicts, strings and numbers, and refuses one that names a class or a function."""
-
+    """Reads a pickle of dicts, strings and numbers. Refuses one that names a class or a function."""
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
 
 
 def load_meta(path):
-    """What prepare.py says of its tokens, where they are not GPT-2's: vocab_size; stoi and itos, of characters; dtype;
-    row_length, of which a sequence's start is a multiple; tokenizer, the SHA-256 of the tokenizer.json they are of.
-    """
-    kinds = {'vocab_size': int, 'stoi': dict, 'itos': dict, 'dtype': str, 'row_length': int, 'tokenizer': str}
+    """A data set's meta.pkl -> dict with at least vocab_size; {} if there is none, and its tokens are GPT-2's."""
     if not os.path.exists(path):
         return {}
     try:
         with open(path, 'rb') as f:
             meta = PlainUnpickler(f).load()
-        for name in ('vocab_size', *meta):
-            if name in kinds and type(meta[name]) is not kinds[name]:
-                raise ValueError(f'its {name} must be {kinds[name].__name__}')
-        if meta.get('dtype', 'uint16') not in ('uint16', 'uint32') or meta.get('row_length', 1) < 1:
-            raise ValueError('its dtype must be uint16 or uint32, its row_length positive')
+        if type(meta['vocab_size']) is not int or meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
+            raise ValueError('its vocab_size must be int, and its dtype uint16 or uint32')
     except Exception as e:  # an unpickler meets damage in many ways
-        raise ValueError(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}: run prepare.py again') from None
+        raise Mistake(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}: run prepare.py again') from None
     return meta
-
-
-def copy_tokenizer(source, target, end=''):
-    """A tokenizer goes with its data, and with the checkpoint. -> the paths of the copies, to which `end` is added."""
-    names = [name for name in TOKENIZER_FILES if os.path.exists(os.path.join(source, name))]
-    for name in names:
-        shutil.copy(os.path.join(source, name), os.path.join(target, name + end))
-    return [os.path.join(target, name) for name in names]
-
-
-def open_log(path, header, tokenizer_from=None):
-    """A run's log, to append lines to: it begins with a header, a line of JSON. ValueError where it cannot be written.
-
-    tokenizer_from: a new run begins, with the tokenizer of this folder. Both are written beside first, so that a full
-    disk shows, and then what an earlier run left is renamed. Without, the log that is there goes on.
-    """
-    folder, new = os.path.dirname(path), tokenizer_from is not None
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(path + '.tmp' if new else path, 'wb' if new else 'ab', buffering=0)
-        if file.tell() > 0:
-            file.write(b'\n')  # a run that was killed may have left half a line
-        file.write(json.dumps(header).encode() + b'\n')
-        if new:
-            copies = copy_tokenizer(tokenizer_from, folder, end='.tmp')
-            names = [f'ckpt{which}{end}' for which in ('', '_last', '_best') for end in ('.pt', '.dcp')]
-            names += ['log.jsonl', *TOKENIZER_FILES]
-            for name, kept in keep_earlier(folder, names).items():
-                print(f'{folder}/{name} of an earlier run is now {kept}')
-            for new_path in (path, *copies):
-                os.replace(new_path + '.tmp', new_path)
-        return file
-    except OSError as e:
-        raise ValueError(f'out_dir={folder!r} cannot be written: {e.strerror}') from None

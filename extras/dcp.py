@@ -4,14 +4,13 @@ while the training goes on, and any number of ranks in any layout reads them.
 
     python -m extras.dcp OUT_DIR    # ckpt.dcp and ckpt_best.dcp there -> ckpt.pt and ckpt_best.pt beside them
 
-A checkpoint is a folder, ckpt-ITERATION-RUN.dcp. The links ckpt.dcp and ckpt_best.dcp point to two of them.
+A checkpoint is a folder, ckpt-ITERATION.dcp, or ckpt-ITERATION-N.dcp if that name is taken. The links ckpt.dcp and
+ckpt_best.dcp point to two of them.
 """
 
 import contextlib
-import glob
 import os
 import pickle
-import re
 import shutil
 import sys
 import warnings
@@ -22,36 +21,42 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from model import GPT, GPTConfig, first_line, keep_earlier, save_checkpoint, sync_folder
+import model as model_file
+from model import GPT, GPTConfig, Mistake, first_line, sync_folder
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one process is one process
-NAME = re.compile(r'ckpt-\d+-[0-9a-f]{8}\d*\.dcp(\.tmp)?')  # of a checkpoint's folder, and of one that is being written
 writer, saving, group = None, None, None  # the thread, what it does now, and the ranks' group for it
 
 
-def save(model, optimizer, rest, path, best_path):
-    """Write a checkpoint, each rank its shards, while the training goes on; all ranks take part, after finish().
+def save_checkpoint(checkpoint, path, best_path=None):
+    """As model.save_checkpoint(), but each rank writes its shards while the training goes on; all ranks take part.
 
-    It is written beside, forced to the disk and renamed, and then the links point to it, best_path first: a kill at any
-    instant leaves the last one whole. rest: what is no tensor.
+    The folder is written under another name, forced to the disk and renamed, and then the links point to it, best_path
+    first: a kill at any instant leaves the last one whole. finish() waits for it.
     """
     global writer, saving, group
+    finish()  # the checkpoint before
+    new = os.path.join(os.path.dirname(path), 'ckpt.dcp.new')
     if writer is None:
         writer = ThreadPoolExecutor(1)
         group = dist.new_group(backend='gloo') if dist.is_initialized() else None
-    optimizer = optimizer.state_dict()
-    tensors = {f'model.{name}': x.detach() for name, x in tensors_of(model).items()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    rest, weights, optimizer = dict(checkpoint), dict(checkpoint['model']), checkpoint['optimizer']
+    if rest['model_args']['tie_word_embeddings']:
+        del weights['lm_head.weight']
+    tensors = {f'model.{name}': x for name, x in weights.items()}
     tensors |= {f'optimizer.{i}.{key}': x for i, state in optimizer['state'].items() for key, x in state.items()}
-    rest = rest | {'optimizer': {'param_groups': optimizer['param_groups']}}
-    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '')  # no two folders have one name
-    new = os.path.join(os.path.dirname(path), f'ckpt-{rest["iter_num"]}-{rest["run"][:8]}{attempt}.dcp.tmp')
+    del rest['model']
+    rest['optimizer'] = {'param_groups': optimizer['param_groups']}
     written = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(new), process_group=group)
     saving = writer.submit(publish, written, rest, new, [best_path, path] if best_path else [path])
 
 
 def publish(written, rest, new, links):
     """What follows when the shards are written, on rank 0."""
-    folder, target = os.path.dirname(new), new.removesuffix('.tmp')
+    folder, n = os.path.dirname(new), 1
+    target = os.path.join(folder, f'ckpt-{rest["iter_num"]}.dcp')
     try:
         written.result()
         if dist.is_initialized() and dist.get_rank() > 0:
@@ -61,32 +66,37 @@ def publish(written, rest, new, links):
             f.flush()
             os.fsync(f.fileno())
         sync_folder(new)
+        while os.path.exists(target):
+            n += 1
+            target = os.path.join(folder, f'ckpt-{rest["iter_num"]}-{n}.dcp')
         os.rename(new, target)
+        new = target
+        before = {os.path.realpath(link) for link in links if os.path.islink(link)}
         for link in links:
             if os.path.isdir(link) and not os.path.islink(link):  # copied by a program that follows links
-                keep_earlier(folder, [os.path.basename(link)])
+                os.rename(link, link + '.old')
             with contextlib.suppress(FileNotFoundError):
                 os.remove(link + '.tmp')
             os.symlink(os.path.basename(target), link + '.tmp')
             os.replace(link + '.tmp', link)
         sync_folder(folder)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        if os.path.realpath(new) not in map(os.path.realpath, links):
+            shutil.rmtree(new, ignore_errors=True)
         raise
-    linked = {os.path.realpath(path) for path in glob.glob(f'{glob.escape(folder)}/*') if os.path.islink(path)}
-    for old in glob.glob(f'{glob.escape(folder)}/ckpt-*.dcp*'):  # those of earlier runs have links too: ckpt.dcp.old
-        if NAME.fullmatch(os.path.basename(old)) and os.path.realpath(old) not in linked:
-            shutil.rmtree(old, ignore_errors=True)
+    linked = {os.path.realpath(os.path.join(folder, name)) for name in ('ckpt.dcp', 'ckpt_last.dcp', 'ckpt_best.dcp')}
+    for old in before - linked:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def finish():
-    """Wait until the last save() is on the disk; a ValueError where it is not."""
+    """Wait until the last save() is on the disk; a Mistake if it cannot be."""
     global saving
     try:
         if saving:
             saving.result()
     except (dcp.api.CheckpointException, OSError, RuntimeError) as e:
-        raise ValueError(f'the checkpoint could not be written, what was saved before is whole: {cause(e)}') from None
+        raise Mistake(f'the checkpoint could not be written, what was saved before is whole: {cause(e)}') from None
     finally:
         saving = None
 
@@ -94,15 +104,6 @@ def finish():
 def cause(e):
     """In words, of an error or of torch's collection of all ranks' errors."""
     return first_line(next(iter(e.failures.values()))[0] if isinstance(e, dcp.api.CheckpointException) else e)
-
-
-def leave():
-    """Before the ranks' groups end: what the thread writes is no longer waited for long."""
-    global saving, writer, group
-    with contextlib.suppress(Exception):
-        if saving:
-            saving.exception(timeout=60)
-    saving = writer = group = None
 
 
 def tensors_of(model):
@@ -138,11 +139,11 @@ def load_tensors(path, tensors):
     try:
         dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
     except (dcp.api.CheckpointException, OSError, pickle.UnpicklingError) as e:
-        raise ValueError(f'{path} cannot be read: {cause(e)}') from None
+        raise Mistake(f'{path} cannot be read: {cause(e)}') from None
 
 
 def load_optimizer(state, params=None):
-    """What open_checkpoint() left of the optimizer's state dict -> the state dict, in shards like the params."""
+    """What from_checkpoint() left of the optimizer's state dict -> the state dict, in shards like the params."""
     tensors = {}
     for name, about in Reader(state['folder']).read_metadata().state_dict_metadata.items():
         if name.startswith('optimizer.'):
@@ -158,7 +159,7 @@ def load_optimizer(state, params=None):
     return {'state': entries, 'param_groups': state['param_groups']}
 
 
-def open_checkpoint(path, device='cpu', assign=False, **overrides):
+def from_checkpoint(path, device='cpu', assign=False, **overrides):
     """As GPT.from_checkpoint(), for a sharded one. With assign, the tensors stay in its files: see load_optimizer()."""
     try:
         rest = torch.load(os.path.join(path, 'rest.pt'), map_location='cpu', weights_only=True)
@@ -170,7 +171,7 @@ def open_checkpoint(path, device='cpu', assign=False, **overrides):
             load_tensors(path, {f'model.{name}': x.detach() for name, x in tensors_of(model.to(device)).items()})
             rest['optimizer'] = load_optimizer(rest['optimizer'])
     except Exception as e:  # a damaged file, another program's
-        raise ValueError(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+        raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
     return model, rest
 
 
@@ -181,16 +182,16 @@ def main():
     found = [os.path.join(sys.argv[1], f'{name}.dcp') for name in ('ckpt', 'ckpt_best', 'ckpt_last')]
     try:
         for path in filter(os.path.exists, found):
-            model, rest = open_checkpoint(path)
+            model, rest = from_checkpoint(path)
             whole_path = path.removesuffix('.dcp') + '.pt'
             if os.path.exists(whole_path):
-                raise ValueError(f'{whole_path} exists already: remove it or rename it')
-            save_checkpoint(rest | {'model': model.state_dict()}, whole_path)
+                raise Mistake(f'{whole_path} exists already: remove it or rename it')
+            model_file.save_checkpoint(rest | {'model': model.state_dict()}, whole_path)
             print(f'wrote {whole_path}')
             del model, rest  # before the next one is read
         if not any(map(os.path.exists, found)):
-            raise ValueError(f'{sys.argv[1]} has no ckpt.dcp')
-    except ValueError as e:
+            raise Mistake(f'{sys.argv[1]} has no ckpt.dcp')
+    except Mistake as e:
         print(e, file=sys.stderr)
         raise SystemExit(2) from None
 

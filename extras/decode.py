@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from model import MoE, all_experts, compute_dtype, draw, first_line, probabilities, swiglu
+from extras.experts import all_experts
+from model import MoE, compute_dtype, draw, first_line, probabilities, swiglu
 
 
 def for_decoding(model, dtype):
@@ -292,7 +293,7 @@ def feed_experts(moe, x):
         # in quarters, fused into one loop that reads four places at a time: a CPU's memory gives more than for one
         quarters = moe.experts_gate_up.unflatten(1, (4, -1))                                  # (E, 4, h/2, C)
         hidden = torch.cat([(quarters[experts, i] * flat[:, None, None]).sum(dim=-1) for i in range(4)], dim=-1)
-        hidden = swiglu(hidden, gates.unsqueeze(-1).to(x.dtype))                              # (N, K, 2h) -> (N, K, h)
+        hidden = swiglu(hidden) * gates.unsqueeze(-1).to(x.dtype)                             # (N, K, 2h) -> (N, K, h)
         out = (moe.experts_down[experts] * hidden.unsqueeze(2)).sum(dim=(1, 3))               # (N, K, C, h) -> (N, C)
     else:
         out = all_experts(flat, gates, experts, moe.experts_gate_up, moe.experts_down)

@@ -7,8 +7,8 @@ built without memory and then filled one tensor at a time, so that no rank ever 
 """
 
 import functools
-import gc
 import logging
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._pytree import tree_map_only
 
+import model as model_file
+from extras import dcp
 from extras.dcp import load_optimizer, load_tensors, tensors_of
-from model import GPT, Combine, Dispatch, compute_dtype, rope_table, sort_by_expert
+from model import GPT, Gather, Mistake, compute_dtype, rope_table
 
 # it advises every rank to merge collectives that do not merge in these meshes
 logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
@@ -34,23 +36,53 @@ logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERR
 
 
 def check(config, world):
-    """ValueError where train.py's settings do not go together, or not with so many ranks of torchrun, 0 without it."""
+    """Mistake if train.py's settings do not go together, or not with so many ranks of torchrun, 0 without it."""
     if world == 0:
-        raise ValueError('shard and expert_parallel need several ranks: start them with torchrun')
+        raise Mistake('shard and expert_parallel need several ranks: start them with torchrun')
     for name, value in (('fp8', True), ('dtype', 'float16')):
         if config[name] == value:
-            raise ValueError(f'{name}={value} goes with neither shard nor expert_parallel')
+            raise Mistake(f'{name}={value} goes with neither shard nor expert_parallel')
     size, N = group_size(config['shard'], world), config['expert_parallel']
     for name, ranks in (('shard', size), ('expert_parallel', N)):
         if world % ranks != 0:
-            raise ValueError(f'{name}={ranks}: groups of {ranks} ranks do not fit the {world} that there are')
+            raise Mistake(f'{name}={ranks}: groups of {ranks} ranks do not fit the {world} that there are')
     if size > N and size % N != 0:
-        raise ValueError(f'expert_parallel={N} does not divide the {size} ranks that share the weights')
+        raise Mistake(f'expert_parallel={N} does not divide the {size} ranks that share the weights')
 
 
 def group_size(shard, world):
-    """The setting `shard` -> how many ranks share the weights; 1 where it is off."""
-    return {'': 1, 'False': 1, 'True': world}.get(shard) or int(shard)
+    """The setting `shard` -> how many ranks share the weights: 1 is off, 0 is all."""
+    return shard or world
+
+
+class Layout(NamedTuple):
+    """How a model lies over the ranks. It builds and loads a model as GPT does, but in shards."""
+    device: str
+    dtype: str
+    shard: int
+    expert_parallel: int
+
+    def __call__(self, config):
+        return distribute(config, None, *self)
+
+    def from_checkpoint(self, path, map_location=None, **overrides):
+        """As GPT.from_checkpoint(), of both forms: each rank reads what its shards need."""
+        sharded = path.endswith('.dcp')
+        with torch.device('meta'):
+            model, checkpoint = (dcp if sharded else GPT).from_checkpoint(path, 'cpu', assign=True, **overrides)
+        return distribute(model.config, path if sharded else model.state_dict(), *self), checkpoint
+
+    def from_pretrained(self, folder, overrides=None):
+        from extras import hf
+        model, tensors = hf.open_model(folder, overrides, 'meta')
+        return distribute(model.config, tensors, *self)
+
+
+def layout(config, device):
+    """Of train.py's settings."""
+    if config['dtype'] == 'float16':  # chosen for this GPU, not by a flag
+        raise Mistake('shard and expert_parallel need bfloat16 or float32: say --dtype=float32')
+    return Layout(device, config['dtype'], config['shard'], config['expert_parallel'])
 
 
 def distribute(config, source, device, dtype, shard, expert_parallel):
@@ -59,7 +91,7 @@ def distribute(config, source, device, dtype, shard, expert_parallel):
         model = GPT(config)
     E, N, world, kind = config.n_routed_experts, expert_parallel, dist.get_world_size(), torch.device(device).type
     if N > 1 and (E == 0 or E % N != 0):
-        raise ValueError(f'expert_parallel={N} does not divide the {E} routed experts of a layer')
+        raise Mistake(f'expert_parallel={N} does not divide the {E} routed experts of a layer')
     size = group_size(shard, world)
     mesh, shards = data_parallel(kind, replicate=world // size, shard=size), size
     if N > 1:
@@ -127,17 +159,15 @@ def routed(moe, group, x, gates, experts):
     came = travel(sent, None, None, group)                                  # (N, E/N): from each rank, for each of mine
     there, here = torch.stack((sent.sum(dim=1), came.sum(dim=1))).tolist()  # the one host sync: all-to-all asks for it
 
-    x = travel(Dispatch.apply(x.to(compute_dtype(x)), token, place), there, here, group)      # (R, C)
+    x = travel(Gather.apply(x.to(compute_dtype(x)), token, place), there, here, group)        # (R, C)
     gates = travel(gates.flatten()[order], there, here, group)                                # (R,)
     R = len(x)
     mine = torch.arange(E // N, device=x.device).repeat(N).repeat_interleave(came.flatten(), output_size=R)
     if R == 0:  # products of no rows are refused: a row with gate 0, so that the gradients are there, and 0
         x, gates, mine = F.pad(x, (0, 0, 0, 1)), F.pad(gates, (0, 1)), mine.new_zeros(1)
-    rows = sort_by_expert(mine.unsqueeze(1), gates.unsqueeze(1), E // N)
     gate_up, down = (weights_of_all(w, N) for w in (moe.experts_gate_up, moe.experts_down))
-    hidden = moe.swiglu(moe.dispatch_linear(x, gate_up, rows), rows.gates.to(x.dtype))        # (M, h)
-    out = Combine.apply(moe.grouped_linear(hidden, down, rows.offsets), rows.token, rows.place)  # (R, C)
-    return Combine.apply(travel(out[:R], here, there, group), token, place)                   # (n, C)
+    out = moe.experts_fn(x, gates.unsqueeze(1), mine.unsqueeze(1), gate_up, down)             # (R, C)
+    return Gather.apply(travel(out[:R], here, there, group), place, token)                    # (n, C)
 
 
 def travel(rows, there, here, group):
@@ -211,7 +241,7 @@ def reader(model, source):
 
 def read_rows(tensors, config, name, whole, mine):
     """Fill the rows of `whole` that reach into its part `mine` from the files of a Hugging Face folder."""
-    import convert  # train.py has asked for it
+    import convert
     if mine.numel() == 0:
         return
     begin = mine.storage_offset()
@@ -241,17 +271,20 @@ def optimizer_state(state, optimizer):
 
 
 @torch.no_grad()
-def whole(state):
-    """The state dict with whole tensors for DTensors, in rank 0's memory; None on the others, which take part."""
-    gathered = {}
-
+def save_checkpoint(checkpoint, path, best_path=None):
+    """As model.save_checkpoint(), with whole tensors for shards: all ranks take part, and rank 0 writes."""
     def gather(x):
-        if id(x) not in gathered:  # the tied embedding has two names
-            full = x.full_tensor()
-            gathered[id(x)] = full.detach().cpu() if dist.get_rank() == 0 else None
-        return gathered[id(x)]
+        full = x.full_tensor()
+        return full.detach().cpu() if dist.get_rank() == 0 else None
 
-    return tree_map_only(DTensor, gather, state)
+    tied = checkpoint['model_args']['tie_word_embeddings']
+    weights = {name: x for name, x in checkpoint['model'].items() if not (tied and name == 'lm_head.weight')}
+    checkpoint = tree_map_only(DTensor, gather, checkpoint | {'model': weights})
+    if dist.get_rank() > 0:
+        return
+    if tied:
+        checkpoint['model']['lm_head.weight'] = checkpoint['model']['transformer.wte.weight']
+    model_file.save_checkpoint(checkpoint, path, best_path)
 
 
 # -----------------------------------------------------------------------------
@@ -270,8 +303,3 @@ def clip_grad_norm_(parameters, max_norm):
     for grads in meshes.values():
         torch._foreach_mul_([grad.to_local() for grad in grads], scale)
     return norm
-
-
-def leave():
-    """Before the ranks' groups end: what holds them must go."""
-    gc.collect()

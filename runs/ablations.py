@@ -144,7 +144,8 @@ def build(size, variant, vocab_size):
         cached = 2 * kv_heads * config.v_head_dim
         for block in model.blocks():
             block.attn = GroupedQueryAttention(config, kv_heads)
-            for name, p in block.attn.named_parameters():
+        for name, p in model.named_parameters():
+            if '.attn.' in name:
                 model.initialise(name, p)
     if not rope:
         model.rope_cos.fill_(1), model.rope_sin.fill_(0)

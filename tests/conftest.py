@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from extras import folder as folder_file
 from extras import optim
 from model import GPT, GPTConfig
 
@@ -96,27 +96,34 @@ def small(clone):
 def run_inside(script, *args, cwd):
     """Run a script in this process, which saves the start of another: its exit code, standard output and error.
 
-    As Python itself would: the text of a SystemExit and a traceback go to standard error, with code 1.
+    As Python itself would: the text of a SystemExit and a traceback go to standard error, with code 1, and any other
+    exception to the hook that configurator.py installs.
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
-    before = os.getcwd(), sys.argv, sys.path[:]
+    before, hook, leave, stderr = (os.getcwd(), sys.argv, sys.path[:]), sys.excepthook, os._exit, sys.__stderr__
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     os.chdir(cwd)
     sys.modules.pop('common', None)  # there are two: that of the scripts, and that of data/*/prepare.py
     sys.argv = [script, *map(str, args)]
+    os._exit, sys.__stderr__ = sys.exit, err  # which a script uses under torchrun: this process must not end
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                runpy.run_path(str(Path(cwd) / script), run_name='__main__')
+                try:
+                    runpy.run_path(str(Path(cwd) / script), run_name='__main__')
+                except Exception as e:
+                    code = 1
+                    sys.excepthook(type(e), e, e.__traceback__)
             except SystemExit as e:
                 code = e.code or 0
                 if not isinstance(code, int):
                     print(code, file=sys.stderr)
                     code = 1
-            except Exception:
-                traceback.print_exc()
-                code = 1
     finally:
+        sys.excepthook, os._exit, sys.__stderr__ = hook, leave, stderr
+        torch.compiler.set_stance('default')
+        while folder_file.locks:  # the process would hold them until it ends
+            folder_file.locks.pop().close()
         os.chdir(before[0])
         sys.argv, sys.path[:] = before[1], before[2]
         for n, handler in handlers.items():

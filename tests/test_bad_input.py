@@ -187,10 +187,11 @@ def other_characters(trained):
     (checkpoint(lambda c: c.update(iter_num=-1)), RESUME, 'iter_num'),
     (checkpoint(lambda c: c.pop('best_val_loss') and None), RESUME, 'best_val_loss'),
     (checkpoint(lambda c: c.update(meta=[1])), RESUME, 'meta has a wrong type'),
-    (checkpoint(lambda c: c['optimizer']['param_groups'].pop() and None), RESUME, 'does not fit optimizer'),
-    (checkpoint(lambda c: c.update(optimizer='none')), RESUME, 'does not fit optimizer'),
+    (checkpoint(lambda c: c['optimizer']['param_groups'].pop() and None), RESUME,
+     'does not fit: resume with the --optimizer of its run'),
+    (checkpoint(lambda c: c.update(optimizer='none')), RESUME, 'does not fit: resume with the --optimizer of its run'),
     (other_characters, RESUME, 'another vocabulary'), (no_meta, RESUME, 'another vocabulary'),
-    (lambda trained: None, '--optimizer=muon', 'does not fit optimizer'),
+    (lambda trained: None, '--optimizer=muon', 'does not fit: resume with the --optimizer of its run'),
     (lambda trained: None, '--block_size=32', 'is longer than the 16 of the checkpoint'),
 ])
 def test_checkpoints(trained, spoil, flag, message):

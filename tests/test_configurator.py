@@ -10,8 +10,13 @@ SOURCE = (ROOT / 'configurator.py').read_text()
 
 def configure(monkeypatch, *argv, **settings):
     monkeypatch.setattr('sys.argv', ['script.py', *map(str, argv)])
+    monkeypatch.setattr('sys.excepthook', sys.excepthook)  # which the source replaces
     names = dict(settings)
-    exec(SOURCE, names)
+    try:
+        exec(SOURCE, names)
+    except Exception as e:  # as Python does with what nobody catches
+        sys.excepthook(type(e), e, e.__traceback__)
+        raise
     return {k: names[k] for k in settings}
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 import model
-from extras import decode, optim
+from extras import decode, experts, optim
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 TORCHRUNS = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}
@@ -59,7 +59,7 @@ def test_flags_are_there(path):
 
 def test_what_the_table_of_papers_names_is_there():
     table = (ROOT / 'README.md').read_text().split('| in the code | in the papers |')[1].split('\n\n')[0]
-    rooms = {'extras/decode.py': decode, 'extras/optim.py': optim}
+    rooms = {'extras/decode.py': decode, 'extras/experts.py': experts, 'extras/optim.py': optim}
     rows = [re.findall(r'`([^`]+)`', row.split('|')[1]) for row in table.splitlines() if '`' in row]
     assert len(rows) > 10
     for names in rows:
@@ -76,6 +76,6 @@ def test_tests_are_there(path):
     source = '\n'.join(file.read_text() for file in (ROOT / 'tests').glob('*.py'))
     for name in re.findall(r'\btest_\w+\b(?!\.py)', path.read_text()):
         assert f'def {name}(' in source, name
-    soak = (ROOT / 'tests/soak.py').read_text()
+    soak = (ROOT / 'tests/by_hand/soak.py').read_text()
     for part in re.findall(r'`soak\.py (\w+)`', path.read_text()):
         assert f'\ndef {part}(' in soak, part

@@ -79,7 +79,7 @@ def test_the_main_run(on_gpu, sm, mode):
     assert faults(found, 1.05 * (launches + triton), 1.05 * gemms, mode == 'compiled') == []
     assert (found['allocated'], found['reserved']) == pytest.approx((allocated, reserved), rel=0.05)
     logged, = found['iterations'][-2]['waits'].items()  # an iteration that is logged waits once
-    assert 'numbers = iter(torch.cat(' in logged[0] and logged[1] == 1
+    assert 'numbers = torch.cat(' in logged[0] and logged[1] == 1
 
 
 @pytest.mark.parametrize('mode', ['eager', pytest.param('compiled', marks=slow)])
@@ -119,15 +119,15 @@ def test_grouped_experts(on_gpu, sm, mode):
     assert faults(found, *BUDGETS[mode], mode == 'compiled') == []
 
 
-FORWARD = '            _, loss = model(x, y, mtp_lambda=get_mtp_lambda(iter_num))\n'
-SECOND = 'self.grouped_linear(hidden, self.experts_down, rows.offsets)'
+FORWARD = '            _, loss = model(x, y, mtp_lambda=mtp_weight)\n'
+SECOND = 'GroupedLinear.apply(y * row_gates.to(dtype), down.to(dtype), offsets)'
 BLOCK = '        x = x + self.attn('
 
 
 @pytest.mark.parametrize('file, line, planted, compiled, seen', [
     ('train.py', FORWARD, FORWARD + '            loss.item()\n', False, ['host syncs: .*loss.item']),
     ('train.py', FORWARD, 2 * FORWARD, False, ['kernels', 'GEMMs']),
-    ('model.py', SECOND, 'grouped_linear(hidden.float(), self.experts_down, rows.offsets)', False,
+    ('extras/kernels.py', SECOND, 'model_file.grouped_linear(y.float() * row_gates, down, offsets)', False,
      ['host syncs: .*ends = offsets.tolist', 'kernels']),
     ('model.py', 'block.compile(**kwargs)', 'block.compile(backend=lambda *args: 1 / 0)', True,
      ['kernels', 'going on without torch.compile', 'eager'])],

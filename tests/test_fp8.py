@@ -13,7 +13,7 @@ from test_model import main_config
 from torch.nn.functional import ScalingType as S
 
 from extras import fp8
-from model import GPT, MoE
+from model import GPT
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -409,9 +409,8 @@ def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeyp
     for module in model.modules():
         if isinstance(module, fp8.Linear):
             module.recipe = recipe
-        elif isinstance(module, MoE):
-            for name in ('linear', 'dispatch_linear', 'grouped_linear'):
-                setattr(module, name, functools.partial(getattr(fp8, name), recipe=recipe))
+    ways = (functools.partial(way, recipe=recipe) for way in (fp8.sorted_experts, fp8.wide_experts))
+    fp8.experts_file.enable(model, *ways)
     monkeypatch.setattr(fp8.F, 'scaled_mm', checked)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, idx = on_fake_cuda(model.train())
@@ -490,12 +489,12 @@ def test_wide_experts_are_quantised_as_grouped_ones(monkeypatch, scaling):
     """Widths of whole tiles, so that none crosses from one expert to the next: by tiles the same numbers, forward."""
     moe = tiny_model(n_embd=128, moe_intermediate_size=128, n_shared_experts=0).transformer.h[0].mlp
     gpt = torch.nn.Module()
-    gpt.lm_head, gpt.mlp, gpt.moe_layers = torch.nn.Linear(1, 1), moe, lambda: [moe]
+    gpt.lm_head, gpt.mlp, gpt.moe_layers, gpt.config = torch.nn.Linear(1, 1), moe, lambda: [moe], moe.config
     fp8.enable(gpt, fp8.Recipe(scaling))
     x = torch.randn(2, 20, 128, requires_grad=True)
     results = []
     for wide in (False, True):
-        monkeypatch.setattr(fp8.model_file, 'is_wide', lambda *args, wide=wide: wide)
+        monkeypatch.setattr(fp8.experts_file, 'is_wide', lambda *args, wide=wide: wide)
         x.grad = None
         y, _ = moe(x)
         y.square().sum().backward()

@@ -552,7 +552,7 @@ def test_traces_are_not_written_over(workshop):
     assert (workshop / 'mine.txt').read_text() == 'months of work\n'
 
 
-@pytest.mark.parametrize('script', ['grpo.py', 'bench.py', 'plot.py', 'plot_positions.py'])
+@pytest.mark.parametrize('script', ['grpo.py', 'bench.py', 'plot.py', 'runs/positions.py'])
 def test_ctrl_c_while_a_script_starts_says_nothing(script):
     child = subprocess.Popen([sys.executable, script, 'train'], cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT)

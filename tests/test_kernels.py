@@ -1,5 +1,5 @@
 """extras/kernels.py without a GPU: the code that the compiler makes of it for each GPU; and its numbers, by Triton's
-interpreter on the CPU: tests/kernels_interpreted.py. What tensor cores make of the kernels only a GPU can show.
+interpreter on the CPU: tests/fakes/kernels_interpreted.py. What tensor cores make of the kernels only a GPU can show.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ def test_numbers_by_the_interpreter():
     """In a process of its own: triton decides at its import whether it interprets."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST')} | {'TRITON_INTERPRET': '1'}
     done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider',
-                           'tests/kernels_interpreted.py'], cwd=ROOT, env=environment, capture_output=True, text=True)
+                           'tests/fakes/kernels_interpreted.py'], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert 'skipped' not in done.stdout
 

@@ -12,7 +12,8 @@ from conftest import ROOT, TINY, tiny_model
 from torch.nn import functional as F
 
 import model as model_file
-from model import GPT, Combine, Dispatch, GPTConfig, LinearCrossEntropy, apply_rope, peak_tflops, rope_table
+from extras import experts as experts_file
+from model import GPT, Gather, GPTConfig, LinearCrossEntropy, apply_rope, peak_tflops, rope_table
 
 
 def main_config():
@@ -75,8 +76,8 @@ def test_sizes_derive_from_nanogpts_flags():
     (dict(n_embd=30), 'n_head'), (dict(qk_rope_head_dim=3), 'qk_rope_head_dim'),
     (dict(num_experts_per_tok=9), '1..n_routed'), (dict(n_group=3), 'n_group'),
     (dict(n_group=4, topk_group=5), 'topk_group'),
-    (dict(n_group=4, topk_group=1), 'does not fit'), (dict(scoring_func='tanh'), 'scoring_func'),
-    (dict(moe_intermediate_size=12), 'multiples of 8'), (dict(n_layer=0), 'n_layer'), (dict(dropout=1.0), 'dropout'),
+    (dict(n_group=4, topk_group=1), 'fit in topk_group'), (dict(scoring_func='tanh'), 'scoring_func'),
+    (dict(moe_intermediate_size=12), 'multiple of 8'), (dict(n_layer=0), 'n_layer'), (dict(dropout=1.0), 'dropout'),
     (dict(first_k_dense_replace=3), 'first_k'), (dict(initializer_range=-2.0), 'initializer'),
     (dict(rope_theta=0.0), 'rope_theta'), (dict(kv_lora_rank=0), 'kv_lora_rank'),
     (dict(num_nextn_predict_layers=-1), 'num_nextn'),
@@ -266,10 +267,15 @@ def plain_moe(moe, x):
 
 @pytest.mark.parametrize('path', ['grouped_mm', 'loop', 'wide'])
 def test_dispatch_equals_a_loop_over_experts(path, monkeypatch):
-    if path == 'loop':  # what fp32 takes on an accelerator
-        monkeypatch.setattr(model_file, 'grouped_linear', model_file.grouped_linear_loop)
-    monkeypatch.setattr(model_file, 'is_wide', lambda *args: path == 'wide')
-    moe = tiny_model().transformer.h[0].mlp
+    model = tiny_model()
+    if path == 'loop':  # what fp32 takes on an accelerator: the CPU's loop takes what it has no grouped_mm for
+        monkeypatch.setattr(model_file, 'grouped_linear', lambda x, w, offsets: model_file.grouped_linear_uncompiled(
+            x.double(), w.double(), offsets).float())
+        monkeypatch.setattr(F, 'grouped_mm', None)
+    if path == 'wide':
+        monkeypatch.setattr(experts_file, 'is_wide', lambda *args: True)
+        experts_file.enable(model, sorted_way=None)
+    moe = model.transformer.h[0].mlp
     moe.e_score_correction_bias[:] = torch.tensor([-9., 1, 0, .5, -9., 0, .2, 0])  # two experts stay empty
     x = torch.randn(2, 9, 32, requires_grad=True)
     seed = torch.randn(2, 9, 32)
@@ -299,10 +305,8 @@ def test_where_experts_are_one_wide_ffn(monkeypatch):
     for device, capability, dtype, kernels, expected in cases:
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, capability=capability: capability)
         for experts, wide in zip((14, 15, 28, 29), expected):
-            moe = tiny_model(n_layer=1, num_nextn_predict_layers=0, n_routed_experts=experts, num_experts_per_tok=7)
-            moe = moe.moe_layers()[0]
-            moe.kernels = kernels
-            assert model_file.is_wide(torch.device(device), dtype, moe) == (wide == '1'), (device, dtype, experts)
+            found = experts_file.is_wide(7, experts, torch.device(device), dtype, kernels)
+            assert found == (wide == '1'), (device, dtype, experts)
 
 
 def test_dispatch_and_combine_are_each_others_transpose():
@@ -311,8 +315,8 @@ def test_dispatch_and_combine_are_each_others_transpose():
     x, y = torch.randn(3, 4, dtype=torch.double), torch.randn(6, 4, dtype=torch.double)
     x.requires_grad_()
     y.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, token, place), x)
-    assert torch.autograd.gradcheck(lambda y: Combine.apply(y, token, place), y)
+    assert torch.autograd.gradcheck(lambda x: Gather.apply(x, token, place), x)
+    assert torch.autograd.gradcheck(lambda y: Gather.apply(y, place, token), y)
 
 
 def test_group_limited_routing():
@@ -723,8 +727,9 @@ def test_experts_by_sorted_rows_and_all_at_once_equal_a_loop_over_tokens(tokens)
     out, (_, load) = moe(x.unsqueeze(0))
     torch.testing.assert_close(out[0] - moe.shared_experts(x), expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(load, torch.bincount(experts.flatten(), minlength=moe.config.n_routed_experts))
-    out = model_file.all_experts(x, gates, experts, moe.experts_gate_up, moe.experts_down)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
+    for way in (experts_file.all_experts, experts_file.wide_experts):
+        out = way(x, gates, experts, moe.experts_gate_up, moe.experts_down)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_padded_rows_change_no_gradient(monkeypatch):

@@ -14,7 +14,7 @@ import time
 import pytest
 import soak
 import torch
-from conftest import SMALL, load, log, losses, run_inside, torchrun, train
+from conftest import SMALL, load, log, losses, run, run_inside, torchrun, train
 from safetensors.torch import save_file
 
 import convert as convert_file
@@ -26,12 +26,12 @@ FLAGS = ['--gradient_accumulation_steps=4', '--eval_iters=3', '--mtp_late_from=1
 LAYOUTS = {  # ranks, and their flags
     'one': (1, []),
     'ddp 2': (2, []),
-    'fsdp 2': (2, ['--shard=True']),
-    'fsdp 4': (4, ['--shard=True']),
+    'fsdp 2': (2, ['--shard=0']),
+    'fsdp 4': (4, ['--shard=0']),
     'hsdp 2x2': (4, ['--shard=2']),
     'ep 2': (2, ['--expert_parallel=2']),
     'ep 4': (4, ['--expert_parallel=4']),
-    'ep 2 x fsdp 2': (4, ['--shard=True', '--expert_parallel=2']),
+    'ep 2 x fsdp 2': (4, ['--shard=0', '--expert_parallel=2']),
     'ep 2 x hsdp 2x2': (4, ['--shard=2', '--expert_parallel=2']),
 }
 BIASES = """
@@ -83,7 +83,7 @@ def convert(clone, out):
 def test_fsdp_with_expert_parallelism_and_a_sharded_checkpoint(small):
     """Two ranks, in every way at once, and one process that goes on from what they saved."""
     train_in(small, 'one', '--out_dir=one')
-    (ranks, flags), out = (2, ['--shard=True', '--expert_parallel=2', '--checkpoint=dcp']), '--out_dir=two'
+    (ranks, flags), out = (2, ['--shard=0', '--expert_parallel=2', '--checkpoint=dcp']), '--out_dir=two'
     LAYOUTS['both'] = ranks, flags
     train_in(small, 'both', out, '--max_iters=3')
     assert os.path.islink(small / 'two/ckpt.dcp') and not (small / 'two/ckpt.pt').exists()
@@ -120,6 +120,7 @@ import torch.distributed as dist
 from extras import parallel
 from extras.optim import AdamW16, muon
 from model import GPT, GPTConfig
+from torch.distributed.tensor import DTensor
 
 dist.init_process_group('gloo')
 config = GPTConfig(**{config})
@@ -127,7 +128,7 @@ torch.manual_seed(7)
 whole = GPT(config).train()
 idx = torch.randint(61, (2, 17))
 x, y = idx[:, :-1], idx[:, 1:]
-for flags in (('True', 1), ('', 2), ('True', 2), ('', 2, 'all tokens on one rank')):
+for flags in ((0, 1), (1, 2), (0, 2), (1, 2, 'all tokens on one rank')):
     if len(flags) == 2:
         torch.manual_seed(7)
         drawn = parallel.distribute(config, None, 'cpu', 'float32', *flags)         # draws what GPT(config) drew
@@ -135,7 +136,7 @@ for flags in (('True', 1), ('', 2), ('True', 2), ('', 2, 'all tokens on one rank
         moe.e_score_correction_bias[:4] = 10.0
     given = parallel.distribute(config, whole.state_dict(), 'cpu', 'float32', *flags[:2])
     for model in (drawn, given) if len(flags) == 2 else (given,):
-        state = parallel.whole(model.state_dict(keep_vars=True))
+        state = {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in model.state_dict().items()}
         assert dist.get_rank() or all(torch.equal(v, state[k]) for k, v in whole.state_dict().items())
         assert model.get_num_params(False) == whole.get_num_params(False)
         assert model.get_num_active_params() == whole.get_num_active_params()
@@ -146,7 +147,7 @@ for flags in (('True', 1), ('', 2), ('True', 2), ('', 2, 'all tokens on one rank
     mine = sum(p.to_local().numel() for p in given.parameters())
     experts = sum(p.numel() for k, p in whole.named_parameters() if 'experts_' in k and 'shared' not in k)
     rest = whole.get_num_params(False) - experts
-    assert mine == experts / 2 + (rest / 2 if flags[0] else rest), (flags, mine, experts, rest)
+    assert mine == experts / 2 + (rest if flags[0] == 1 else rest / 2), (flags, mine, experts, rest)
     # clipping: the norm of the whole gradient, and each part of it
     whole.train()(x, y)[1].backward()
     given.train()(x, y)[1].backward()
@@ -228,6 +229,7 @@ import torch.distributed as dist
 import convert
 from extras import parallel
 from model import GPT, GPTConfig
+from torch.distributed.tensor import DTensor
 
 def resident():
     with open('/proc/self/status') as f:
@@ -250,7 +252,7 @@ peaks = []
 threading.Thread(target=watch, daemon=True).start()
 """
 IMPORT = WATCH + """
-for flags in (('True', 1), ('True', 4)):
+for flags in ((0, 1), (0, 4)):
     begin()
     model, tensors = convert.open_model('hf', {'block_size': 128}, 'meta')
     model = parallel.distribute(model.config, tensors, 'cpu', 'float32', *flags)
@@ -258,7 +260,7 @@ for flags in (('True', 1), ('True', 4)):
     share, block = whole / dist.get_world_size(), 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
     print(f'{flags}: share {share / 1e6:.0f} MB of {whole / 1e6:.0f}, block {block / 1e6:.0f}, peak {peak / 1e6:.0f}')
     assert share < peak < share + block
-    state = parallel.whole(model.state_dict(keep_vars=True))
+    state = {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in model.state_dict().items()}
     if dist.get_rank() == 0:
         given = convert.load_folder('hf', {'block_size': 128}).state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in given.items())
@@ -285,8 +287,8 @@ MEMORY = WATCH + """
 config = GPTConfig(block_size=64, vocab_size=16000, n_layer=8, n_head=8, n_embd=512, n_routed_experts=8,
                    num_nextn_predict_layers=1)
 x = torch.randint(16000, (1, 64))
-for name, flags in (('DDP', None), ('shard=True', ('True', 1)), ('shard=True expert_parallel=2', ('True', 2)),
-                    ('expert_parallel=4', ('', 4))):
+for name, flags in (('DDP', None), ('shard=0', (0, 1)), ('shard=0 expert_parallel=2', (0, 2)),
+                    ('expert_parallel=4', (1, 4))):
     begin()
     model = parallel.distribute(config, None, 'cpu', 'float32', *flags) if flags else GPT(config)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
@@ -303,7 +305,7 @@ for name, flags in (('DDP', None), ('shard=True', ('True', 1)), ('shard=True exp
     if dist.get_rank() == 0:
         print(f'{name}: {held[0]:.1f} + {held[1]:.1f} + {held[2]:.1f} = {sum(held):.1f} MB, {sum(held) / of[0]:.3f} of '
               f"DDP's; peak {peak:.0f} MB, {peak / of[1]:.2f} of DDP's", flush=True)
-    assert not (flags and flags[0]) or sum(held) < 0.26 * of[0] and peak < 0.5 * of[1]
+    assert not (flags and flags[0] == 0) or sum(held) < 0.26 * of[0] and peak < 0.5 * of[1]
     del model, forward, optimizer, moments
 dist.destroy_process_group()
 """
@@ -339,18 +341,17 @@ def test_a_sharded_checkpoint_that_cannot_be_written(small, monkeypatch, call):
     names = sorted(path.name for path in (small / 'out').iterdir())
     last = os.path.basename(os.path.realpath(small / 'out/ckpt.dcp'))
     assert names == sorted({last, os.path.basename(os.path.realpath(small / 'out/ckpt_best.dcp')), 'ckpt.dcp',
-                            'ckpt_best.dcp', 'log.jsonl'})
-    assert last.startswith('ckpt-6-')
+                            'ckpt_best.dcp', 'log.jsonl', '.lock'})
+    assert last.startswith('ckpt-6')
 
 
 def test_a_new_run_keeps_the_sharded_checkpoints_of_earlier_ones(small):
     train(small, '--checkpoint=dcp', '--max_iters=1')
-    first = os.path.realpath(small / 'out/ckpt.dcp')
     train(small, '--checkpoint=dcp', '--max_iters=2')
-    assert os.path.realpath(small / 'out/ckpt.dcp.old') == first != os.path.realpath(small / 'out/ckpt.dcp')
-    assert dcp.open_checkpoint(str(small / 'out/ckpt.dcp.old'))[1]['iter_num'] == 1
+    assert os.path.realpath(small / 'out.old1/ckpt.dcp') == str(small / 'out.old1/ckpt-1.dcp')
+    assert dcp.from_checkpoint(str(small / 'out.old1/ckpt.dcp'))[1]['iter_num'] == 1
     train(small, '--max_iters=1')
-    assert dcp.open_checkpoint(str(small / 'out/ckpt.dcp.old2'))[1]['iter_num'] == 2
+    assert dcp.from_checkpoint(str(small / 'out.old2/ckpt.dcp'))[1]['iter_num'] == 2
     assert load(small)['iter_num'] == 1 and not (small / 'out/ckpt.dcp').exists()
 
 
@@ -359,8 +360,8 @@ def test_the_first_is_the_best_until_a_better_one_comes(small, monkeypatch):
     rename = os.rename
     monkeypatch.setattr(os, 'rename', lambda *names: time.sleep(0.5) or rename(*names))
     train(small, '--checkpoint=dcp', '--max_iters=2', '--eval_interval=1', '--learning_rate=0', '--min_lr=0')
-    assert os.path.realpath(small / 'out/ckpt_best.dcp').startswith(str(small / 'out/ckpt-1-'))
-    assert os.path.realpath(small / 'out/ckpt.dcp').startswith(str(small / 'out/ckpt-2-'))
+    assert os.path.realpath(small / 'out/ckpt_best.dcp').startswith(str(small / 'out/ckpt-1.'))
+    assert os.path.realpath(small / 'out/ckpt.dcp').startswith(str(small / 'out/ckpt-2.'))
 
 
 def test_what_is_not_a_checkpoint_of_ours_stays(small):
@@ -370,10 +371,10 @@ def test_what_is_not_a_checkpoint_of_ours_stays(small):
     shutil.copytree(small / 'out/ckpt.dcp', small / 'copied/ckpt-good.dcp')
     assert not (small / 'copied/ckpt.dcp').is_symlink()
     train(small, '--checkpoint=dcp', RESUME, '--out_dir=copied', '--max_iters=2')
-    kept = [dcp.open_checkpoint(str(small / 'copied' / name))[1]['iter_num']
+    kept = [dcp.from_checkpoint(str(small / 'copied' / name))[1]['iter_num']
             for name in ('ckpt.dcp', 'ckpt.dcp.old', 'ckpt-good.dcp')]
     assert kept == [2, 1, 1]
-    assert len(list((small / 'copied').glob('ckpt-*-*.dcp'))) == 1
+    assert len(list((small / 'copied').glob('ckpt-[0-9]*.dcp'))) == 1
     assert 'python -m extras.dcp copied makes it' in run_inside('sample.py', '--out_dir=copied', cwd=small)[2]
 
 
@@ -437,7 +438,7 @@ def test_a_sharded_checkpoint_that_outgrows_its_room(small):
 
 def begin(clone, *flags, restarts=0, **kwargs):
     python = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', f'--max-restarts={restarts}']
-    return soak.start(clone, '--checkpoint=dcp', '--shard=True', '--expert_parallel=2', '--out_dir=out', *flags,
+    return soak.start(clone, '--checkpoint=dcp', '--shard=0', '--expert_parallel=2', '--out_dir=out', *flags,
                       python=python, **kwargs)
 
 
@@ -462,7 +463,7 @@ def test_kills_while_sharded_checkpoints_are_written(small):
         os.kill(random.choice(ranks), signal.SIGKILL)
         writing += bool(list((small / 'out').glob('*.tmp')))
         if (small / 'out/ckpt.dcp').exists():
-            dcp.open_checkpoint(str(small / 'out/ckpt.dcp'))
+            dcp.from_checkpoint(str(small / 'out/ckpt.dcp'))
         time.sleep(1)
     assert process.wait(600) == 0, (small / 'printed').read_text()[-3000:]
     print(f'{writing} of 12 kills while a checkpoint was written')
@@ -480,14 +481,14 @@ def test_a_signal_to_one_rank_saves_the_shards_of_both(small):
     os.kill(max(soak.children(process.pid)), signal.SIGTERM)
     assert process.wait(60) == 0
     done = soak.steps_of_this_start(small / 'out') + 1
-    assert dcp.open_checkpoint(str(small / 'out/ckpt.dcp'))[1]['iter_num'] == done
+    assert dcp.from_checkpoint(str(small / 'out/ckpt.dcp'))[1]['iter_num'] == done
 
 
 @pytest.mark.slow
 def test_runs_in_shards_end_without_an_abort(small):
     """gloo's threads that outlive Python abort it now and then (pytorch#190489)."""
     for i in range(20):
-        code, printed = torchrun(small, '--shard=True', '--expert_parallel=2', '--max_iters=1', f'--out_dir=out{i}',
+        code, printed = torchrun(small, '--shard=0', '--expert_parallel=2', '--max_iters=1', f'--out_dir=out{i}',
                                  '--checkpoint=' + ('dcp', 'whole')[i % 2])
         assert code == 0 and 'terminate called' not in printed and 'Traceback' not in printed, printed[-3000:]
 
@@ -528,7 +529,7 @@ def start_hosts(clone, hosts, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('flags', [['--shard=True', '--checkpoint=dcp'], ['--shard=2', '--expert_parallel=2']])
+@pytest.mark.parametrize('flags', [['--shard=0', '--checkpoint=dcp'], ['--shard=2', '--expert_parallel=2']])
 def test_two_hosts_of_which_one_is_killed(small, hosts, flags):
     flags = [*flags, '--max_iters=20', '--lr_decay_iters=20', '--eval_interval=1', '--out_dir=out']
     train_in(small, 'one', *flags[2:-1], '--out_dir=one')
@@ -553,14 +554,14 @@ def test_two_hosts_of_which_one_is_killed(small, hosts, flags):
     (['--shard=3'], 4, 'groups of 3 ranks do not fit the 4'), (['--expert_parallel=3'], 4, 'groups of 3 ranks'),
     (['--shard=4', '--expert_parallel=8'], 8, None),
     (['--shard=6', '--expert_parallel=4'], 12, 'does not divide the 6'),
-    (['--shard=True', '--fp8=True'], 2, 'fp8=True goes with neither'),
-    (['--shard=True', '--dtype=float16'], 2, 'dtype=float16 goes with neither'), (['--shard=True'], 0, 'torchrun'),
+    (['--shard=0', '--fp8=True'], 2, 'fp8=True goes with neither'),
+    (['--shard=0', '--dtype=float16'], 2, 'dtype=float16 goes with neither'), (['--shard=0'], 0, 'torchrun'),
 ])
 def test_settings_that_do_not_go_together(flags, ranks, message):
-    settings = dict(shard='', expert_parallel=1, fp8=False, dtype='float32')
+    settings = dict(shard=1, expert_parallel=1, fp8=False, dtype='float32')
     for flag in flags:
         key, value = flag[2:].split('=')
-        settings[key] = {'True': True}.get(value, value) if key == 'fp8' else int(value) if key[0] == 'e' else value
+        settings[key] = {'fp8': bool, 'dtype': str}.get(key, int)(value)
     if message is None:
         parallel.check(settings, ranks)
         return
@@ -569,8 +570,8 @@ def test_settings_that_do_not_go_together(flags, ranks, message):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--shard=True'], 'start them with torchrun'), (['--expert_parallel=2'], 'start them with torchrun'),
-    (['--shard=yes'], "shard='yes' must be 'True', or a number of ranks"), (['--shard=0'], 'must be'),
+    (['--shard=0'], 'start them with torchrun'), (['--expert_parallel=2'], 'start them with torchrun'),
+    (['--shard=yes'], 'shard must be int'), (['--shard=-1'], 'must be 1 (off), 0 (all ranks) or a number of ranks'),
     (['--expert_parallel=0'], 'must be positive'), (['--checkpoint=zip'], "must be 'whole' or 'dcp'"),
 ])
 def test_one_process_says_what_is_wrong(small, flags, message):
@@ -604,19 +605,22 @@ def test_ranks_say_what_is_wrong_in_one_line(small, flags, script, message, time
 
 
 @pytest.mark.parametrize('script, flag', [('train.py', '--bach_size=2'), ('train.py', '--batch_size=0'),
-                                          ('runs/pipeline.py', '--schedule=gpipe')])
-def test_silent_ranks_wait_for_the_one_that_speaks(small, monkeypatch, script, flag):
-    """torchrun ends all ranks when one has ended: of rank 0, if it came later, nothing was heard."""
-    for name, value in dict(RANK=1, LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2).items():
-        monkeypatch.setenv(name, str(value))
-    slept = []
-    monkeypatch.setattr(time, 'sleep', slept.append)
-    assert run_inside(script, flag, '--device=cpu', cwd=small) == (2, '', '') and slept == [10]
+                                          ('scale/pipeline.py', '--schedule=gpipe')])
+def test_silent_ranks_wait_for_the_one_that_speaks(small, script, flag):
+    """torchrun ends all ranks when one has ended: of rank 0, if it came later, nothing was heard. A rank of train.py
+    that is still there after that met the mistake alone, and says it."""
+    (small / 'wait.py').write_text('import runpy, sys, time\n'
+                                   'time.sleep = lambda seconds: print("slept", seconds, flush=True)\n'
+                                   'sys.argv = sys.argv[1:]\n'
+                                   'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+    said = run('wait.py', script, flag, '--device=cpu', cwd=small, ok=False, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2,
+               LOCAL_WORLD_SIZE=2).splitlines()
+    assert said[0] == 'slept 10' and len(said) == (2 if script == 'train.py' else 1), said
 
 
 def test_without_the_file_one_line_says_so(small):
     os.remove(small / 'extras/dcp.py')
-    assert 'checkpoint=dcp needs extras/dcp.py beside train.py' in train(small, '--checkpoint=dcp', code=2)
+    assert 'checkpoint=dcp needs extras/dcp.py: copy the folder extras/' in train(small, '--checkpoint=dcp', code=2)
     shutil.rmtree(small / 'extras')
     train(small, '--max_iters=1')
-    assert 'shard or expert_parallel needs extras/parallel.py' in train(small, '--shard=True', code=2)
+    assert 'shard or expert_parallel needs extras/parallel.py' in train(small, '--shard=0', code=2)

@@ -1,4 +1,4 @@
-"""runs/pipeline.py on gloo's ranks against train.py on one: the same flags, the same losses and weights."""
+"""scale/pipeline.py on gloo's ranks against train.py on one: the same flags, the same losses and weights."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ FLAGS = ['--n_layer=5', '--num_nextn_predict_layers=2', '--mtp_n_layer=1', '--ba
 
 
 def pipeline(clone, *flags, n):
-    code, printed = torchrun(clone, *FLAGS, *flags, '--out_dir=piped', n=n, script='runs/pipeline.py')
+    code, printed = torchrun(clone, *FLAGS, *flags, '--out_dir=piped', n=n, script='scale/pipeline.py')
     assert code == 0, printed
     return printed
 
@@ -84,7 +84,7 @@ def test_a_mistake_is_one_line(small, monkeypatch, ranks, flags, line):
     monkeypatch.setenv('WORLD_SIZE', str(ranks))
     small_flags = ['--dataset=abc', '--device=cpu', '--n_embd=32', '--n_head=2', '--n_routed_experts=4',
                    '--num_experts_per_tok=2', '--block_size=16', '--out_dir=piped']
-    code, printed, said = run_inside('runs/pipeline.py', *small_flags, *FLAGS, *flags, cwd=small)
+    code, printed, said = run_inside('scale/pipeline.py', *small_flags, *FLAGS, *flags, cwd=small)
     assert code == 2 and line in said and said.count('\n') == 1, said
     assert not (small / 'piped').exists()
 
@@ -92,6 +92,6 @@ def test_a_mistake_is_one_line(small, monkeypatch, ranks, flags, line):
 def test_the_other_ranks_are_silent_and_an_out_dir_that_cannot_be_written(small):
     """Rank 0 alone can meet it, after the ranks are connected."""
     (small / 'piped').write_text('a file')
-    code, printed = torchrun(small, *FLAGS, '--out_dir=piped', n=2, script='runs/pipeline.py')
+    code, printed = torchrun(small, *FLAGS, '--out_dir=piped', n=2, script='scale/pipeline.py')
     assert code != 0 and printed.count("out_dir='piped' cannot be written") == 1, printed
     assert 'Error' not in printed.split('cannot be written')[0]

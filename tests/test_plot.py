@@ -1,4 +1,4 @@
-"""plot.py and plot_positions.py: what is drawn, and what is refused."""
+"""plot.py and runs/positions.py: what is drawn, and what is refused."""
 
 import json
 
@@ -127,7 +127,7 @@ def test_positions(tmp_path, clone):
     (clone / 'data/abc').mkdir()
     val = clone / 'data/abc/val.bin'
     np.random.default_rng(0).integers(61, size=500).astype(np.uint16).tofile(val)
-    flags = ['plot_positions.py', tmp_path, '--data=abc', '--length=64', '--windows=2']
+    flags = ['runs/positions.py', tmp_path, '--data=abc', '--length=64', '--windows=2']
     code, out, said = run_inside(*flags, '--out=p.png', cwd=clone)
     assert code == 0 and (clone / 'p.png').exists(), said
     for flag, words in (('--out=nowhere/p.png', 'no folder'), ('--out=p.xyz', 'must end in'),

@@ -29,9 +29,13 @@ def configure(*argv):
     """The settings after these arguments, or None where they are refused: with exit code 2 and one line."""
     names, said = dict(DEFAULTS), io.StringIO()
     with mock.patch.object(sys, 'argv', ['script.py', *argv]), contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(said):
+            contextlib.redirect_stderr(said), mock.patch.object(sys, 'excepthook', sys.excepthook):
         try:
-            exec(SOURCE, names)
+            try:
+                exec(SOURCE, names)
+            except Exception as e:
+                sys.excepthook(type(e), e, e.__traceback__)
+                raise
         except SystemExit as e:
             assert e.code == 2 and len(said.getvalue().splitlines()) == 1
             return None
@@ -133,7 +137,8 @@ def test_batches_lie_within_the_data(loader, data):
     names['batch_size'] = data.draw(st.integers(1, 9), 'batch_size')
     names['seed'] = data.draw(st.integers(0, 2**31), 'seed')
     dtype = data.draw(st.sampled_from([np.uint16, np.uint32]), 'dtype')
-    names['data'] = {split: (np.arange(n, dtype=dtype), None) for split in ('train', 'val')}
+    names['data'] = {split: np.arange(n, dtype=dtype) for split in ('train', 'val')}
+    names['masks'] = {'train': None, 'val': None}
     where = data.draw(st.tuples(st.sampled_from(['train', 'val']), st.integers(0, 1), st.integers(0, 2**40)), 'batch')
     x, y = get_batch(*where)
     assert x.shape == y.shape == (names['batch_size'], block_size) and x.dtype == y.dtype == torch.int64
@@ -150,7 +155,7 @@ def test_masked_targets_count_not_and_rows_begin_where_they_do(loader, data):
     n = names['block_size'] + data.draw(st.integers(1, 100))
     mask = np.array(data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)), dtype=np.uint8)
     step = data.draw(st.integers(1, 9), 'row_length')
-    names['data'] = {'train': (np.arange(n, dtype=np.uint16), mask)}
+    names['data'], names['masks'] = {'train': np.arange(n, dtype=np.uint16)}, {'train': mask}
     meta = names['meta']
     try:
         names['meta'] = meta | {'row_length': step}
@@ -163,7 +168,7 @@ def test_masked_targets_count_not_and_rows_begin_where_they_do(loader, data):
 
 def test_every_start_is_drawn(loader):
     get_batch, names = loader
-    names['data'] = {'train': (np.arange(22, dtype=np.uint16), None)}
+    names['data'], names['masks'] = {'train': np.arange(22, dtype=np.uint16)}, {'train': None}
     starts = {int(s) for index in range(40) for s in get_batch('train', 0, index)[0][:, 0]}
     assert starts == set(range(22 - names['block_size']))
 

@@ -1,4 +1,4 @@
-"""What a run survives: kills, signals, a full disk, numbers that are not finite; tests/soak.py has more of it."""
+"""What a run survives: kills, signals, a full disk, numbers that are not finite; tests/by_hand/soak.py has more of it."""
 
 import os
 import re

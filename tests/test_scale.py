@@ -1,4 +1,4 @@
-"""runs/scale.py: formulas beside what torch and the kernel count, its tables; runs/schedules.py beside the papers."""
+"""scale/layouts.py: formulas beside what torch and the kernel count, its tables; scale/schedules.py beside the papers."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_v3_has_its_published_sizes():
 @pytest.mark.parametrize('world', [2, pytest.param(4, marks=pytest.mark.slow)])
 @needs_namespace
 def test_states_and_traffic_are_what_torch_and_the_kernel_count(world):
-    found = json.loads(in_a_namespace(torchrun(world, f"tests/traffic.py '{json.dumps(SETTINGS)}'")))
+    found = json.loads(in_a_namespace(torchrun(world, f"tests/fakes/traffic.py '{json.dumps(SETTINGS)}'")))
     gpt = scale.without_memory(**SETTINGS)
 
     def compare(name, layout, rel):
@@ -71,10 +71,10 @@ def test_states_and_traffic_are_what_torch_and_the_kernel_count(world):
 @pytest.mark.slow
 @needs_namespace
 def test_a_pipelines_traffic_is_what_the_kernel_counts(small):
-    """Of runs/pipeline.py, by its 3rd to 12th iteration."""
+    """Of scale/pipeline.py, by its 3rd to 12th iteration."""
     totals = []
     for steps in (2, 12):
-        script = f'runs/pipeline.py --dataset=abc --device=cpu --max_iters={steps} --out_dir=out-{steps}'
+        script = f'scale/pipeline.py --dataset=abc --device=cpu --max_iters={steps} --out_dir=out-{steps}'
         printed = in_a_namespace(torchrun(2, script) + ' && cat /proc/net/dev', cwd=small)
         totals.append(int(re.search(r'lo:\s*(?:\d+\s+){8}(\d+)', printed)[1]))
     gpt = scale.without_memory(block_size=64, vocab_size=65, n_layer=8, n_head=4, n_embd=64)
@@ -108,7 +108,7 @@ def test_the_main_runs_peak_is_near_that_of_torchs_allocator():
     measured = float(re.search(r'\| 9\.0 \| eager \|.*\| ([\d.]+) \| [\d.]+ \|', table)[1])
     formula = scale.memory(scale.MODELS['main run'].gpt, 1, Layout(), 12, recompute=False) / 2**30
     assert formula == pytest.approx(measured, rel=0.1)
-    assert f'the formulas give {formula:.1f} GiB' in (ROOT / 'docs/scale.md').read_text()
+    assert f'the formulas give {formula:.1f} GiB' in (ROOT / 'scale/README.md').read_text()
 
 
 @pytest.mark.parametrize('P', [2, 4, 8])
@@ -190,6 +190,6 @@ def test_experts_cross_the_network_only_between_machines():
 
 
 def test_the_page_holds_the_tables_that_the_script_computes():
-    text = (ROOT / 'docs/scale.md').read_text()
+    text = (ROOT / 'scale/README.md').read_text()
     assert re.findall('<!-- (?!end)(.*) -->', text) == ['models', 'memory', 'wire', 'choice', 'bubbles']
     assert scale.filled(text) == text

@@ -26,9 +26,13 @@ def weights(clone, out='out'):
 def train_on_two_ranks(clone, *flags):
     """Through a wrapper that keeps each rank's weights, not only those that rank 0 saves."""
     (clone / 'each_rank.py').write_text('''
-import os, runpy, torch
-names = runpy.run_path('train.py', run_name='__main__')
-torch.save(names['raw_model'].state_dict(), 'rank' + os.environ['RANK'])
+import os, runpy, sys, torch
+def leave(code, leave=os._exit):  # as train.py ends under torchrun
+    if code == 0:
+        torch.save(sys._getframe(1).f_globals['raw_model'].state_dict(), 'rank' + os.environ['RANK'])
+    leave(code)
+os._exit = leave
+runpy.run_path('train.py', run_name='__main__')
 ''')
     code, printed = torchrun(clone, *flags, script='each_rank.py')
     assert code == 0, printed[-4000:]

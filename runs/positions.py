@@ -1,7 +1,7 @@
 """
 Draws the loss by position in the context, to show what YaRN does for a model that was trained on short ones.
 
-    python plot_positions.py out-short out-long [--data=pydocs_char] [--length=1024] [--windows=24] [--out=PNG]
+    python runs/positions.py out-short out-long [--data=pydocs_char] [--length=1024] [--windows=24] [--out=PNG]
 
 A checkpoint with a context shorter than --length is drawn twice: as it is, and with YaRN but without training.
 """
@@ -25,7 +25,7 @@ from model import GPT, first_line
 try:
     import matplotlib
 except ImportError:
-    stop('plot_positions.py needs matplotlib: pip install matplotlib')
+    stop('runs/positions.py needs matplotlib: pip install matplotlib')
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 

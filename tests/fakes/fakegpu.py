@@ -1,6 +1,6 @@
 """Runs a script of this project on a GPU that is not there (fakecuda.c), and says what it asked of it. By hand:
 
-    python tests/fakegpu.py 90 train.py config/train_deepseek.py --max_iters=3 --gradient_accumulation_steps=1
+    python tests/fakes/fakegpu.py 90 train.py config/train_deepseek.py --max_iters=3 --gradient_accumulation_steps=1
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """
 The plan on paper: what a rank holds and sends under each kind of parallelism, and which layout one would choose.
 
-    python runs/scale.py     # writes the tables into docs/scale.md
+    python scale/layouts.py     # writes the tables into scale/README.md
 
 W ranks are P pipeline ranks times D data ranks. Memory and messages are in bytes, times in seconds.
 """
@@ -211,7 +211,7 @@ class Plan(NamedTuple):
 
 
 def predict(model, W, layout, sequences, recompute):
-    """The Plan of this layout. What hides behind what: docs/scale.md."""
+    """The Plan of this layout. What hides behind what: scale/README.md."""
     gpt, P = model.gpt, layout.pp
     micro_batches = model.sequences // (W // P * sequences)
     flops = flops_per_token(gpt) * sequences * gpt.config.block_size / P  # of a micro-batch on a rank
@@ -339,5 +339,5 @@ def filled(text):
 
 
 if __name__ == '__main__':
-    page = root / 'docs/scale.md'
+    page = root / 'scale/README.md'
     page.write_text(filled(page.read_text(encoding='utf-8')), encoding='utf-8')

@@ -1,9 +1,9 @@
 """
 What the first person with a GPU runs: its numbers against the CPU's, its host syncs, its speed, and a report to paste.
 
-    make gpu                               # all of it, by `python tests/test_gpu.py`; the report is gpu-report.md
-    python tests/test_gpu.py -k decoding   # a part of it
-    TEST_GPU=cpu python -m pytest tests/test_gpu.py   # the comparisons themselves: the CPU in the GPU's place
+    make gpu                               # all of it, by `python tests/by_hand/test_gpu.py`; the report is gpu-report.md
+    python tests/by_hand/test_gpu.py -k decoding   # a part of it
+    TEST_GPU=cpu python -m pytest tests/by_hand/test_gpu.py   # the comparisons themselves: the CPU in the GPU's place
 
 An error is a share of what is right: see distance(). What it may be follows from the errors that the CPU itself makes
 in the same dtype against fp32 or fp64: see limits().

@@ -1,8 +1,8 @@
 """
 A pipeline's step, simulated: 1F1B, ZB-V and DualPipeV on P ranks.
 
-    python runs/schedules.py               # draws assets/scale.png
-    python runs/schedules.py --measure     # times a block of the main run here first, into runs/scale_times.json
+    python scale/schedules.py               # draws assets/scale.png
+    python scale/schedules.py --measure     # times a block of the main run here first, into scale/times.json
 
 A model is 2P stages, two on each rank; 1F1B has P stages twice as long. F, I, W: the time of a stage's forward, and of
 its backward for the input and for the weights. An action is (kind, stage, micro-batch): kind F, I, W, or B for I and W.
@@ -85,7 +85,7 @@ def main_run():
 
 def block_times():
     """F, I and W of a block of the main run: what measure() wrote."""
-    return [json.loads((root / 'runs/scale_times.json').read_text())[kind] for kind in 'FIW']
+    return [json.loads((root / 'scale/times.json').read_text())[kind] for kind in 'FIW']
 
 
 # -----------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def measure():
     F, I, B = (min(timeit.repeat(lambda inputs=inputs: run(inputs), number=1, repeat=25))
                for inputs in ([], [x], [x, *block.parameters()]))
     times = {'F': round(F, 4), 'I': round(I - F, 4), 'W': round(B - I, 4)}
-    (root / 'runs/scale_times.json').write_text(json.dumps(times) + '\n')
+    (root / 'scale/times.json').write_text(json.dumps(times) + '\n')
 
 
 if __name__ == '__main__':

@@ -2,8 +2,8 @@
 Pipeline parallelism: the layers are divided among the ranks, by torch.distributed.pipelining's schedules.
 
     python data/shakespeare_char/prepare.py
-    torchrun --standalone --nproc_per_node=2 runs/pipeline.py                   # or 4: small sizes, on CPUs over gloo
-    torchrun --standalone --nproc_per_node=2 runs/pipeline.py config/train_deepseek.py    # on GPUs where there are some
+    torchrun --standalone --nproc_per_node=2 scale/pipeline.py                   # or 4: small sizes, on CPUs over gloo
+    torchrun --standalone --nproc_per_node=2 scale/pipeline.py config/train_deepseek.py    # on GPUs where there are some
 
 With DualPipeV (github.com/deepseek-ai/DualPipe) P ranks hold 2P stages: rank r has the stages r and 2P-1-r. So rank 0
 has the first and the last, with the embedding, the head, and the MTP modules, which share both (V3 section 3.2.3).
@@ -36,7 +36,9 @@ from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, stop
-from model import GPT, GPTConfig, load_meta, open_log, save_checkpoint
+from extras.folder import take
+from extras.scripts import open_log
+from model import GPT, GPTConfig, load_meta, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig
@@ -89,7 +91,7 @@ n_stages = 2 * P if schedule == 'dualpipev' else P
 def check_settings():
     if P < 2:
         raise ValueError('a pipeline needs two ranks or more: torchrun --standalone --nproc_per_node=2 '
-                         'runs/pipeline.py')
+                         'scale/pipeline.py')
     if schedule not in ('dualpipev', '1f1b'):
         raise ValueError(f"schedule={schedule!r} must be 'dualpipev' or '1f1b'")
     if batch_size < 1 or max_iters < 0:
@@ -274,8 +276,9 @@ def clip():
 fault = ''
 if rank == 0:
     try:
+        take(out_dir, data_dir)
         log = open_log(os.path.join(out_dir, 'log.jsonl'), {'config': settings, 'run': run, 'world_size': P,
-                       'model_args': dataclasses.asdict(config)}, data_dir)
+                       'model_args': dataclasses.asdict(config)})
     except ValueError as e:
         fault = str(e)
 if all_reduce(torch.tensor(float(fault != ''), device=device)) > 0:

@@ -2,7 +2,7 @@
 What data parallelism holds and sends, by torch and the kernel: for test_scale.py, under torchrun in a network namespace
 of its own, whose one interface, lo, then carries nothing else.
 
-    torchrun ... tests/traffic.py SETTINGS        # those of a GPTConfig, as JSON; prints JSON
+    torchrun ... tests/fakes/traffic.py SETTINGS        # those of a GPTConfig, as JSON; prints JSON
 
 gloo's reduce-scatter is an all-reduce: it sends twice what a ring needs, and nccl's does not.
 """
@@ -88,12 +88,12 @@ n, states = of_a_step(model)
 buckets = model._get_ddp_logging_data()['bucket_sizes']
 found = {'ddp': (n, states + sum(int(size) for size in buckets.split(',')))}
 del model
-found['fsdp'] = of_a_step(with_shards('True', 1))
-found['experts'] = of_a_step(with_shards('', world))
+found['fsdp'] = of_a_step(with_shards(0, 1))
+found['experts'] = of_a_step(with_shards(1, world))
 if world == 4:
-    found['hsdp'] = of_a_step(with_shards('2', 1))
-    found['experts and hsdp'] = of_a_step(with_shards('2', 2))
+    found['hsdp'] = of_a_step(with_shards(2, 1))
+    found['experts and hsdp'] = of_a_step(with_shards(2, 2))
 if dist.get_rank() == 0:
     print(json.dumps(found))
-parallel.leave()
+sys.stdout.flush()
 dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """
 What takes too long for the tests: kills at random instants, a full disk, and ten thousand steps. Linux alone.
 
-    python tests/soak.py [kill] [ranks] [disk] [memory] [--kills=100] [--rank_kills=20] [--steps=10000] [--seed=0]
+    python tests/by_hand/soak.py [kill] [ranks] [disk] [memory] [--kills=100] [--rank_kills=20] [--steps=10000] [--seed=0]
 
 `make soak` runs all four, in a copy of the project, and prints a table of what was seen; exit code 1 if one failed.
 """

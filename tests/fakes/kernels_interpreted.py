@@ -55,7 +55,7 @@ def test_products_against_fp64(kernels, rows, dtype, gather):
 
 def with_kernels(model, kernels, monkeypatch):
     """As enable() leaves a model, on a GPU whose grouped_mm waits for the host."""
-    for module in (model_file, kernels):
+    for module in (kernels.experts_file, kernels):
         monkeypatch.setattr(module, 'has_grouped_kernel', lambda device, dtype: False)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     chosen = []
@@ -141,4 +141,5 @@ def test_kernels_that_are_wrong_or_do_not_fit_are_left_alone(kernels, monkeypatc
                 assert "another loss's gradient in torch.float32" in kernels.enable(model)
             patch.setattr(kernels, name, lambda *args: torch.zeros(3)[torch.tensor(7)])
             assert 'IndexError' in kernels.enable(model)
-    assert model.rows_fn is model_file.cross_entropy_rows and not model.moe_layers()[0].kernels
+    assert model.rows_fn is model_file.cross_entropy_rows
+    assert model.moe_layers()[0].experts_fn is model_file.sorted_experts

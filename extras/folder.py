@@ -1,0 +1,114 @@
+"""
+A run's folder: which checkpoint is the last one, who may write there, and how an earlier run is kept.
+"""
+
+import glob
+import itertools
+import os
+import shutil
+
+import torch
+
+from model import Mistake
+
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+
+
+def last_checkpoint(out_dir):
+    """The checkpoint of the highest iteration in a run's folder; out_dir/ckpt.pt if there is none."""
+    def iteration(path):
+        try:
+            path = os.path.join(path, 'rest.pt') if path.endswith('.dcp') else path
+            return torch.load(path, map_location='meta', weights_only=True, mmap=True)['iter_num']
+        except Exception:  # damaged, or another program's: whoever opens it says so
+            return -1
+
+    paths = [os.path.join(out_dir, f'ckpt{which}{end}') for which in ('', '_last', '_best') for end in ('.pt', '.dcp')]
+    return max(filter(os.path.exists, paths), key=iteration, default=paths[0])
+
+
+def elsewhere(path):
+    """In words, where the checkpoint may be that is not at `path`; '' if nowhere."""
+    out_dir, sharded = os.path.dirname(path) or '.', path.removesuffix('.pt') + '.dcp'
+    if os.path.exists(sharded):
+        return f'. There is {sharded}: python -m extras.dcp {out_dir} makes it of that'
+    kept = sorted(glob.glob(f'{glob.escape(os.path.normpath(out_dir))}.old*'))
+    return f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
+
+
+def copy_tokenizer(source, target):
+    """A tokenizer goes with its data, and with the checkpoint."""
+    for name in TOKENIZER_FILES:
+        if os.path.exists(os.path.join(source, name)):
+            shutil.copy(os.path.join(source, name), os.path.join(target, name))
+
+
+locks = []  # open files: a lock lasts until its file is closed
+
+
+def lock(folder, out_dir):
+    file = open(os.path.join(folder, '.lock'), 'w')
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Mistake(f'another process is training in {out_dir}; give this run its own --out_dir') from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    locks.append(file)
+
+
+def begin(config, init_from, data_dir, master, max_over_ranks):
+    """Lock out_dir, for train.py. A new run keeps the earlier one."""
+    out_dir = config['out_dir']
+    if master and not config['eval_only']:
+        take(out_dir, {'resume': None, 'scratch': data_dir}.get(init_from, init_from))
+        if init_from == 'resume':
+            keep_names(os.path.realpath(out_dir), config['always_save_checkpoint'])
+    max_over_ranks(0)  # a barrier
+    if max_over_ranks(not os.path.exists(out_dir)) and master and not config['eval_only']:
+        print(f'note: {out_dir} is not one folder for all machines: to resume, copy its checkpoint to all of them')
+
+
+def take(out_dir, tokenizer_from=None):
+    """Lock out_dir for this process. With tokenizer_from a new run begins, and an earlier run's whole folder becomes
+    out_dir.old1, or .old2, ... The new folder is written under another name first, so that a full disk shows.
+    """
+    folder = os.path.realpath(out_dir)
+    try:
+        earlier = os.path.isdir(folder) and any(name.startswith(('ckpt', 'log.jsonl')) for name in os.listdir(folder))
+        if earlier or tokenizer_from is None:
+            lock(folder, out_dir)
+        if tokenizer_from is None:
+            return
+        around = os.path.join(os.getcwd(), '').startswith(os.path.join(folder, ''))
+        if earlier and (around or os.path.ismount(folder) or not os.access(os.path.dirname(folder), os.W_OK)):
+            raise Mistake(f'out_dir={out_dir!r} holds an earlier run and cannot be renamed; give this run its own '
+                          '--out_dir')
+        new = folder + '.new' if earlier else folder
+        os.makedirs(new, exist_ok=True)
+        lock(new, out_dir)
+        with open(os.path.join(new, '.lock'), 'wb') as f:
+            f.write(b' ' * 100_000)  # a full disk shows here
+            f.flush()
+            os.fsync(f.fileno())
+            f.truncate(0)
+        copy_tokenizer(tokenizer_from, new)
+        if earlier:
+            n = next(n for n in itertools.count(1) if not os.path.lexists(f'{folder}.old{n}'))
+            os.rename(folder, f'{folder}.old{n}')
+            os.rename(new, folder)
+            print(f'the earlier run in {out_dir} is now in {out_dir.rstrip("/")}.old{n}')
+    except OSError as e:
+        raise Mistake(f'out_dir={out_dir!r} cannot be written: {e.strerror}') from None
+
+
+def keep_names(folder, always_save):
+    """If always_save_checkpoint has changed, the checkpoints get the names that it gives them: none is written over."""
+    for end in ('.pt', '.dcp'):
+        last, main, best = (os.path.join(folder, f'ckpt{which}{end}') for which in ('_last', '', '_best'))
+        aside, back = (best, last) if always_save else (last, best)
+        if os.path.exists(back) and not os.path.exists(aside):
+            if os.path.exists(main):
+                os.rename(main, aside)
+            os.rename(back, main)

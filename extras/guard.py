@@ -1,0 +1,231 @@
+"""
+All that looks suspiciously at a run: settings, ranks, data, the fit of a checkpoint, a trial micro-batch, the earlier
+run's folder. train.py calls these functions at a few named points, if this file is there. A finding is a Mistake.
+"""
+
+import math
+import os
+import socket
+
+import numpy as np
+import torch
+
+from extras.folder import begin, elsewhere, last_checkpoint  # noqa: F401 (train.py calls guard.begin)
+from model import Mistake, first_line, is_out_of_memory
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+RANGES = [  # settings, a test that their values must pass, and the test in words
+    ('batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_skipped_iters '
+     'expert_parallel', lambda x: x > 0, 'be positive'),
+    ('learning_rate min_lr weight_decay grad_clip max_iters warmup_iters lr_decay_iters mtp_lambda_late mtp_late_from',
+     lambda x: 0 <= x < math.inf, 'be finite and not negative'),
+    ('beta1 beta2', lambda x: 0 <= x < 1, 'lie in [0, 1)'),
+    ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
+    ('shard', lambda x: x >= 0, 'be 1 (off), 0 (all ranks) or a number of ranks'),
+    ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
+    ('optimizer', lambda x: x in ('adamw', 'muon'), "be 'adamw' or 'muon'"),
+    ('checkpoint', lambda x: x in ('whole', 'dcp'), "be 'whole' or 'dcp'"),
+    ('dtype', lambda x: x in ('', *DTYPES), "be 'float32', 'bfloat16' or 'float16'"),
+    ('fp8_scaling', lambda x: x in ('tile', 'row', 'tensor'), "be 'tile', 'row' or 'tensor'"),
+    ('fp8_grad', lambda x: x in ('e4m3', 'e5m2'), "be 'e4m3' or 'e5m2'"),
+    ('init_from', lambda x: x in ('scratch', 'resume') or os.path.isdir(x),
+     "be 'scratch', 'resume' or a folder with a DeepSeek-V2 or V3 family checkpoint: GPT-2's weights do not fit this "
+     'architecture'),
+    ('out_dir', lambda x: x != '', 'name a folder'),
+]
+
+
+def need(ok, message):
+    if not ok:
+        raise Mistake(message)
+
+
+# -----------------------------------------------------------------------------
+# settings and ranks
+
+def check_ranges(config, ranges=RANGES):
+    for names, fits, words in ranges:
+        for name in names.split():
+            need(fits(config[name]), f'{name}={config[name]!r} must {words}')
+
+
+def check_settings(config, device, world):
+    check_ranges(config)
+    c, ranks = config, 'RANK' in os.environ
+    need(c['gradient_accumulation_steps'] % world == 0, 'gradient_accumulation_steps='
+         f'{c["gradient_accumulation_steps"]} must be a multiple of the {world} ranks')
+    need(not c['bf16_moments'] or (c['optimizer'] == 'adamw' and c['dtype'] != 'float16'),
+         "bf16_moments=True is AdamW's, and not for dtype='float16'")
+    need(c['dtype'] != 'float16' or device.startswith('cuda'),
+         "dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
+    if os.path.isdir(c['init_from']):
+        inside = os.path.join(os.path.realpath(c['init_from']), '').startswith(
+            os.path.join(os.path.realpath(c['out_dir']), ''))
+        need(not inside, f'init_from={c["init_from"]!r} must not be in {c["out_dir"]!r}, which a new run renames')
+    if c['decay_lr'] and c['warmup_iters'] > c['lr_decay_iters'] and os.environ.get('RANK', '0') == '0':
+        print(f'note: the rate rises until warmup_iters={c["warmup_iters"]} and then falls to min_lr at once, because '
+              f'lr_decay_iters={c["lr_decay_iters"]} is before that')
+    if c['shard'] != 1 or c['expert_parallel'] > 1:
+        from extras import parallel  # a slow import
+        parallel.check(config, world if ranks else 0)
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    need(not (ranks and device.startswith('cuda')) or torch.cuda.device_count() >= here,
+         f'{here} ranks need as many GPUs; here are {torch.cuda.device_count()}')
+    check_device(device)
+
+
+def check_device(device):
+    """The type of a device: 'cuda', 'cpu', ... A Mistake if no number can be computed there and read back."""
+    try:
+        x = torch.zeros(1, device=device)
+        x.item()  # the meta device cannot
+        return x.device.type
+    except Exception as e:  # torch raises RuntimeError, AssertionError, NotImplementedError and others
+        raise Mistake(f'device={device!r} cannot be used here: {first_line(e)}') from None
+
+
+def check_ranks(store, device_type):
+    """Before the ranks connect. gloo and nccl would wait for each other. And gloo listens on the address that a
+    machine's name has; on many machines it is 127.0.1.1, which no other machine can reach."""
+    world = int(os.environ['WORLD_SIZE'])
+    store.add('gpus', int(device_type == 'cuda'))
+    if store.add('ranks', 1) == world:
+        store.set('counted', '')
+    store.get('counted')  # waits for all
+    need(store.add('gpus', 0) in (0, world), 'some ranks have a GPU and others have none: give all the same --device')
+    machines = int(os.environ.get('GROUP_WORLD_SIZE', 1))
+    if machines == 1 or 'GLOO_SOCKET_IFNAME' in os.environ:
+        return
+    if os.environ['LOCAL_RANK'] == '0':
+        try:
+            address = socket.gethostbyname(socket.gethostname())
+        except OSError:
+            address = '127.0.0.1'  # which gloo takes then
+        store.set('host' + os.environ['GROUP_RANK'], address)
+    addresses = [store.get(f'host{machine}').decode() for machine in range(machines)]
+    need(not any(address.startswith('127.') for address in addresses), 'the machines\' names have the addresses '
+         f'{", ".join(addresses)}, and no other machine reaches 127...; set GLOO_SOCKET_IFNAME to the network '
+         'interface, such as eth0, on every machine')
+
+
+# -----------------------------------------------------------------------------
+# data and checkpoints
+
+def check_files(data_dir, meta, block_size):
+    """Before the token files are opened."""
+    kinds = {'vocab_size': int, 'stoi': dict, 'itos': dict, 'dtype': str, 'row_length': int, 'tokenizer': str}
+    for name, kind in kinds.items():
+        need(type(meta.get(name, kind())) is kind and (name != 'row_length' or meta.get(name, 1) > 0),
+             f'{data_dir}/meta.pkl cannot be used: its {name} must be {kind.__name__}' + ' > 0' * (name == 'row_length')
+             + ': run prepare.py again')
+    size_of = np.dtype(meta.get('dtype', 'uint16')).itemsize
+    for split in ('train', 'val'):
+        path, mask = (os.path.join(data_dir, f'{split}{end}.bin') for end in ('', '_mask'))
+        if not os.path.isfile(path):
+            root = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
+            sets = sorted(os.path.relpath(folder, root) for folder, _, files in os.walk(root) if 'train.bin' in files)
+            raise Mistake(f'{path} is missing: run its prepare.py first, or name a data set that is prepared: '
+                          f'{", ".join(sets) or "there is none yet"}')
+        size = os.path.getsize(path)
+        need(size % size_of == 0, f'{path} is cut short, or has another dtype: run prepare.py again')
+        need(size > block_size * size_of, f'{path} holds too few tokens for block_size={block_size}')
+        need(not os.path.exists(mask) or os.path.getsize(mask) == size // size_of,
+             f'{mask} must hold a byte for each token of {split}.bin: run prepare.py again')
+
+
+def check_tokens(data, model_config, config, meta, max_over_ranks):
+    """All tokens, each rank its share: a token beyond the vocabulary would be an odd error much later."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    for split, tokens in data.items():
+        top = max_over_ranks(np.array_split(tokens, world)[rank].max(initial=0))
+        path = tokens.filename
+        need(top < model_config.vocab_size,
+             f'{path} holds the token {top}, beyond vocab_size={model_config.vocab_size}')
+        known = meta or config['vocab_size'] or config['init_from'] != 'scratch'
+        need(split != 'train' or top >= 256 or known, f'{os.path.dirname(path)}/meta.pkl is missing, and {split}.bin '
+             f'holds no more than {top + 1} different tokens: run prepare.py again, or say --vocab_size={top + 1}')
+
+
+def check_path(path, max_over_ranks):
+    """All ranks together: a machine that waits for one without the checkpoint would wait for long."""
+    need(not max_over_ranks(not os.path.exists(path)), f'{path} is missing: train a model first, or name the out_dir '
+         'it is in' + elsewhere(path) + '; all machines need the same folder' * ('RANK' in os.environ))
+
+
+def check_fit(init_from, path, model, found, config, overrides, meta, max_over_ranks):
+    """The checkpoint `found` at `path`, or the folder init_from, against the settings and the data."""
+    if init_from == 'scratch':
+        return
+    if init_from == 'resume':
+        number, best, trained_on = (found.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
+        need((type(number), type(best), type(trained_on or {})) == (int, float, dict) and number >= 0,
+             f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta has a wrong type')
+        need(max_over_ranks(number) == -max_over_ranks(-number),
+             f'the ranks hold checkpoints of different iterations: {config["out_dir"]} must be one folder for all')
+        need(not found.get('optimizer') or all((trained_on or {}).get(k) == meta.get(k) for k in ('stoi', 'tokenizer')),
+             f'dataset={config["dataset"]} has another vocabulary than {path} was trained on: resume with its dataset, '
+             'or restore its meta.pkl')
+    if init_from != 'resume' or not found.get('optimizer'):  # Hugging Face's, or converted from there
+        from extras.hf import check_vocabulary
+        check_vocabulary(os.path.dirname(path) if init_from == 'resume' else init_from, meta, config['dataset'])
+    defaults = type(model.config)()
+    ignored = [f'{name}={config[name]}' for name, value in vars(model.config).items()
+               if name not in overrides and name != 'vocab_size' and config[name] not in (-1, value)
+               and config[name] != type(defaults).__dataclass_fields__[name].default]
+    if ignored and os.environ.get('RANK', '0') == '0':
+        print(f"ignored, since the architecture is the checkpoint's: {', '.join(ignored)}")
+    original, factor = model.config.rope_original_max_position_embeddings, model.config.rope_factor
+    need(config['block_size'] <= factor * original, f'block_size={config["block_size"]} is longer than the '
+         f'{int(factor * original)} of the checkpoint: resume with the config file and the flags of its run, or extend '
+         f'it with --rope_factor={math.ceil(config["block_size"] / original)}')
+
+
+def check_optimizer(path, state, opt):
+    """Before load_state_dict(): a fused step reads past the end of a state that is smaller than its parameter."""
+    params = [p for group in opt.param_groups for p in group['params']]
+    try:
+        fits = [len(g['params']) for g in state['param_groups']] == [len(g['params']) for g in opt.param_groups]
+        fits = fits and all(x.dim() == 0 or x.shape == params[i].shape
+                            for i, entries in state.get('state', {}).items() for x in entries.values())
+    except (KeyError, TypeError, AttributeError, IndexError):  # not an optimizer's state at all
+        fits = False
+    need(fits, f'the optimizer in {path} does not fit: resume with the --optimizer of its run')
+
+
+# -----------------------------------------------------------------------------
+# just before the loop
+
+def try_micro_batch(model, opt, batch, ctx, config, max_over_ranks):
+    """Forward, backward, an evaluation and a step that changes nothing, before a folder is renamed. A model that cannot
+    be compiled runs without. Each rank prints its own fault; all decide by the worst: 0, 1 (compiler), 2 (memory).
+    """
+    sharded = config['shard'] != 1 or config['expert_parallel'] > 1
+    for compiled in ([True, False] if config['compile'] else [False]):
+        fault = 0
+        try:
+            for _ in range(2 if batch[0].is_cuda else 1):  # the second one with gradients and the optimizer's state
+                with ctx:
+                    _, loss = model.train()(*batch)
+                loss.backward()
+                with ctx, torch.no_grad():
+                    model.eval()(*batch, return_logits=False)
+                if opt.defaults['fused']:
+                    opt.found_inf = torch.ones((), device=batch[0].device)
+                    opt.step()
+        except Exception as e:
+            fault = 2 if is_out_of_memory(e) else 1
+            if fault == 1 and not compiled:
+                raise
+            # in shards the other ranks wait for this one within the micro-batch
+            need(not sharded, f'{first_line(e)}: try ' + ('--compile=False' if fault == 1 else 'a smaller batch_size'))
+            if fault == 1:
+                rank = f'rank {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''
+                print(f'{rank}going on without torch.compile: {type(e).__name__}: {first_line(e)}')
+        opt.zero_grad(set_to_none=True)
+        fault = max_over_ranks(fault)
+        half, steps = config['batch_size'] // 2, 2 * config['gradient_accumulation_steps']
+        advice = f'--batch_size={half} --gradient_accumulation_steps={steps}' if half else 'a smaller model (n_embd)'
+        need(fault < 2, f'out of memory: try {advice}')
+        if fault == 0:
+            return
+        torch.compiler.set_stance('force_eager')

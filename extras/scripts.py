@@ -1,0 +1,122 @@
+"""What the scripts share: the device, a folder's model and tokenizer, the ranks, a run's log."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from extras import experts, folder, guard, tokenizer
+from model import GPT, Mistake, first_line
+
+# -----------------------------------------------------------------------------
+# device and model
+
+
+def default_device():
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def autocast(device_type, dtype):
+    """The context in which matrix products run in dtype ('float32', 'bfloat16' or 'float16')."""
+    return contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+
+
+def load_checkpoint(out_dir, device, **overrides):
+    """The model of a run's folder on the device, the checkpoint itself, and its tokenizer."""
+    path = os.path.join(out_dir, 'ckpt.pt')
+    if not os.path.exists(path):
+        raise Mistake(f'{path} is missing: train a model first, or name the out_dir it is in{folder.elsewhere(path)}')
+    model, checkpoint = GPT.from_checkpoint(path, device, **overrides)
+    config = checkpoint.get('config') or {}
+    guard.need(type(config) is dict and (config.get('dtype') or 'float32') in guard.DTYPES,
+               f'{path} is no checkpoint of this model: its config is no table with a dtype of '
+               f'{", ".join(guard.DTYPES)}')
+    speaks = tokenizer.of_checkpoint(out_dir, checkpoint.get('meta') or {}, model.config.vocab_size)
+    return model.to(device), checkpoint, speaks
+
+
+def use_kernels(model):
+    """From now on the model chooses the fastest way for its experts: extras/experts.py, and on a GPU extras/kernels.py.
+    True if these kernels run.
+    """
+    experts.enable(model)
+    if model.lm_head.weight.device.type != 'cuda':
+        return False
+    try:
+        from extras import kernels
+        fault = kernels.enable(model)
+    except ImportError as e:  # triton is missing
+        fault = first_line(e)
+    if fault:
+        print(f'going on without extras/kernels.py: {fault}', file=sys.stderr)
+    return not fault
+
+
+# -----------------------------------------------------------------------------
+# torchrun's ranks
+
+
+def connect(backend, device_type):
+    """Join torchrun's ranks -> the store that outlives its restarts."""
+    guard.need('MASTER_ADDR' in os.environ, 'the ranks cannot be connected: start them with torchrun')
+    store, rank, world = next(dist.rendezvous('env://'))
+    # the store still holds the addresses of lost ranks: each attempt gets its own part
+    attempt = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+    guard.check_ranks(attempt, device_type)
+    dist.init_process_group(backend if device_type == 'cuda' else 'gloo', store=attempt, rank=rank, world_size=world)
+    return store
+
+
+def leave():
+    """End a process of torchrun's, when no rank needs another one any more."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # at once: gloo's threads may outlive Python and abort it (pytorch#190489)
+
+
+def all_reduce(x, op=dist.ReduceOp.SUM):
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x
+
+
+# -----------------------------------------------------------------------------
+# a run's log
+
+
+def header(model, config):
+    """The first line of a run's log: what it is, and where its numbers come from."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    git = ['git', '-C', here, 'describe', '--always', '--dirty']
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which('git') else ''
+    device = model.lm_head.weight.device
+    hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else \
+        f'{platform.machine()} {device.type}, {os.cpu_count()} cores'
+    return {'command': shlex.join(sys.argv), 'config': config, 'world_size': int(os.environ.get('WORLD_SIZE', 1)),
+            'model_args': dataclasses.asdict(model.config),  # with every derived size
+            'parameters': model.get_num_params(), 'active_parameters': model.get_num_active_params(),
+            'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__},
+            'hardware': hardware, 'git_commit': commit or None}
+
+
+def open_log(path, header):
+    """A run's log, to append lines to; the header is one, in JSON. A Mistake if it cannot be written."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        file = open(path, 'ab', buffering=0)
+        # a run that was killed may have left half a line
+        file.write(b'\n' * (file.tell() > 0) + json.dumps(header).encode() + b'\n')
+        return file
+    except OSError as e:
+        raise Mistake(f'{path} cannot be written: {e.strerror}') from None
