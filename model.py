@@ -16,7 +16,6 @@ import contextlib
 import math
 import os
 import pickle
-import shutil
 import zipfile
 from dataclasses import dataclass, fields, replace
 
@@ -564,7 +563,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
         raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). A "
-                      'DeepSeek-V2 or V3 family checkpoint in Hugging Face format does: --init_from=FOLDER')
+                      'DeepSeek-V2 or V3 family checkpoint in Hugging Face format does, with the folder extras/: '
+                      '--init_from=FOLDER')
 
     @classmethod
     def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):
@@ -842,20 +842,21 @@ def save_checkpoint(checkpoint, path, best_path=None):
     steps since path's checkpoint, and writes the best one again.
     """
     new, new_best = f'{path}.tmp', f'{best_path}.tmp'
-    for target in filter(None, (path, best_path)):
-        if os.path.exists(target) and not os.path.isfile(target):  # /dev/null: a rename would replace the device
-            raise Mistake(f'{target} is no regular file: a checkpoint is not written over it')
-    try:
-        remove(new, new_best)  # a kill may have left them as names of the best checkpoint: do not write into it
-        with open(new, 'wb') as f:
+
+    def write(target):
+        with open(target, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+
+    try:
+        remove(new, new_best)  # a kill may have left them as names of the best checkpoint: do not write into it
+        write(new)
         if best_path:
             try:
                 os.link(new, new_best)
             except OSError:  # a file system without links
-                shutil.copyfile(new, new_best)
+                write(new_best)
             os.replace(new_best, best_path)
         os.replace(new, path)
         sync_folder(os.path.dirname(path) or '.')

@@ -87,20 +87,17 @@ config_keys = [k for k, v in globals().items() if not k.startswith('_') and isin
 exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())  # from the command line, config files
 config = {k: globals()[k] for k in config_keys}
 here = os.path.dirname(os.path.abspath(__file__))
-
-
-def has_extra(name):
-    return os.path.exists(os.path.join(here, 'extras', name + '.py'))
+has_extras = os.path.exists(os.path.join(here, 'extras'))
 
 
 def import_extra(name, flag):
     """The module extras/NAME.py, which this flag needs."""
-    if not has_extra(name):
+    if not has_extras:
         raise Mistake(f'{flag} needs extras/{name}.py: copy the folder extras/ to where train.py is')
     return importlib.import_module('extras.' + name)
 
 
-guard, scripts = (import_extra(name, name) if has_extra(name) else None for name in ('guard', 'scripts'))
+guard, scripts = (import_extra(name, '') if has_extras else None for name in ('guard', 'scripts'))
 
 # -----------------------------------------------------------------------------
 # ranks and device
@@ -200,7 +197,7 @@ elif init_from == 'resume':
     reader = import_extra('dcp', resume_path) if resume_path.endswith('.dcp') and not sharded else build
     raw_model, found = reader.from_checkpoint(resume_path, device, **overrides)
 else:
-    reader = build if sharded else import_extra('hf', f'init_from={init_from}')
+    reader = build if sharded or not has_extras else import_extra('hf', 'init_from')
     raw_model = reader.from_pretrained(init_from, overrides)
 raw_model.to(device)
 if guard:
