@@ -2,7 +2,7 @@
 A model over many ranks, by torch's own engine (DeviceMesh, FSDP2): what train.py's --shard and --expert_parallel ask
 for.
 
-The weights, their gradients and the optimizer's state are DTensors, of which each rank holds a shard. The model is
+The weights, their gradients and the optimizer's state are DTensors; each rank holds one shard of each. The model is
 built without memory and then filled one tensor at a time, so that no rank ever holds the whole.
 """
 
@@ -36,7 +36,7 @@ logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERR
 
 
 def check(config, world):
-    """Mistake if train.py's settings do not go together, or not with so many ranks of torchrun, 0 without it."""
+    """Mistake if train.py's settings contradict each other or the number of ranks (0: no torchrun)."""
     if world == 0:
         raise Mistake('shard and expert_parallel need several ranks: start them with torchrun')
     for name, value in (('fp8', True), ('dtype', 'float16')):
@@ -45,7 +45,7 @@ def check(config, world):
     size, N = group_size(config['shard'], world), config['expert_parallel']
     for name, ranks in (('shard', size), ('expert_parallel', N)):
         if world % ranks != 0:
-            raise Mistake(f'{name}={ranks}: groups of {ranks} ranks do not fit the {world} that there are')
+            raise Mistake(f'{name}={ranks}: {ranks} must divide the number of ranks, {world}')
     if size > N and size % N != 0:
         raise Mistake(f'expert_parallel={N} does not divide the {size} ranks that share the weights')
 
@@ -56,7 +56,7 @@ def group_size(shard, world):
 
 
 class Layout(NamedTuple):
-    """How a model lies over the ranks. It builds and loads a model as GPT does, but in shards."""
+    """How a model is spread over the ranks. It builds and loads a sharded model by the same calls as GPT."""
     device: str
     dtype: str
     shard: int
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         return distribute(config, None, *self)
 
     def from_checkpoint(self, path, map_location=None, **overrides):
-        """As GPT.from_checkpoint(), of both forms: each rank reads what its shards need."""
+        """GPT.from_checkpoint() for ckpt.pt and ckpt.dcp; each rank reads what its shards need."""
         sharded = path.endswith('.dcp')
         with torch.device('meta'):
             model, checkpoint = (dcp if sharded else GPT).from_checkpoint(path, 'cpu', assign=True, **overrides)
@@ -79,7 +79,7 @@ class Layout(NamedTuple):
 
 
 def layout(config, device):
-    """Of train.py's settings."""
+    """train.py's settings -> Layout"""
     if config['dtype'] == 'float16':  # chosen for this GPU, not by a flag
         raise Mistake('shard and expert_parallel need bfloat16 or float32: say --dtype=float32')
     return Layout(device, config['dtype'], config['shard'], config['expert_parallel'])
@@ -102,7 +102,7 @@ def distribute(config, source, device, dtype, shard, expert_parallel):
             spread_experts(moe, spread)
 
     def place(p):
-        """Of experts that do not go round evenly each is cut, through its rows."""
+        """FSDP shards a layer's experts by expert. If the ranks do not divide the experts, shard each expert's rows."""
         if p.dim() < 3:
             return None
         mine, rows, _ = local(p).shape                                      # (E/N, out, in)
@@ -123,8 +123,8 @@ def distribute(config, source, device, dtype, shard, expert_parallel):
 
 
 def data_parallel(kind, replicate, shard, experts=None):
-    """The mesh over which data are split, as FSDP takes it: without a `replicate` of one rank. With experts, the
-    innermost dimension, so that they are neighbours: also the mesh of this rank's group of so many.
+    """FSDP's device mesh: (replicate, shard), or (shard,) for one replica. With `experts` it also returns the
+    expert-parallel mesh of this rank, the innermost dimension, because these ranks exchange most and are neighbours.
     """
     sizes = {'replicate': replicate, 'shard': shard} | ({'experts': experts} if experts else {})
     mesh = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -136,7 +136,7 @@ def data_parallel(kind, replicate, shard, experts=None):
 # expert parallelism
 
 def spread_experts(moe, mesh):
-    """Rank r of N, the mesh's, keeps the experts r E/N .. (r + 1) E/N - 1 of a layer that is not filled yet."""
+    """Rank r of the mesh's N keeps experts r E/N .. (r + 1) E/N - 1. The layer is not filled yet."""
     for name in ('experts_gate_up', 'experts_down'):
         E, *sizes = getattr(moe, name).shape
         mine = torch.empty(E // mesh.size(), *sizes, device='meta')
@@ -146,9 +146,9 @@ def spread_experts(moe, mesh):
 
 @torch.compiler.disable
 def routed(moe, group, x, gates, experts):
-    """MoE.routed() of experts that are spread over a group (V3 section 3.2). x (n, C), gates, experts (n, K) -> (n, C)
+    """MoE.routed() for experts spread over a group (V3 section 3.2). x (n, C), gates, experts (n, K) -> (n, C)
 
-    One all-to-all takes a token with its gate to each of its K experts, and another brings their outputs back.
+    One all-to-all takes a token with its gate to each of its K experts; another brings their outputs back.
     """
     E, N, K = moe.config.n_routed_experts, group.size(), experts.size(1)
     expert, order = experts.flatten().sort(stable=True)                     # (n*K,): by expert, and so by rank
@@ -163,7 +163,7 @@ def routed(moe, group, x, gates, experts):
     gates = travel(gates.flatten()[order], there, here, group)                                # (R,)
     R = len(x)
     mine = torch.arange(E // N, device=x.device).repeat(N).repeat_interleave(came.flatten(), output_size=R)
-    if R == 0:  # products of no rows are refused: a row with gate 0, so that the gradients are there, and 0
+    if R == 0:  # a product without rows is refused; a row of zeros with gate 0 gives gradients of zero
         x, gates, mine = F.pad(x, (0, 0, 0, 1)), F.pad(gates, (0, 1)), mine.new_zeros(1)
     gate_up, down = (weights_of_all(w, N) for w in (moe.experts_gate_up, moe.experts_down))
     out = moe.experts_fn(x, gates.unsqueeze(1), mine.unsqueeze(1), gate_up, down)             # (R, C)
@@ -171,13 +171,13 @@ def routed(moe, group, x, gates, experts):
 
 
 def travel(rows, there, here, group):
-    """Rows to the ranks of a group: there[r] of them to rank r, here[r] from it; None: equally many."""
+    """Exchange rows within a group: there[r] rows go to rank r, here[r] rows come from it; None: equal numbers."""
     return funcol.wait_tensor(funcol.all_to_all_single_autograd(rows.contiguous(), here, there, group))
 
 
 def weights_of_all(w, N):
-    """This rank's experts (E/N, out, in). FSDP's mean over the ranks that hold the same ones lacks the mean over the N
-    whose tokens' gradients they add up.
+    """This rank's experts (E/N, out, in). FSDP averages their gradient over the ranks that hold the same experts. It
+    does not know that the gradient is already a sum over the tokens of N ranks, so that sum is divided by N here.
     """
     w = w.to_local()
     if w.requires_grad:
@@ -189,7 +189,7 @@ def weights_of_all(w, N):
 # whole tensors into shards, and back
 
 def piece(whole, like):
-    """The part of a whole tensor that this rank's shard of the DTensor `like` holds: a view."""
+    """A view of the part of a whole tensor that this rank holds of the DTensor `like`."""
     if not isinstance(like, DTensor):
         return whole
     sizes, starts = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
@@ -202,7 +202,7 @@ def local(x):
 
 @torch.no_grad()
 def fill(model, source):
-    """This rank's shards, from a sharded checkpoint (its path) or by reader()."""
+    """Fill this rank's shards from a sharded checkpoint (its path), or by reader()."""
     for buffer, table in zip((model.rope_cos, model.rope_sin), rope_table(model.config)):
         buffer.copy_(table)
     if isinstance(source, str):
@@ -214,13 +214,13 @@ def fill(model, source):
 
 
 def reader(model, source):
-    """read(name, tensor): the whole tensor of that name, right at least where this rank has its shard.
+    """-> read(name, tensor), the whole tensor of that name; only the part that this rank holds must be right.
 
     source: None, for the initial weights that one process draws with the same seed; the state dict of a whole model,
-    mapped from its file; or convert.open_folder()'s tensors, in Hugging Face's format.
+    mapped from its file; or the tensors of hf.open_model(), in Hugging Face's format.
     """
     if source is None:
-        for module in model.modules():  # what its layers draw for themselves is written over, and yet drawn
+        for module in model.modules():  # torch's own initial values are overwritten, but they advance the seed
             if isinstance(module, nn.Linear):
                 nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             elif isinstance(module, nn.Embedding):
@@ -229,7 +229,7 @@ def reader(model, source):
     def read(name, tensor):
         if source is not None and isinstance(source.get(name), torch.Tensor):
             return source[name]
-        whole = torch.zeros(tensor.shape)  # pages that nobody writes take no memory
+        whole = torch.zeros(tensor.shape)  # untouched pages use no memory
         if source is not None:
             read_rows(source, model.config, name, whole, piece(whole, tensor))
         elif isinstance(tensor, nn.Parameter):
@@ -254,7 +254,7 @@ def read_rows(tensors, config, name, whole, mine):
 
 
 def optimizer_state(state, optimizer):
-    """A checkpoint's state dict of the optimizer -> that of this rank's shards."""
+    """full optimizer state dict -> this rank's shards"""
     params = [p for group in optimizer.param_groups for p in group['params']]
     if 'folder' in state:
         return load_optimizer(state, params)
@@ -272,7 +272,7 @@ def optimizer_state(state, optimizer):
 
 @torch.no_grad()
 def save_checkpoint(checkpoint, path, best_path=None):
-    """As model.save_checkpoint(), with whole tensors for shards: all ranks take part, and rank 0 writes."""
+    """model.save_checkpoint() for shards: all ranks gather whole tensors, rank 0 writes them."""
     def gather(x):
         full = x.full_tensor()
         return full.detach().cpu() if dist.get_rank() == 0 else None
@@ -292,7 +292,7 @@ def save_checkpoint(checkpoint, path, best_path=None):
 
 @torch.no_grad()
 def clip_grad_norm_(parameters, max_norm):
-    """torch.nn.utils.clip_grad_norm_ over tensors of several meshes: the norm of the whole gradient, a plain tensor."""
+    """torch.nn.utils.clip_grad_norm_ for tensors of several meshes -> the whole gradient's norm, a plain tensor"""
     meshes = {}
     for p in parameters:
         if p.grad is not None:
