@@ -241,16 +241,16 @@ def reader(model, source):
 
 def read_rows(tensors, config, name, whole, mine):
     """Fill the rows of `whole` that reach into its part `mine` from the files of a Hugging Face folder."""
-    import convert
+    from extras import hf
     if mine.numel() == 0:
         return
     begin = mine.storage_offset()
     end = begin + sum((size - 1) * stride for size, stride in zip(mine.shape, mine.stride())) + 1
-    for part, view in convert.parts(config, name, whole):
+    for part, view in hf.parts(config, name, whole):
         start, row = view.storage_offset(), view.stride(0)
         first, last = max(0, (begin - start) // row), min(len(view), -((start - end) // row))
         if first < last:
-            view[first:last].copy_(convert.read(tensors, part)[first:last])
+            view[first:last].copy_(hf.read(tensors, part)[first:last])
 
 
 def optimizer_state(state, optimizer):

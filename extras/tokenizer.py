@@ -1,6 +1,6 @@
 """
 The tokenizers that a checkpoint can speak: the characters of its data, GPT-2's BPE, or the tokenizer.json that came
-with it from Hugging Face. Every function here raises a ValueError, in one line, where there is no such tokenizer.
+with it from Hugging Face. If there is no such tokenizer, every function here raises a Mistake.
 """
 
 import hashlib
@@ -9,10 +9,12 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from model import Mistake, first_line
+
 
 class Tokenizer(NamedTuple):
     name: str             # in words
-    encode: Callable      # text -> token ids, without `begin`; ValueError for a text that it has no tokens for
+    encode: Callable      # text -> token ids, without `begin`; a Mistake if it has no tokens for the text
     decode: Callable      # token ids -> text
     vocab_size: int
     begin: list           # ids that stand before every document and prompt: the BOS, or nothing
@@ -25,7 +27,7 @@ def characters(stoi, itos):
     def encode(text):
         unknown = sorted(set(text) - set(stoi))
         if unknown:
-            raise ValueError(f'this model does not know the characters {"".join(unknown)!r}')
+            raise Mistake(f'this model does not know the characters {"".join(unknown)!r}')
         return [stoi[ch] for ch in text]
 
     def decode(ids):
@@ -39,14 +41,12 @@ def gpt2(special=True):
 
     special: the words <|endoftext|> in a prompt mean that token; in a corpus they are words.
     """
+    import tiktoken
     try:
-        import tiktoken
         bpe = tiktoken.get_encoding('gpt2')
-    except ImportError:
-        raise ValueError('GPT-2 tokens need tiktoken: pip install tiktoken') from None
     except Exception as e:  # requests has errors of its own
-        raise ValueError(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}): it downloads it once. By '
-                         'hand: run it where there is a network, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR') from None
+        raise Mistake(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}): it downloads it once. By '
+                      'hand: run it where there is a network, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR') from None
 
     def encode(text):
         return bpe.encode(text, allowed_special={'<|endoftext|>'}) if special else bpe.encode_ordinary(text)
@@ -65,7 +65,7 @@ def read_table(path):
         if type(table) is not dict:
             raise ValueError('it holds no table')
     except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f'{path} cannot be read: {" ".join(str(e).split())[:200]}') from None
+        raise Mistake(f'{path} cannot be read: {first_line(e)}') from None
     return table
 
 
@@ -77,10 +77,7 @@ def from_folder(folder):
     """
     path, settings_path = (os.path.join(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json'))
     settings = read_table(settings_path) if os.path.exists(settings_path) else {}
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError(f'{path} needs tokenizers: pip install tokenizers') from None
+    import tokenizers
     try:
         with open(path, 'rb') as f:
             sha256 = hashlib.sha256(f.read()).hexdigest()
@@ -89,7 +86,7 @@ def from_folder(folder):
         bpe.no_padding()
         added = bpe.encode('').ids
     except Exception as e:  # tokenizers raises plain Exceptions
-        raise ValueError(f'{path} cannot be read: {" ".join(str(e).split())[:200]}') from None
+        raise Mistake(f'{path} cannot be read: {first_line(e)}') from None
 
     def special(name):
         """The id of a special token, given as a string or as a table with its content."""
@@ -101,7 +98,7 @@ def from_folder(folder):
         try:
             return bpe.encode(text, add_special_tokens=False).ids
         except Exception as e:  # a text that it has no tokens for
-            raise ValueError(f'{path} does not know all of {text[:80]!r}: {" ".join(str(e).split())[:200]}') from None
+            raise Mistake(f'{path} does not know all of {text[:80]!r}: {first_line(e)}') from None
 
     begin, end = special('bos_token'), special('eos_token')
     if added and added[-1] == end and (len(added) > 1 or begin != end):  # a template that ends texts too
@@ -120,7 +117,7 @@ def of_checkpoint(folder, meta=None, vocab_size=None):
     stoi, itos = (meta.get(key, {}) for key in ('stoi', 'itos')) if type(meta) is dict else (None, None)
     tables = type(stoi) is type(itos) is dict and bool(stoi) == bool(itos)
     if not tables or {(type(ch), type(i)) for ch, i in [*stoi.items(), *zip(itos.values(), itos)]} - {(str, int)}:
-        raise ValueError(f'{folder} holds no checkpoint of this model: its characters are no tables')
+        raise Mistake(f'{folder} holds no checkpoint of this model: its characters are no tables')
     if stoi:
         return characters(stoi, itos)
     if os.path.exists(os.path.join(folder, 'tokenizer.json')):
@@ -131,5 +128,5 @@ def of_checkpoint(folder, meta=None, vocab_size=None):
         return gpt2()
     other = next((name for name in ('tiktoken.model', 'tokenizer.model', 'vocab.json')
                   if os.path.exists(os.path.join(folder, name))), None)
-    raise ValueError(f"{folder} has no tokenizer.json{f' (its {other} is not read here)' if other else ''}, and a "
-                     f"vocabulary of {vocab_size} tokens is not GPT-2's: put the tokenizer.json of its model there")
+    raise Mistake(f"{folder} has no tokenizer.json{f' (its {other} is not read here)' if other else ''}, and a "
+                  f"vocabulary of {vocab_size} tokens is not GPT-2's: put the tokenizer.json of its model there")

@@ -1,4 +1,4 @@
-"""convert.py against transformers' own DeepseekV3ForCausalLM and DeepseekV2ForCausalLM: fp32, random weights."""
+"""convert.py and extras/hf.py against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM, random weights."""
 
 import dataclasses
 import hashlib
@@ -6,6 +6,10 @@ import json
 import math
 import os
 import pickle
+import resource
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,8 +27,9 @@ from transformers import (
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import convert
+from extras import hf
 from extras.decode import Decoder
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Mistake
 
 V3 = dict(vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
           num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3,
@@ -111,7 +116,14 @@ def test_what_transformers_saves_opens_here(tmp_path, settings, v2):
     model = theirs(settings, v2)
     model.save_pretrained(tmp_path, max_shard_size='20KB' if settings is V3 else '5GB')
     assert (tmp_path / 'model.safetensors.index.json').exists() == (settings is V3)
-    same_model(convert.load_folder(str(tmp_path)).eval(), model)
+    same_model(hf.from_pretrained(str(tmp_path)).eval(), model)
+
+
+def test_overrides_keep_the_trained_context_of_the_folder(tmp_path):
+    """The original length of YaRN is what the folder was trained at, not what block_size and the factor make of it."""
+    theirs(V3).save_pretrained(tmp_path)
+    longer = hf.from_pretrained(str(tmp_path), {'block_size': 384, 'rope_factor': 8.0}).config
+    assert (longer.block_size, longer.rope_original_max_position_embeddings) == (384, 96)
 
 
 def test_mtp_modules_that_are_named_and_not_there_are_done_without(tmp_path, capsys):
@@ -119,7 +131,7 @@ def test_mtp_modules_that_are_named_and_not_there_are_done_without(tmp_path, cap
     model = theirs(V3 | dict(num_nextn_predict_layers=1))
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / 'config.json').read_text())['num_nextn_predict_layers'] == 1
-    same_model(convert.load_folder(str(tmp_path)).eval(), model)
+    same_model(hf.from_pretrained(str(tmp_path)).eval(), model)
     assert 'going on without' in capsys.readouterr().out
 
 
@@ -221,14 +233,14 @@ def drafting(request, tmp_path_factory):
 @pytest.mark.parametrize('fp8', [False, True])
 def test_drafts_there_are_accepted_as_here(tmp_path, drafting, fp8):
     """In FP8 too: transformers reads the MTP modules' weights without their factors, so they stay as they are."""
-    (out, model), hf = drafting, tmp_path / 'hf'
+    (out, model), folder = drafting, tmp_path / 'hf'
     stoi = torch.load(out / 'out/ckpt.pt', weights_only=True)['meta']['stoi']
     letters, modules = list(stoi), model.config.num_nextn_predict_layers
-    convert.export_folder(str(out / 'out'), str(hf), fp8=fp8)
+    convert.export_folder(str(out / 'out'), str(folder), fp8=fp8)
     if fp8:
-        model = convert.load_folder(str(hf)).eval()
-    loaded, _ = load(DeepseekV3ForCausalLM, hf, model.config)
-    tokenizer = AutoTokenizer.from_pretrained(hf)
+        model = hf.from_pretrained(str(folder)).eval()
+    loaded, _ = load(DeepseekV3ForCausalLM, folder, model.config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer('the cat ', return_tensors='pt').input_ids
     assert prompt.tolist() == [[stoi[ch] for ch in 'the cat ']]
     plain = loaded.generate(prompt, max_new_tokens=100, do_sample=False)
@@ -296,13 +308,13 @@ def test_block_fp8_is_dequantised_by_its_scales(tmp_path):
     config = json.loads((tmp_path / 'config.json').read_text())
     config['quantization_config'] = {'quant_method': 'fp8', 'fmt': 'e4m3', 'weight_block_size': [128, 128]}
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    got = convert.load_folder(str(tmp_path)).transformer.h[0].mlp.gate_up_proj.weight[:136]
+    got = hf.from_pretrained(str(tmp_path)).transformer.h[0].mlp.gate_up_proj.weight[:136]
     for row, col in ((0, 0), (127, 127), (127, 128), (128, 127), (135, 159)):
         want = weight[row, col].float() * scale[row // 128, col // 128]
         assert got[row, col] == want.bfloat16().float()
     save_file(tensors | {name: weight}, tmp_path / 'model.safetensors')
-    with pytest.raises(ValueError, match='scale_inv is missing'):
-        convert.load_folder(str(tmp_path))
+    with pytest.raises(Mistake, match='scale_inv is missing'):
+        hf.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize('whole', [True, False])
@@ -330,15 +342,15 @@ def test_export_in_fp8(tmp_path, whole):
         assert should_convert_module(name, left)
     assert settings == V3_671B['quantization_config']
 
-    back = convert.load_folder(str(tmp_path / 'hf')).eval()
+    back = hf.from_pretrained(str(tmp_path / 'hf')).eval()
     for (name, p), q in zip(model.named_parameters(), back.parameters()):
         kept = p.dim() < 2 or any(layer in name.split('.') for layer in ('wte', 'lm_head', 'gate', 'mtp', *ragged))
         assert torch.equal(p, q) == kept and (p - q).norm() < 0.04 * p.norm(), name
-    hf, _ = load(DeepseekV3ForCausalLM, tmp_path / 'hf', model.config, dtype=torch.float32,
-                 quantization_config=FineGrainedFP8Config(dequantize=True))
-    for p in [*back.parameters(), *hf.parameters()]:
+    loaded, _ = load(DeepseekV3ForCausalLM, tmp_path / 'hf', model.config, dtype=torch.float32,
+                     quantization_config=FineGrainedFP8Config(dequantize=True))
+    for p in [*back.parameters(), *loaded.parameters()]:
         p.data = p.data.bfloat16().float()  # here, what leaves FP8 is bf16
-    same_model(back, hf)
+    same_model(back, loaded)
 
 
 @pytest.fixture
@@ -375,13 +387,13 @@ def train_from(folder, clone, script, ok=True):
 def test_factors_of_one_byte_are_read_as_those_of_four(in_fp8, clone, script):
     """UE8M0: powers of two, as scale_fmt says, in F8_E8M0; by every script that reads such a folder."""
     tmp_path, tensors = in_fp8
-    wide = convert.load_folder(str(tmp_path / 'hf'))
+    wide = hf.from_pretrained(str(tmp_path / 'hf'))
     save_file({name: tensor.to(torch.float8_e8m0fnu) if name.endswith('_scale_inv') else tensor
                for name, tensor in tensors.items()}, tmp_path / 'hf/model.safetensors')
     config = json.loads((tmp_path / 'hf/config.json').read_text())
     config['quantization_config']['scale_fmt'] = 'ue8m0'
     (tmp_path / 'hf/config.json').write_text(json.dumps(config))
-    for a, b in zip(wide.parameters(), convert.load_folder(str(tmp_path / 'hf')).parameters()):
+    for a, b in zip(wide.parameters(), hf.from_pretrained(str(tmp_path / 'hf')).parameters()):
         assert torch.equal(a, b)
     script('convert.py', 'import', f'--hf_dir={tmp_path}/hf', f'--out_dir={tmp_path}/back')
     state = torch.load(tmp_path / 'back/ckpt.pt', weights_only=True)['model']
@@ -458,7 +470,7 @@ MOONLIGHT = dict(
 
 @pytest.mark.parametrize('settings, billions', [(V2_LITE, 15.71), (V3_671B, 671.03), (MOONLIGHT, 15.96)])
 def test_published_models_have_their_published_sizes(settings, billions):
-    args = convert.settings_in(settings) | {'num_nextn_predict_layers': 0}
+    args = hf.settings_in(settings) | {'num_nextn_predict_layers': 0}
     with torch.device('meta'):
         model = GPT(GPTConfig(**args))
     assert abs(model.get_num_params(non_embedding=False) / 1e9 - billions) < 0.01
@@ -543,6 +555,7 @@ def test_training_goes_on_from_an_import_and_reaches_further_with_yarn(exported,
                       '--eval_interval=1', '--eval_iters=1', '--gradient_accumulation_steps=1', '--batch_size=2',
                       '--warmup_iters=0', *flags, ok=ok, root=clone)
 
+    assert '--rope_factor=4' in train('--init_from=hf', '--out_dir=tuned', '--block_size=384', ok=False)
     assert 'step 1:' in train('--init_from=hf', '--out_dir=tuned', '--block_size=96', '--max_iters=1')
     assert (exported / 'tuned/tokenizer.json').exists()
     script('convert.py', 'import', '--hf_dir=hf', '--out_dir=longer')
@@ -563,8 +576,8 @@ def test_training_goes_on_from_an_import_and_reaches_further_with_yarn(exported,
     ('topk', "topk_method='random'"), ('copy', 'shared_head.head.weight differs'),
 ])
 def test_a_damaged_folder_gets_one_line_and_leaves_nothing_behind(exported, damage, message):
-    hf = exported / 'hf'
-    tensors, config = load_file(hf / 'model.safetensors'), json.loads((hf / 'config.json').read_text())
+    folder = exported / 'hf'
+    tensors, config = load_file(folder / 'model.safetensors'), json.loads((folder / 'config.json').read_text())
     if damage == 'missing':
         del tensors['model.norm.weight']
     if damage == 'extra':
@@ -576,14 +589,14 @@ def test_a_damaged_folder_gets_one_line_and_leaves_nothing_behind(exported, dama
     config |= {'architecture': dict(architectures=['LlamaForCausalLM']), 'topk': dict(topk_method='random'),
                'rope': dict(rope_scaling=dict(type='linear', factor=2.0)), 'lacks': dict(hidden_size=None),
                'quantised': dict(quantization_config=dict(quant_method='awq'))}.get(damage, {})
-    save_file(tensors, hf / 'model.safetensors')
-    (hf / 'config.json').write_text(json.dumps(config)[:50 if damage == 'json' else None])
+    save_file(tensors, folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps(config)[:50 if damage == 'json' else None])
     if damage == 'truncated':
-        (hf / 'model.safetensors').write_bytes((hf / 'model.safetensors').read_bytes()[:-100])
+        (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:-100])
     if damage == 'weights':
-        (hf / 'model.safetensors').unlink()
-    with pytest.raises(ValueError) as error:
-        convert.import_folder(str(hf), str(exported / 'new'))
+        (folder / 'model.safetensors').unlink()
+    with pytest.raises(Mistake) as error:
+        convert.import_folder(str(folder), str(exported / 'new'))
     assert message in str(error.value) and '\n' not in str(error.value)
     assert not (exported / 'new').exists()
 
@@ -593,27 +606,99 @@ def test_a_damaged_folder_gets_one_line_and_leaves_nothing_behind(exported, dama
     (['export', '--out_dir=nowhere', '--hf_dir=new'], 'ckpt.pt is missing'),
     (['import', '--hf_dir=hf', '--out_dir=out'], 'ckpt.pt exists already'),
     (['import', '--hf_dir=nowhere', '--out_dir=new'], 'cannot be read'),
+    (['export', '--out_dir=out', '--hf_dir=out/ckpt.pt/new'], 'out/ckpt.pt/new cannot be written'),
+    (['import', '--hf_dir=hf', '--out_dir=out/ckpt.pt/new'], 'out/ckpt.pt/new cannot be written'),
 ])
 def test_the_script_ends_with_one_line_and_overwrites_nothing(exported, script, args, message):
     assert message in script('convert.py', *args, ok=False)
     assert sorted(p.name for p in exported.iterdir()) == ['hf', 'out']
 
 
+@pytest.mark.parametrize('name', ['ckpt_last.pt', 'ckpt.dcp', 'tokenizer.json'])
+def test_an_import_goes_into_no_folder_of_a_run(exported, script, name):
+    (exported / 'run').mkdir()
+    (exported / 'run' / name).write_text('')
+    said = script('convert.py', 'import', '--hf_dir=hf', '--out_dir=run', ok=False)
+    assert f'run/{name} exists already' in said and os.listdir('run') == [name]
+
+
+def test_an_export_touches_no_other_folder(exported):
+    for name in ('new.tmp', 'new.old'):
+        (exported / name).mkdir()
+        (exported / name / 'notes').write_text('mine')
+    convert.export_folder('out', 'new/')
+    assert sorted(p.name for p in exported.iterdir()) == ['hf', 'new', 'new.old', 'new.tmp', 'out']
+    assert (exported / 'new.tmp/notes').read_text() == (exported / 'new.old/notes').read_text() == 'mine'
+    assert (exported / 'new').stat().st_mode == (exported / 'out').stat().st_mode  # other users may read it too
+
+
 def test_an_export_that_fails_leaves_nothing_behind(tmp_path):
     model = ours(scoring_func='softmax', norm_topk_prob=False, num_nextn_predict_layers=0)
     model.moe_layers()[0].e_score_correction_bias[:] = 1.0
     write_checkpoint(tmp_path / 'out', model)
-    with pytest.raises(ValueError, match='bias_update_speed=0'):
+    with pytest.raises(Mistake, match='bias_update_speed=0'):
         convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
     (tmp_path / 'out/tokenizer.json').mkdir()  # a folder where a file should be
     write_checkpoint(tmp_path / 'out', ours())
-    with pytest.raises(ValueError, match='cannot be read'):
+    with pytest.raises(Mistake, match='cannot be read'):
         convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
 
 
+def test_a_disk_that_is_full(exported):
+    """The kernel's limit on a file's size does as a full disk: it ends the export within the weights."""
+    before, limits = sorted(exported.rglob('*')), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(Mistake, match='new cannot be written'):
+            convert.export_folder('out', 'new')
+        with pytest.raises(Mistake, match='new/ckpt.pt could not be written'):
+            convert.import_folder('hf', 'new')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (exported / 'new').rmdir()  # of the import: an empty folder
+    assert sorted(exported.rglob('*')) == before
+
+
+def test_ctrl_c_leaves_nothing_half_written(exported, monkeypatch):
+    def interrupted(tensors, path, *_, **__):
+        with open(path, 'w') as f:
+            f.write('half')
+            signal.raise_signal(signal.SIGINT)
+
+    before = sorted(exported.rglob('*'))
+    monkeypatch.setattr(convert, 'save_file', interrupted)
+    monkeypatch.setattr(torch, 'save', lambda checkpoint, file: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        convert.export_folder('out', 'new')
+    with pytest.raises(KeyboardInterrupt):
+        convert.import_folder('hf', 'new')
+    (exported / 'new').rmdir()  # of the import: an empty folder
+    assert sorted(exported.rglob('*')) == before
+
+
+def test_ctrl_c_in_the_first_seconds(exported):
+    """While torch is imported: a torch.py in its place says that it is, and waits."""
+    (exported / 'torch.py').write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, ROOT / 'convert.py', 'export', '--out_dir=out', '--hf_dir=new'],
+                               env={**os.environ, 'PYTHONPATH': str(exported)}, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b'importing\n'
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == b'interrupted\n'
+
+
+def test_the_card_has_the_last_whole_command_of_the_log(exported):
+    """A run that was killed may have left half a header."""
+    lines = ['{"command": "train.py --seed=1"}', '{"step": 0}', '{"command": "train.py --seed=2"}', '{"command": "tr']
+    (exported / 'out/log.jsonl').write_text('\n'.join(lines))
+    convert.export_folder('out', 'new')
+    assert '| command | `python train.py --seed=2` |' in (exported / 'new/README.md').read_text()
+
+
 def test_from_pretrained_says_what_fits():
-    with pytest.raises(ValueError, match="GPT-2's weights do not fit.*DeepSeek-V2 or V3"):
+    with pytest.raises(Mistake, match="GPT-2's weights do not fit.*DeepSeek-V2 or V3"):
         GPT.from_pretrained('gpt2-medium')
 
 
@@ -624,23 +709,23 @@ def without(settings, *names):
 
 
 def test_what_a_config_leaves_out_is_transformers_default():
-    args = convert.settings_in(without(V3_671B, *convert.DEFAULTS, 'rope_scaling'))
+    args = hf.settings_in(without(V3_671B, *hf.DEFAULTS, 'rope_scaling'))
     assert {name: args[name] for name in ('bias', 'tie_word_embeddings', 'rms_norm_eps', 'rope_theta')} == {
         'bias': False, 'tie_word_embeddings': False, 'rms_norm_eps': 1e-6, 'rope_theta': 10000.0}
     assert (args['n_routed_experts'], args['n_shared_experts'], args['first_k_dense_replace']) == (0, 0, 0)
-    assert convert.settings_in(V3_671B | {'tie_word_embeddings': True})['tie_word_embeddings']
+    assert hf.settings_in(V3_671B | {'tie_word_embeddings': True})['tie_word_embeddings']
 
 
 @pytest.mark.parametrize('given, kept', [(1, 1), (None, None), ([1, 2], None), ('</s>', None)])
 def test_one_end_of_text_token_is_taken_over(given, kept):
     """A list of them names none that closes a document."""
-    assert convert.settings_in(V3_671B | {'eos_token_id': given}).get('eos_token_id') == kept
+    assert hf.settings_in(V3_671B | {'eos_token_id': given}).get('eos_token_id') == kept
 
 
 def test_groups_of_v2_count_where_its_method_is_group_limited():
     """With 'greedy' transformers does not look at the groups that a config names."""
     grouped = V2_LITE | {'n_group': 8, 'topk_group': 3}
-    found = {method: convert.settings_in(grouped | {'topk_method': method}) for method in
+    found = {method: hf.settings_in(grouped | {'topk_method': method}) for method in
              ('greedy', 'group_limited_greedy')}
     assert {method: (args['n_group'], args['topk_group']) for method, args in found.items()} == {
         'greedy': (1, 1), 'group_limited_greedy': (8, 3)}
@@ -648,7 +733,7 @@ def test_groups_of_v2_count_where_its_method_is_group_limited():
 
 def test_yarn_without_a_factor_reaches_as_far_as_the_context():
     scaling = without(YARN['rope_scaling'], 'factor')
-    args = convert.settings_in(V3_671B | {'max_position_embeddings': 96, 'rope_scaling': scaling})
+    args = hf.settings_in(V3_671B | {'max_position_embeddings': 96, 'rope_scaling': scaling})
     assert (args['block_size'], args['rope_original_max_position_embeddings'], args['rope_factor']) == (96, 16, 6.0)
 
 
@@ -656,7 +741,7 @@ def test_an_fp8_weight_leaves_as_bf16(tmp_path):
     tensors = {'a.weight': torch.randn(130, 200).to(torch.float8_e4m3fn), 'a.weight_scale_inv': torch.rand(2, 2)}
     save_file(tensors, tmp_path / 'x.safetensors')
     file = safe_open(tmp_path / 'x.safetensors', framework='pt')
-    read = convert.read(dict.fromkeys(tensors, file), 'a.weight')
+    read = hf.read(dict.fromkeys(tensors, file), 'a.weight')
     assert read.dtype == torch.bfloat16 and read.shape == (130, 200)
     for i, k in ((0, 0), (127, 128), (129, 127), (129, 199)):
         want = tensors['a.weight'][i, k].float() * tensors['a.weight_scale_inv'][i // 128, k // 128]
