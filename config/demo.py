@@ -1,4 +1,4 @@
-# The demo: Python's own documentation, a token a character, on a laptop's CPU. `make demo` runs it.
+# The demo: learns Python's documentation, character by character, on a laptop's CPU. `make demo` runs it.
 #
 #   python data/pydocs_char/prepare.py
 #   python train.py config/demo.py

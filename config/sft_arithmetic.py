@@ -1,10 +1,10 @@
-# The cold start of R1 in small: a character model learns 3-digit sums from 3,000 lines, four in ten of them worked.
+# The cold start of R1 in small: a model of characters learns 3-digit sums from 3,000 lines. 40% of the lines show work.
 #
 #   python data/arithmetic/prepare.py
 #   python train.py config/sft_arithmetic.py
 #
-# Hardware: two CPU cores. Expected in 71 to 121 seconds: val loss 0.18, and a third to a half of the held-out sums
-# right, most of them guessed (32, 50 and 55% with seeds 1337, 1 and 2; see docs/grpo.md on how far this varies).
+# Hardware: two CPU cores. Expected: val loss 0.18 in 71 to 121 seconds. A third to a half of the held-out sums are then
+# right, most of them by guessing (32, 50 and 55% with seeds 1337, 1 and 2; docs/grpo.md says how much this varies).
 
 out_dir = 'out-sft-arithmetic'
 eval_interval = 100
@@ -15,7 +15,7 @@ wandb_project = 'arithmetic'
 dataset = 'arithmetic/add3'
 gradient_accumulation_steps = 1
 batch_size = 64
-block_size = 40  # the rows of the data: one line each
+block_size = 40  # the length of the data's rows; a row is one line
 
 n_layer = 2
 n_head = 4

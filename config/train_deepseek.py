@@ -1,16 +1,16 @@
 # The main run: a small DeepSeek-V3 on OpenWebText, 491,520 tokens per iteration at 1,024 context.
-# 8 main blocks and two MTP modules of 2; 114.4M parameters without the embedding (25.8M, tied to the head),
-# 86.1M of them active per token; 9.45M per block, 7.09M of them active.
+# 8 main blocks and 2 MTP modules of 2 blocks. 114.4M parameters without the embedding (25.8M, tied to the head), 86.1M
+# active per token; per block 9.45M, 7.09M active.
 #
 #   python data/openwebtext/prepare.py
 #   python train.py config/train_deepseek.py                                        # one GPU
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_deepseek.py      # eight
 #   torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 \
-#       train.py config/train_deepseek.py                                           # two nodes; the other: node_rank=1
+#       train.py config/train_deepseek.py                     # two machines; the second one with --node_rank=1
 #
-# Hardware: meant for GPUs with bf16; make batch_size smaller, and gradient_accumulation_steps larger, to fit.
-# Expected loss and time: not known yet, this run has not been made. It takes 1.05 GFLOP per token, 1.0e19 in all:
-# eight hours on one H100 at 35% of its peak.
+# Hardware: GPUs with bf16. If memory is too small, halve batch_size and double gradient_accumulation_steps.
+# Expected loss and time: unknown, because nobody has made this run. It takes 1.05 GFLOP per token, 1.0e19 in all: eight
+# hours on one H100 at 35% of its peak.
 
 out_dir = 'out-deepseek'
 wandb_project = 'owt'
@@ -24,7 +24,7 @@ gradient_accumulation_steps = 5 * 8  # 12 * 1,024 * 40 = 491,520 tokens
 n_layer = 8
 n_head = 8
 n_embd = 512
-# MLA: a cache of 192 + 32 numbers per token and layer, where 8 heads' keys and values would be 1,024
+# MLA: 192 + 32 cached numbers per token and layer; the keys and values of 8 heads would be 1,024
 q_lora_rank = 256
 kv_lora_rank = 192
 qk_nope_head_dim = 32

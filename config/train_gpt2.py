@@ -2,7 +2,7 @@
 #
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
-# Hardware: eight GPUs of 40 GB or more. Expected loss and time: not known yet, this run has not been made.
+# Hardware: eight GPUs of 40 GB or more. Expected loss and time: unknown, because nobody has made this run.
 
 wandb_log = True
 wandb_project = 'owt'

@@ -8,11 +8,13 @@ from conftest import ROOT
 import model
 from extras import decode, experts, optim
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'scale/README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+ROOMS = ('.', 'extras', 'runs', 'scale', 'data', 'data/arithmetic', 'data/openwebtext', 'tests', 'tests/fakes',
+         'tests/by_hand')
 TORCHRUNS = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}
 EXAMPLES = {'data/letters/prepare.py', 'data/letters/reward.py', 'data/NAME/prepare.py'}  # the reader writes the first
 NANOGPTS = {'finetune_shakespeare.py'}
-page = pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+page = pytest.mark.parametrize('path', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def anchors(path):
@@ -36,25 +38,26 @@ def test_links_lead_somewhere(path):
 
 @page
 def test_files_are_there(path):
-    """In `code` and in commands. A script may be named without its folder."""
+    """A command names a file with its folder; a text may leave the folder out."""
     text = path.read_text()
     commands = ' '.join(re.findall(r'```sh\n(.*?)```', text, re.S))
-    code = re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', text, flags=re.S))
-    named = set(re.findall(r'(?<![\w/*.-])[\w/-]+\.(?:py|sh)\b', ' '.join([commands, *code]))) - EXAMPLES - NANOGPTS
-    known = {file.name for folder in ('tests', 'extras', 'data/arithmetic') for file in (ROOT / folder).glob('*.py')}
-    assert named
-    for name in named:
-        assert (ROOT / name).is_file() or name in known, name
+    code = ' '.join(re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', text, flags=re.S)))
+    known = {file.name for room in ROOMS for file in (ROOT / room).glob('*')}
+    for words, short in ((commands, False), (code, True)):
+        named = set(re.findall(r'(?<![\w/*.-])[\w/-]+\.(?:py|sh|c)\b', words)) - EXAMPLES - NANOGPTS
+        for name in named:
+            assert (ROOT / name).is_file() or short and name in known, name
+    for folder in re.findall(r'`(\w[\w/]*/)`', text):
+        assert (ROOT / folder).is_dir(), folder
 
 
 @page
 def test_flags_are_there(path):
     """As a setting of a script, a field of GPTConfig, or an argument of argparse."""
-    source = '\n'.join(file.read_text() for folder in ('.', 'runs', 'data', 'data/openwebtext', 'data/arithmetic')
-                       for file in (ROOT / folder).glob('*.py'))
+    source = '\n'.join(file.read_text() for room in ROOMS if room[:5] != 'tests' for file in (ROOT / room).glob('*.py'))
     flags = set(re.findall(r'--([a-z]\w*)=', path.read_text())) - TORCHRUNS - {'key'}
     for flag in flags:
-        assert re.search(rf"^ *{flag}(: \w+)? = |'--{flag}'", source, re.M), flag
+        assert re.search(rf"^{flag} = |^    {flag}: \w+ = |'--{flag}'", source, re.M), flag
 
 
 def test_what_the_table_of_papers_names_is_there():
@@ -73,9 +76,16 @@ def test_what_the_table_of_papers_names_is_there():
 
 @page
 def test_tests_are_there(path):
-    source = '\n'.join(file.read_text() for file in (ROOT / 'tests').glob('*.py'))
-    for name in re.findall(r'\btest_\w+\b(?!\.py)', path.read_text()):
+    text = path.read_text()
+    source = '\n'.join(file.read_text() for file in (ROOT / 'tests').rglob('*.py'))
+    for name in re.findall(r'\btest_\w+\b(?!\.py)', text):
         assert f'def {name}(' in source, name
+    for file, chosen in re.findall(r'(tests/\S+\.py) .*?-k ("[^"]+"|\w+)', text):
+        for word in chosen.strip('"').split(' or '):
+            assert re.search(rf'def test_\w*{word}', (ROOT / file).read_text()), f'{file} -k {word}'
+
+
+def test_soaks_table_has_its_parts():
+    table = (ROOT / 'docs/training.md').read_text().split('### make soak')[1].split('\n#')[0]
     soak = (ROOT / 'tests/by_hand/soak.py').read_text()
-    for part in re.findall(r'`soak\.py (\w+)`', path.read_text()):
-        assert f'\ndef {part}(' in soak, part
+    assert re.findall(r'^\| `(\w+)` \|', table, re.M) == re.findall(r'^def (kill|ranks|disk|memory)\(', soak, re.M)
