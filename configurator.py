@@ -4,11 +4,11 @@ Overrides of a script's settings, in nanoGPT's syntax:
     python train.py config/train_shakespeare_char.py --batch_size=32 --out_dir=out-x
 
 A script runs this file with exec(), so that it reads and sets the script's own globals. A config file is Python
-that assigns to the script's names; --key=value sets one. They are applied in the order given, later ones winning.
-A value must fit the type of the default it replaces: an int will do for a float, and anything is a str.
+that assigns to the script's names; --key=value sets one. They apply in the order given, and a later one wins.
+A value must have the type of the default it replaces; an int also fits a float, and any text fits a str.
 
 It also decides how a script ends: a user's mistake is one line and exit code 2, Ctrl-C is one line and 130, a bug keeps
-its traceback. A script with arguments of its own gets that alone, by `import configurator` before its slow imports.
+its traceback. A script with its own arguments writes `import configurator` before its slow imports to get only this.
 """
 
 import ast as _ast
@@ -24,17 +24,17 @@ import types as _types
 
 _DISK = (_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG, _errno.EIO, _errno.EROFS)  # full, failing, read-only
 _PACKAGES = ('accelerate', 'datasets', 'matplotlib', 'safetensors', 'tiktoken', 'tokenizers', 'tqdm', 'transformers',
-             'triton', 'wandb')  # that a script imports when it needs them
+             'triton', 'wandb')  # optional ones, which a script imports when it needs them
 
 
 def _print(text):
-    if _os.environ.get('RANK', '0') == '0':  # one rank speaks for all
+    if _os.environ.get('RANK', '0') == '0':  # only rank 0 prints
         print(text)
 
 
 def _one_line(error):
-    """What an error says if the user can mend it; None for a bug."""
-    model = _sys.modules.get('model')  # without it nobody has raised a Mistake
+    """exception -> one-line message if it is a user's mistake, None if it is a bug"""
+    model = _sys.modules.get('model')  # not imported yet: the error is no Mistake
     said = ' '.join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return 'interrupted'
@@ -58,14 +58,14 @@ def _one_line(error):
 
 
 def _excepthook(kind, error, trace):
-    """How a script ends that an exception ends."""
+    """End a script after an exception that it did not catch."""
     line = _one_line(error)
     code = 130 if kind is KeyboardInterrupt else 1 if line is None else 2
     ranks = 'RANK' in _os.environ
-    if ranks:  # torch.distributed wraps this hook in its own, which would hold the text back
+    if ranks:  # torch.distributed's own hook would hold the text back
         _sys.stderr = _sys.__stderr__
     if code == 2 and ranks and _os.environ.get('LOCAL_RANK', '0') != '0':
-        # what every rank meets, local rank 0 says, and torchrun then ends the others: whoever is left met it alone
+        # local rank 0 prints a mistake of all ranks, and torchrun then ends this rank; otherwise this rank prints it
         _signal.signal(_signal.SIGTERM, _signal.SIG_DFL)
         _time.sleep(10)
     if line is None:
@@ -75,7 +75,7 @@ def _excepthook(kind, error, trace):
     for stream in (_sys.stdout, _sys.stderr):
         try:
             stream.flush()
-        except OSError:  # | head
+        except OSError:  # the reader, such as head, has left
             pass
     if ranks:
         _os._exit(code)  # at once: gloo's threads may outlive Python and abort it (pytorch#190489)
@@ -104,7 +104,7 @@ def _check_key(key, where):
 
 
 def _fit(key, value, kind, where):
-    """value as a `kind`, where nothing is lost by it."""
+    """value -> the same value as a `kind`; Mistake if it does not fit"""
     if type(value) is kind:
         return value
     if kind is float and type(value) is int and abs(value) < 1e300:
@@ -139,7 +139,7 @@ def _read_config(path):
 
 
 def _help():
-    """The script's docstring, and every setting with its default and the comment on the line that defines it."""
+    """Print the script's docstring, and each setting with its default and the comment on its line; then exit."""
     comments, folder = {}, _os.path.dirname(_os.path.abspath(__file__))
     for path in (_os.path.join(folder, 'model.py'), __file__):  # GPTConfig's fields; the script's own settings win
         with open(path, encoding='utf-8') as f:
@@ -151,7 +151,7 @@ def _help():
     try:
         _print('\n'.join([doc, '', 'Settings, each with its default:', *lines]))
         _sys.stdout.flush()
-    except BrokenPipeError:  # | head
+    except BrokenPipeError:  # the reader, such as head, has left
         _os.dup2(_os.open(_os.devnull, _os.O_WRONLY), _sys.stdout.fileno())  # for the flush at Python's end
     raise SystemExit(0)
 
@@ -165,7 +165,7 @@ def _read_flag(arg):
     if kind is not str:
         try:
             value = _ast.literal_eval(text)
-        except Exception:  # it has five kinds of them
+        except Exception:  # literal_eval raises five kinds
             pass
     value = _fit(key, value, kind, arg)
     _print(f'Overriding: {key} = {value}')

@@ -1,6 +1,6 @@
 """
 A small DeepSeek-V3 behind nanoGPT's interface: Multi-head Latent Attention, DeepSeekMoE with loss-free balancing, and
-multi-token prediction. The model comes first, from its config to generate(). Below the rule is what the model calls.
+multi-token prediction. The model comes first, from its config to generate(); its helpers stand below the rule.
 
 Papers: V2 = arXiv 2405.04434, V3 = arXiv 2412.19437, loss-free balancing = arXiv 2408.15664.
 Equation numbers in the comments are V3's unless they say otherwise.
@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's fields, then DeepSeek's under their names in the released configs. -1 (or -1.0): __post_init__ derives
-    the size, so that nanoGPT's own flags describe a whole model.
+    """nanoGPT's fields, then DeepSeek's, named as in the released configs. -1 (or -1.0): __post_init__ derives the
+    value, so that nanoGPT's own flags describe a whole model.
     """
     block_size: int = 1024          # context length in tokens
     vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64
-    n_layer: int = 12               # main blocks; the MTP modules have blocks of their own
+    n_layer: int = 12               # main blocks; each MTP module adds its own
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
@@ -42,8 +42,8 @@ class GPTConfig:
     # Multi-head Latent Attention
     q_lora_rank: int = -1           # width of the queries' latent; 0: no query compression
     kv_lora_rank: int = -1          # width of the latent that is cached
-    qk_nope_head_dim: int = -1      # size of a head's query and key without RoPE
-    qk_rope_head_dim: int = -1      # ... and with RoPE: all heads share this key, and it is cached
+    qk_nope_head_dim: int = -1      # per head, size of the query and key part without RoPE
+    qk_rope_head_dim: int = -1      # size of the part with RoPE; all heads share this key part, and it is cached
     v_head_dim: int = -1
     rope_theta: float = 10000.0
     # DeepSeekMoE
@@ -68,8 +68,8 @@ class GPTConfig:
     # YaRN: a context longer than the trained one
     rope_factor: float = 1.0        # how many times longer; 1: off
     rope_original_max_position_embeddings: int = -1  # the trained context
-    rope_beta_fast: float = 32.0    # pairs that turn more often in the trained context keep their frequency
-    rope_beta_slow: float = 1.0     # pairs that turn less often are slowed by the factor
+    rope_beta_fast: float = 32.0    # pairs that turn more often than this in the trained context keep their frequency
+    rope_beta_slow: float = 1.0     # pairs that turn less often than this are slowed by rope_factor
     rope_mscale: float = 1.0
     rope_mscale_all_dim: float = 1.0
 
@@ -81,7 +81,7 @@ class GPTConfig:
             if getattr(self, name) == -1:
                 setattr(self, name, value)
 
-        derive('initializer_range', 0.5 / math.sqrt(C))           # V3's 0.006 at its 7168, 0.022 at 512
+        derive('initializer_range', 0.5 / math.sqrt(C))           # V3's 0.006 at its 7168; 0.022 at 512
         derive('q_lora_rank', max(1, C // 2))
         derive('kv_lora_rank', max(1, 3 * C // 8))
         derive('v_head_dim', d)
@@ -90,7 +90,7 @@ class GPTConfig:
         derive('rope_original_max_position_embeddings', max(1, int(self.block_size / self.rope_factor)))
         derive('moe_intermediate_size', max(8, (C // 2 + 7) // 8 * 8))
         derive('intermediate_size', max(1, self.n_shared_experts + K) * self.moe_intermediate_size)
-        derive('routed_scaling_factor', math.sqrt(K))             # K outputs with gates 1/K add up to 1/sqrt(K) of one
+        derive('routed_scaling_factor', math.sqrt(K))             # a mean of K outputs is sqrt(K) times smaller
         derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
 
 
@@ -122,7 +122,7 @@ class MLA(nn.Module):
         qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
         self.scale = qk_head_dim ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
 
-        # every released model has this epsilon in the latents' norms, whatever its rms_norm_eps
+        # all released models use 1e-6 in the norms of the latents, whatever their rms_norm_eps is
         if config.q_lora_rank > 0:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
@@ -164,7 +164,7 @@ class MLA(nn.Module):
         return q_nope, q_rope, self.kv_a_layernorm(c_kv), k_rope
 
     def latents(self, x):
-        """x (B, T, C) -> the queries' latent (without one, the queries), and [c_kv | k_rope] before norm and RoPE."""
+        """x (B, T, C) -> the queries' latent (the queries if q_lora_rank is 0), [c_kv | k_rope] before norm and RoPE"""
         q = self.q_a_proj(x) if self.config.q_lora_rank > 0 else self.q_proj(x)        # eq. 6
         return q, self.kv_a_proj_with_mqa(x)                                           # eq. 1, 3
 
@@ -192,11 +192,11 @@ class MLA(nn.Module):
         # einsum multiplies head by head; @ would first copy the weights for each row of the batch
         q = torch.einsum('bhtn,hnc->bhtc', q_nope, w_uk.to(q_nope.dtype))
         q = torch.cat((q, q_rope), dim=-1) * self.scale                                # (B, H, T, c+r)
-        # the cache is the left factor: a CPU kernel would copy its transpose
+        # the cache is the left factor, because a CPU kernel would copy its transpose
         scores = (cache @ q.flatten(1, 2).transpose(1, 2)).transpose(1, 2)             # (B, H*T, S)
         scores = scores.unflatten(1, (H, T)).float().masked_fill(~seen, float('-inf'))  # (B, H, T, S)
         weights = scores.softmax(dim=-1).to(cache.dtype).flatten(1, 2)                 # (B, H*T, S)
-        # times the whole cache row: a CPU's bf16 product would first copy a part of the row
+        # multiply by whole cache rows, because a CPU's bf16 product would first copy a part of them
         latent = (weights @ cache)[..., :c].unflatten(1, (H, T))                       # (B, H, T, c)
         return torch.einsum('bhtc,hvc->bthv', latent, w_uv.to(latent.dtype)).flatten(2)
 
@@ -208,7 +208,7 @@ def swiglu(x):
 
 
 class MLP(nn.Module):
-    """The dense FFN. The shared experts are one such FFN of their joint width."""
+    """The dense FFN, and all shared experts together as one wide FFN."""
 
     def __init__(self, config, width):
         super().__init__()
@@ -230,12 +230,12 @@ class MoE(nn.Module):
         self.experts_gate_up = nn.Parameter(torch.empty(E, 2 * h, C))
         self.experts_down = nn.Parameter(torch.empty(E, C, h))
         self.shared_experts = MLP(config, config.n_shared_experts * h) if config.n_shared_experts > 0 else None
-        # b of eq. 16: GPT.update_balance moves it after an optimizer step, no gradient does
+        # b of eq. 16: not trained by gradients; GPT.update_balance changes it after each optimizer step
         self.register_buffer('e_score_correction_bias', torch.zeros(E))
         self.experts_fn = sorted_experts  # extras/experts.py, kernels.py and fp8.py replace it
 
     def forward(self, x):
-        """(B, T, C) -> (B, T, C), and in training its balance loss (scalar) and load (E,), else None."""
+        """(B, T, C) -> (B, T, C), and in training (balance loss (scalar), load (E,)), else None"""
         B, T, C = x.shape
         flat = x.view(-1, C)                                                # (N, C)
         scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
@@ -280,7 +280,7 @@ def sorted_experts(x, gates, experts, gate_up, down):
     token, place, row_gates, offsets = sort_by_expert(experts, gates, len(down))
     y = Gather.apply(x.to(compute_dtype(x)), token, place)                  # (M, C): each row's token
     y = swiglu(grouped_linear(y, gate_up, offsets))                         # (M, h)
-    y = y * row_gates.to(y.dtype)  # g of eq. 12, here because rows are h wide; W_down is linear
+    y = y * row_gates.to(y.dtype)  # g of eq. 12, before the linear W_down because rows are narrower here
     return Gather.apply(grouped_linear(y, down, offsets), place, token)     # (N, C): the sum of each token's K rows
 
 
@@ -294,7 +294,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None, pos=0):
-        """(B, T, C) -> (B, T, C), and from an MoE block in training (balance loss, load), else None."""
+        """(B, T, C) -> (B, T, C), and in training an MoE block's (balance loss, load), else None"""
         x = x + self.attn(self.input_layernorm(x), cos, sin, cache, pos)
         y = self.mlp(self.post_attention_layernorm(x))
         y, routing = y if isinstance(self.mlp, MoE) else (y, None)
@@ -302,7 +302,7 @@ class Block(nn.Module):
 
 
 class MTP(nn.Module):
-    """One multi-token prediction module (V3 section 2.2): from h_{k-1} and token t_{i+k} to a state for t_{i+k+1}."""
+    """Multi-token prediction module k (V3 section 2.2): h_{k-1} and token t_{i+k} -> a state that predicts t_{i+k+1}"""
 
     def __init__(self, config):
         super().__init__()
@@ -320,7 +320,7 @@ class MTP(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. Initialisation, as nanoGPT's; a parameter that you add keeps the values that you gave it:
+    """The model. Its initialisation follows nanoGPT; a parameter that you add keeps its own initial values:
 
     | parameter                                           | distribution | std or value                        |
     |-----------------------------------------------------|--------------|-------------------------------------|
@@ -345,13 +345,13 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
         for name, table in zip(('rope_cos', 'rope_sin'), rope_table(config)):  # (block_size, r/2) each
             self.register_buffer(name, table, persistent=False)
-        self.stats = {}  # of the last training forward: see forward()
+        self.stats = {}  # set by training_loss()
         self.rows_fn = cross_entropy_rows  # compile() and extras/kernels.py replace it
         for name, p in self.named_parameters():
             self.initialise(name, p)
 
     def run(self, blocks, x, cache, pos):
-        """x (B, T, C) through the blocks -> (B, T, C), and (balance loss, load) of each MoE block in training."""
+        """Run x (B, T, C) through blocks -> (B, T, C), and in training each MoE block's (balance loss, load)"""
         cos, sin = (table[pos:pos + x.size(1)] for table in (self.rope_cos, self.rope_sin))
         routing = []
         for i, block in enumerate(blocks):
@@ -361,23 +361,23 @@ class GPT(nn.Module):
         return x, routing
 
     def main_stack(self, idx, cache=None, pos=0):
-        """Tokens (B, T) at positions pos.. -> the state after the final norm (B, T, C), and run()'s routing."""
+        """idx (B, T) at positions pos.. -> the state after the final norm (B, T, C), and the routing from run()"""
         x, routing = self.run(self.transformer.h, self.transformer.drop(self.transformer.wte(idx)), cache, pos)
         return self.transformer.ln_f(x), routing
 
     def mtp_module(self, module, token, h, cache=None, pos=0):
-        """Module k: tokens t_{i+k} (B, T) and h_{k-1} (B, T, C) -> h_k (B, T, C), and run()'s routing. eq. 21-22"""
+        """eq. 21-22: token t_{i+k} (B, T), h_{k-1} (B, T, C) -> h_k (B, T, C), and the routing from run()"""
         x = module.combine(self.transformer.drop(self.transformer.wte(token)), h)
         x, routing = self.run(module.h, x, cache, pos)
         return module.norm(x), routing
 
     def forward(self, idx, targets=None, cache=None, pos=0, return_logits=True, mtp_lambda=None):
-        """idx (B, T) -> logits, loss.
+        """idx (B, T), targets (B, T; -1: no target) or None -> logits, loss
 
-        Without targets: logits of the last position (B, 1, V), and None. With targets (B, T; -1: no target): in eval
-        the logits (B, T, V), None if not return_logits, and the main next-token loss; in training None, because all
-        the logits are never held, and training_loss().
-        cache: from make_cache(); idx are then the tokens at positions pos..pos+T-1, and forward writes them there.
+        without targets      the logits (B, 1, V) of the last position, and None
+        targets in eval      the logits (B, T, V), or None if not return_logits, and the main next-token loss
+        targets in training  None, because memory never holds all logits, and training_loss()
+        cache: from make_cache(). idx are the tokens at positions pos..pos+T-1, and forward writes them into the cache.
         """
         end = pos + idx.size(1)
         if end > self.config.block_size:
@@ -396,13 +396,13 @@ class GPT(nn.Module):
         return logits, total / (targets >= 0).sum().clamp(min=1)
 
     def training_loss(self, h, routing, idx, targets, mtp_lambda=None):
-        """The loss to minimise: main + MTP + balance. h (B, T, C), routing: main_stack()'s.
+        """The loss to minimise: main + MTP + balance. h (B, T, C) and routing: from main_stack()
 
-        Leaves tensors in `stats`: `losses` (1 + modules), of the main head and each MTP module; `balance`, the mean
-        over MoE layers; `load` (MoE layers, E), the tokens of each expert.
+        Sets `stats`, tensors: `losses` (1 + modules), the main head's and each MTP module's; `balance`, the mean over
+        MoE layers; `load` (MoE layers, E), the number of tokens that each expert got.
         """
-        # At position i, module k sees t_{i+k} and predicts t_{i+k+1}. The sequence keeps its length T. The last k
-        # positions have no label, nor have those with a missing target (-1) or a document's end before the label.
+        # At position i, module k sees t_{i+k} and predicts t_{i+k+1}. The sequence keeps its length T, so the last k
+        # positions have no label. Others have none if the label of module k-1 is missing (-1) or ends a document.
         T, D = idx.size(1), len(self.mtp)
         states, labels = [h], [targets]
         for k, module in enumerate(self.mtp, start=1):
@@ -424,10 +424,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def update_balance(self, load):
-        """Loss-free balancing: raise b of the experts below their layer's mean load, lower it of those above.
+        """Loss-free balancing: raise b of experts below their layer's mean load, lower b of experts above it.
 
-        Once after each optimizer step. load (MoE layers, E): each expert's tokens in the step, over all micro-batches
-        and ranks; a layer with no load keeps its b. b is re-centred: a shift common to all experts changes no choice.
+        Call it once after each optimizer step. load (MoE layers, E): tokens of each expert in the step, over all
+        micro-batches and ranks. A layer without load keeps its b. b is re-centred: equal shifts change no choice.
         """
         if self.config.bias_update_speed == 0:
             return
@@ -440,10 +440,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
-        """Append max_new_tokens to each row of idx (B, T). temperature 0: always the likeliest token.
+        """Append max_new_tokens tokens to each row of idx (B, T). temperature 0: always the likeliest token.
 
-        Past block_size the last block_size tokens are the context, as in nanoGPT, and nothing is cached. After a row's
-        stop_token only stop_token follows, and generation ends when every row has one.
+        Past block_size the context is the last block_size tokens, as in nanoGPT, and there is no cache. After its
+        stop_token a row gets only stop_token; generation ends early when every row has one.
         """
         B, T = idx.shape
         if T == 0:
@@ -470,7 +470,7 @@ class GPT(nn.Module):
     # The machinery: first the rest of GPT's methods, then the functions that the model above calls.
 
     def initialise(self, name, p):
-        """The table above, for one parameter."""
+        """Initialise one parameter by GPT's table."""
         module = self.get_submodule(name.rpartition('.')[0])
         if isinstance(module, RMSNorm):
             nn.init.ones_(p)
@@ -495,8 +495,8 @@ class GPT(nn.Module):
                            dtype=compute_dtype(w), device=w.device)
 
     def loss_of_heads(self, states, labels, weights):
-        """States (B, T, C) through the shared head, against labels (B, T; -1: none) -> the weighted sum of their mean
-        losses, and these means (len(states),) without a gradient.
+        """Apply the shared head to states, a list of (B, T, C), with labels (B, T; -1: none) -> the weighted sum of
+        the mean losses, and the mean losses (len(states),) without a gradient.
         """
         labels = torch.stack(labels).flatten(1)                             # (1+D, B*T)
         valid = labels >= 0
@@ -507,15 +507,15 @@ class GPT(nn.Module):
         return loss, (row_losses.view(len(states), -1) * mean).sum(dim=1)
 
     def compile(self, **kwargs):
-        """Compile the blocks, because equal ones share one graph, and the loss."""
+        """Compile the loss and each block; equal blocks share one graph."""
         for block in self.blocks():
             block.compile(**kwargs)
         if self.rows_fn is cross_entropy_rows:
             self.rows_fn = torch.compile(cross_entropy_rows, **kwargs)
 
     def recompute(self):
-        """Keep only each block's input for the backward, which computes the rest of the block again."""
-        def recomputed(forward):  # torch.compile traces through a function that calls checkpoint(), not a partial
+        """Keep only each block's input; the backward recomputes the rest."""
+        def recomputed(forward):  # torch.compile traces through a function that calls checkpoint(), but not a partial
             return lambda *args: torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
 
         for block in self.blocks():
@@ -533,7 +533,7 @@ class GPT(nn.Module):
         return self.get_num_params() - len(self.moe_layers()) * idle * expert
 
     def flops_per_token(self):
-        """Forward and backward of one training token: 6 per active weight, heads and attention included."""
+        """FLOPs of one training token, forward and backward: 6 per active weight, heads and attention included."""
         cfg = self.config
         heads = (1 + len(self.mtp)) * self.lm_head.weight.numel()
         head_dims = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
@@ -541,7 +541,7 @@ class GPT(nn.Module):
         return 6 * (self.get_num_active_params() + heads + attention)
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
-        """Model FLOP/s over the device's peak, or nan. fwdbwd_per_iter: sequences on this device in dt seconds."""
+        """Model FLOP/s over the device's peak, or nan. fwdbwd_per_iter: sequences on this device in dt seconds"""
         device = self.lm_head.weight.device
         peak = peak_tflops(torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type)
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / (peak * 1e12)
@@ -562,14 +562,14 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). A "
-                      'DeepSeek-V2 or V3 family checkpoint in Hugging Face format does, with the folder extras/: '
-                      '--init_from=FOLDER')
+        raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). "
+                      'With the folder extras/, --init_from=FOLDER loads a DeepSeek-V2 or V3 family checkpoint in '
+                      'the format of Hugging Face')
 
     @classmethod
     def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):
-        """train.py's ckpt.pt -> the model, and the checkpoint. assign: the model's tensors are the file's own, in their
-        dtypes, and are read when used.
+        """train.py's ckpt.pt -> the model, and the checkpoint. overrides: GPTConfig fields to replace. assign: the
+        model uses the file's own tensors, in their dtypes, and reads them from the disk when it needs them.
         """
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True,
@@ -583,7 +583,7 @@ class GPT(nn.Module):
             raise Mistake(f'{path} is no checkpoint of this model: it is empty, or cut short') from None
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except Exception as e:  # a damaged file, another program's
+        except Exception as e:  # a damaged file, or another program's
             raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
         if 'transformer.wpe.weight' in weights:
             raise Mistake(f'{path}: this is a nanoGPT (GPT-2) checkpoint: it does not fit MLA and MoE; train a model')
@@ -658,8 +658,8 @@ def yarn_mscale(factor, mscale):
 
 def rope_table(config):
     """cos and sin of position * theta^(-2i/r), each (block_size, r/2), fp32. YaRN (arXiv 2309.00071, section 3.2) keeps
-    the frequency of pairs that turn often within the trained context, slows those that hardly turn by the factor, and
-    the pairs between by less.
+    the frequency of pairs that turn often within the trained context, divides the frequency of pairs that hardly turn
+    by the factor, and blends the two for the pairs between.
     """
     r, factor = config.qk_rope_head_dim, config.rope_factor
     freq = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)              # (r/2,)
@@ -681,8 +681,8 @@ def rope_table(config):
 
 
 def keep_best_groups(choice, n_group, topk_group, scoring_func):
-    """Group-limited routing (V3 section 2.1.2): choice (N, E), with -inf outside each token's topk_group best groups. A
-    group's score is the sum of its two best experts; in V2, which scores by softmax, its best expert.
+    """Group-limited routing (V3 section 2.1.2): choice (N, E) -> choice, but -inf outside each token's topk_group best
+    groups. A group's score is the sum of its two best experts' scores; in V2 (softmax) its best expert's score.
     """
     groups = choice.unflatten(-1, (n_group, -1))                            # (N, n_group, E / n_group)
     best = min(2 if scoring_func == 'sigmoid' else 1, groups.size(-1))
@@ -693,9 +693,9 @@ def keep_best_groups(choice, n_group, topk_group, scoring_func):
 
 
 def sort_by_expert(experts, gates, n_experts):
-    """The N*K choices (experts, gates: (N, K)) as M rows, sorted by expert -> each row's token (M,), each choice's row
+    """Sort the N*K choices (experts, gates: (N, K)) by expert, into M rows -> each row's token (M,), each choice's row
     (N, K), each row's gate (M, 1), and where each expert's rows end (E,). No loop, no host sync, no shape that depends
-    on the data. Padding rows (token 0, gate 0) align each expert's first row, so that kernels meet few shapes.
+    on the data. Padding rows (token 0, gate 0) align each expert's first row, so that kernels see few shapes.
     """
     K = experts.size(1)
     align = row_alignment(experts.numel(), n_experts)
@@ -719,24 +719,24 @@ def row_alignment(n, n_experts):
 
 
 class Gather(torch.autograd.Function):
-    """x[index], summed over K if index is (N, K). `back` is the index of the other direction: the gradient is a Gather
-    too, by `back`. The gradient of a plain x[index] would add with atomics, more slowly and in any order.
+    """x[index], summed over K if index is (N, K). The gradient is a Gather by the inverse index: the gradient of plain
+    indexing would add with atomics, which are slower and have no fixed order.
     """
 
     @staticmethod
-    def forward(ctx, x, index, back):
-        ctx.save_for_backward(index, back)
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(index, inverse)
         y = x.index_select(0, index.flatten())
         return y if index.dim() == 1 else y.view(*index.shape, -1).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad):
-        index, back = ctx.saved_tensors
-        return Gather.apply(grad.contiguous(), back, index), None, None
+        index, inverse = ctx.saved_tensors
+        return Gather.apply(grad.contiguous(), inverse, index), None, None
 
 
 def grouped_linear(x, weight, offsets):
-    """x (M, in): rows offsets[e-1]..offsets[e] times weight[e].T (E, out, in) -> (M, out), undefined past the last."""
+    """x (M, in): rows offsets[e-1]..offsets[e] times weight[e].T (E, out, in) -> (M, out); other rows undefined"""
     weight = weight.to(x.dtype)
     if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
@@ -745,7 +745,7 @@ def grouped_linear(x, weight, offsets):
 
 @torch.compiler.disable
 def grouped_linear_uncompiled(x, weight, offsets):
-    """Eager grouped_mm takes fp32 on CPUs. Any other dtype or device: a loop, which waits for the host."""
+    """grouped_mm takes fp32 only in eager mode on CPUs. Other dtypes and devices need a loop with a host sync."""
     if x.dtype == torch.float32 and x.device.type == 'cpu':
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     ends = offsets.tolist()
@@ -754,7 +754,7 @@ def grouped_linear_uncompiled(x, weight, offsets):
 
 
 def cross_entropy_rows(logits, target, row_weight):
-    """Each row's loss (n,), fp32; its gradient replaces the logits (n, V). target, row_weight: (n,)"""
+    """logits (n, V), target and row_weight (n,) -> each row's loss (n,), fp32. Gradients overwrite the logits."""
     target = target.clamp(min=0).unsqueeze(-1)
     weight = row_weight.unsqueeze(-1)
     z = logits.float()
@@ -767,11 +767,11 @@ def cross_entropy_rows(logits, target, row_weight):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i row_weight_i * cross_entropy(h_i @ weight.T, target_i), without ever holding all the logits.
-    The forward makes the gradient too, so that nothing of the vocabulary's width is kept or computed twice. h: (N, C),
-    weight: (V, C), target and row_weight: (N,), 0 if a row does not count -> the sum, and each row's loss (N,).
+    The forward computes the gradient too, so that nothing of width V is kept or computed twice. h: (N, C), weight:
+    (V, C), target and row_weight: (N,), row_weight 0 leaves a row out -> the sum, and each row's loss (N,).
     """
-    CHUNK = 2048  # rows whose gradients are held at a time: fewer make the weight's gradient slower
-    SLICE = 512   # rows that go from logits to gradients together, while caches hold some of them
+    CHUNK = 2048  # rows whose gradients are held at a time; with fewer, the weight's gradient is slower
+    SLICE = 512   # rows whose logits become gradients at a time: few enough that caches hold some of them
 
     @staticmethod
     def forward(ctx, h, weight, target, row_weight, rows_fn, with_grad):
@@ -785,7 +785,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         unit = row_weight.max().clamp(min=1e-20)  # the largest row weight is scaled to 1: fp16 would underflow
         share = row_weight / unit
         held = x.new_empty(min(len(x), LinearCrossEntropy.CHUNK), len(w))   # (chunk, V): logits, then gradients
-        one_pass = x.is_cuda and rows_fn is not cross_entropy_rows          # it holds no copy of them in fp32
+        one_pass = x.is_cuda and rows_fn is not cross_entropy_rows          # then rows_fn makes no fp32 copy
         size = LinearCrossEntropy.CHUNK if one_pass else LinearCrossEntropy.SLICE
         losses, grad_x, grad_w = [], torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), LinearCrossEntropy.CHUNK):
@@ -821,7 +821,7 @@ def probabilities(logits, temperature, top_k):
 
 
 def draw(probs):
-    """(B, V), whatever its sum -> (B, 1): the smallest of exponential times, because multinomial waits for the host."""
+    """probs (B, V), any sum -> sampled (B, 1): the smallest exponential time wins. multinomial waits for the host."""
     return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1, keepdim=True)
 
 
@@ -837,9 +837,9 @@ def peak_tflops(name):
 
 
 def save_checkpoint(checkpoint, path, best_path=None):
-    """Write a checkpoint beside `path`, force it to the disk, and rename it: a kill at any instant leaves a whole one.
-    best_path becomes a second name of the file before path does, so that a run resumed between the two repeats the
-    steps since path's checkpoint, and writes the best one again.
+    """Write a temporary file, force it to the disk, rename it to path: a kill at any instant leaves a whole one. The
+    file gets the name best_path first: a run that is killed between the two resumes from the older path, repeats its
+    steps, and writes the best one again. Mistake if the disk refuses.
     """
     new, new_best = f'{path}.tmp', f'{best_path}.tmp'
 
@@ -850,7 +850,7 @@ def save_checkpoint(checkpoint, path, best_path=None):
             os.fsync(f.fileno())
 
     try:
-        remove(new, new_best)  # a kill may have left them as names of the best checkpoint: do not write into it
+        remove(new, new_best)  # a kill may have left them as links to the best checkpoint, which must stay
         write(new)
         if best_path:
             try:
@@ -873,8 +873,8 @@ def remove(*paths):
 
 
 def sync_folder(folder):
-    """Force a folder's names to the disk."""
-    if os.name == 'posix':  # elsewhere a folder cannot be opened
+    """Force the names of a folder's files to the disk."""
+    if os.name == 'posix':  # Windows cannot open a folder
         file = os.open(folder, os.O_RDONLY)
         os.fsync(file)
         os.close(file)
@@ -887,7 +887,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def load_meta(path):
-    """A data set's meta.pkl -> dict with at least vocab_size; {} if there is none, and its tokens are GPT-2's."""
+    """A data set's meta.pkl -> dict with at least vocab_size; without a file {}: the tokens are GPT-2's."""
     if not os.path.exists(path):
         return {}
     try:
@@ -895,6 +895,6 @@ def load_meta(path):
             meta = PlainUnpickler(f).load()
         if type(meta['vocab_size']) is not int or meta.get('dtype', 'uint16') not in ('uint16', 'uint32'):
             raise ValueError('its vocab_size must be int, and its dtype uint16 or uint32')
-    except Exception as e:  # an unpickler meets damage in many ways
+    except Exception as e:  # damaged files raise many kinds of errors
         raise Mistake(f'{path} cannot be used: {type(e).__name__}: {first_line(e)}: run prepare.py again') from None
     return meta

@@ -5,9 +5,9 @@ Trains a model; nanoGPT's loop and flags, and every field of GPTConfig as a flag
     torchrun --standalone --nproc_per_node=8 train.py config/train_deepseek.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 train.py ...
 
-It needs model.py and a configurator.py; with the folder extras/, more flags work, and guard.py checks each run first.
-The rows and the dropout of a micro-batch depend only on the seed and on its number, counted over iterations and ranks:
-a resumed run computes what the uninterrupted one would have.
+It needs model.py and a configurator.py. With the folder extras/ more flags work, and guard.py checks each run first.
+The rows and the dropout of a micro-batch depend only on the seed and on the micro-batch's number, counted over
+iterations and ranks. So a resumed run computes the same as an uninterrupted one.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ eval_interval = 2000
 log_interval = 1
 eval_iters = 200
 eval_only = False  # evaluate once and stop
-always_save_checkpoint = True  # ckpt.pt is the last one, ckpt_best.pt the best; False: the best, and ckpt_last.pt
-checkpoint = 'whole'  # ckpt.pt; or 'dcp': ckpt.dcp, in shards, written while training goes on; needs extras/dcp.py
+always_save_checkpoint = True  # True: last ckpt.pt, best ckpt_best.pt; False: best ckpt.pt, last ckpt_last.pt
+checkpoint = 'whole'  # or 'dcp': ckpt.dcp, a folder of shards, written while training goes on; needs extras/dcp.py
 init_from = 'scratch'  # or 'resume', or the path of a DeepSeek checkpoint in Hugging Face's format
 # wandb logging
 wandb_log = False
@@ -58,40 +58,40 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0.0: no clipping
-max_skipped_iters = 20  # stop after this many iterations in a row with a loss or a gradient that is not finite
+max_skipped_iters = 20  # stop after this many iterations in a row without a finite loss and gradient
 # learning rate: linear warm-up, cosine decay
 decay_lr = True
 warmup_iters = 2000
 lr_decay_iters = 600000
 min_lr = 6e-5
-# weight of the MTP loss: mtp_lambda, and from this share of max_iters on at most mtp_lambda_late (V3 section 4.2)
+# weight of the MTP loss: mtp_lambda, and at most mtp_lambda_late after mtp_late_from * max_iters (V3 section 4.2)
 mtp_lambda_late = 0.1
 mtp_late_from = 0.67
 # system
 seed = 1337
 backend = 'nccl'  # between GPUs; CPUs use gloo
 device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': bfloat16 if the device is faster in it
+dtype = ''  # 'float32', 'bfloat16' or 'float16'; '': bfloat16 if it is faster on the device
 compile = True  # torch.compile, block by block
-fp8 = False  # the products of the linear layers and the experts in FP8, as in V3 section 3.3; needs extras/fp8.py
-fp8_scaling = 'tile'  # or 'row' or 'tensor': what shares a scale
+fp8 = False  # linear layers and experts multiply in FP8 (V3 section 3.3); needs extras/fp8.py
+fp8_scaling = 'tile'  # or 'row' or 'tensor': the part of a matrix that shares a scale
 fp8_grad = 'e4m3'  # or 'e5m2': the format of the gradients
-fp8_power_of_two = False  # scales that are powers of two
+fp8_power_of_two = False  # round the scales up to powers of two
 bf16_moments = False  # AdamW's moments in bfloat16, as V3 keeps them; needs extras/optim.py
-recompute = False  # keep only a block's input for the backward, which computes the rest again
-shard = 1  # FSDP2 over groups of this many ranks, each group has the whole; 0: all ranks; needs extras/parallel.py
+recompute = False  # keep only each block's input; the backward recomputes the rest
+shard = 1  # FSDP2: this many ranks share a copy of the model; 0: all ranks; needs extras/parallel.py
 expert_parallel = 1  # this many ranks share a layer's experts; needs extras/parallel.py
 activation_memory = 1.0  # with compile: share of a block's activations that is kept; the backward recomputes the rest
 # -----------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
-exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())  # from the command line, config files
+exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())  # read flags and config files
 config = {k: globals()[k] for k in config_keys}
 here = os.path.dirname(os.path.abspath(__file__))
 has_extras = os.path.exists(os.path.join(here, 'extras'))
 
 
 def import_extra(name, flag):
-    """The module extras/NAME.py, which this flag needs."""
+    """-> the module extras/NAME.py, or Mistake. flag: the setting that needs it"""
     if not has_extras:
         raise Mistake(f'{flag} needs extras/{name}.py: copy the folder extras/ to where train.py is')
     return importlib.import_module('extras.' + name)
@@ -123,11 +123,11 @@ if ddp:
 if not dtype and device_type == 'cuda':
     dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 elif not dtype:
-    # bfloat16 needs AMX: on a CPU with AVX512 alone a step took 1.6 times as long as in float32
+    # bfloat16 is faster only with AMX: on a CPU with AVX512 alone a step took 1.6 times as long as in float32
     dtype = 'bfloat16' if device_type == 'cpu' and torch.cpu._is_amx_tile_supported() else 'float32'
 config['dtype'] = dtype
 ctx = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
-# with bf16 or fp16 the few fp32 products that are left, the routers', are exact
+# under autocast only the routers' products stay in fp32: keep them exact
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == 'float32'
 
 # -----------------------------------------------------------------------------
@@ -139,12 +139,12 @@ if guard:
 data, masks = {}, {}
 for split in ('train', 'val'):
     data[split] = np.memmap(os.path.join(data_dir, f'{split}.bin'), dtype=meta.get('dtype', 'uint16'), mode='r')
-    mask_path = os.path.join(data_dir, f'{split}_mask.bin')  # 0 for a token that counts in no loss
+    mask_path = os.path.join(data_dir, f'{split}_mask.bin')  # 0: no loss for this token
     masks[split] = np.memmap(mask_path, dtype=np.uint8, mode='r') if os.path.exists(mask_path) else None
 
 
 def get_batch(split, stream, index):
-    """The micro-batch number `index` of a stream of random batches: x, y, each (batch_size, block_size)."""
+    """Micro-batch number `index` of a random stream (0: training, 1: evaluation) -> x, y (batch_size, block_size)"""
     tokens, mask = data[split], masks[split]
     rng = np.random.default_rng((seed, {'train': 0, 'val': 1}[split], stream, index))
     step = meta.get('row_length', 1)  # if the data are rows, a sequence starts where a row starts
@@ -164,31 +164,31 @@ def all_reduce(x, op=dist.ReduceOp.SUM, group=None):
 
 
 def max_over_ranks(x):
-    """The largest of the ranks' ints, without the GPU."""
+    """The largest of the ranks' ints, exchanged without the GPU."""
     return all_reduce(torch.tensor(int(x)), dist.ReduceOp.MAX, cpu_group).item() if ddp else int(x)
 
 
 # -----------------------------------------------------------------------------
 # the model: new, from a checkpoint, or from a folder in Hugging Face's format
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
-# settings that a resume may change: always, and only if given; all others are the checkpoint's
+# settings that a resume may change (always / only if given); the checkpoint decides all others
 always_free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size')
 free_if_given = ('eos_token_id', 'rope_factor', 'rope_original_max_position_embeddings', 'rope_beta_fast',
                  'rope_beta_slow', 'rope_mscale', 'rope_mscale_all_dim')
 given = [name for name in free_if_given if config[name] != fields[name]]
 overrides = {name: config[name] for name in (*always_free, *given)}
-# the last checkpoint: guard knows all forms of it, and compares iterations
+# the last checkpoint: guard finds every kind and compares iterations, two files alone compare times
 paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_last.pt')]
 newest = max(filter(os.path.exists, paths), key=os.path.getmtime, default=paths[0])
 resume_path = guard.last_checkpoint(out_dir) if guard else newest
 if ddp and scripts and store.check(['begun']) and max_over_ranks(os.path.exists(resume_path)):
-    init_from = 'resume'  # torchrun lost a rank and has started all of them again
+    init_from = 'resume'  # torchrun lost a rank and has restarted all ranks
 if guard and init_from == 'resume':
     guard.check_path(resume_path, max_over_ranks)
 
 torch.manual_seed(seed)
 parallel = import_extra('parallel', 'shard or expert_parallel') if sharded else None
-build = parallel.layout(config, device) if sharded else GPT  # both build, and load, in the same way
+build = parallel.layout(config, device) if sharded else GPT  # both build and load a model by the same calls
 found = {}  # the checkpoint
 if init_from == 'scratch':
     args = {name: config[name] for name in fields} | {'vocab_size': vocab_size or meta.get('vocab_size', 50304)}
@@ -225,7 +225,7 @@ if found.get('optimizer'):  # a converted checkpoint has none
         guard.check_optimizer(resume_path, found['optimizer'], opt)
     opt.load_state_dict(parallel.optimizer_state(found['optimizer'], opt) if sharded else found['optimizer'])
     for group in opt.param_groups:
-        group['fused'] = opt.defaults['fused']  # as this device can, not the checkpoint's
+        group['fused'] = opt.defaults['fused']  # this device decides, not the checkpoint
     if found.get('scaler'):
         scaler.load_state_dict(found['scaler'])
 iter_num = found.get('iter_num', 0)
@@ -241,7 +241,7 @@ if guard:
     guard.try_micro_batch(raw_model, opt, get_batch('train', 0, 0), ctx, config, max_over_ranks)
 model = raw_model
 if ddp and not sharded:
-    # the only buffer that changes, the balance bias, changes alike on all ranks
+    # the balance bias is the only buffer that changes, and it changes equally on all ranks
     model = DDP(raw_model, device_ids=[device] if device_type == 'cuda' else None, forward_sync_buffers=False)
 clip_grad_norm_ = parallel.clip_grad_norm_ if sharded else torch.nn.utils.clip_grad_norm_
 accumulation = gradient_accumulation_steps // world  # micro-batches per iteration and rank
@@ -249,16 +249,16 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 
 # -----------------------------------------------------------------------------
-# evaluation and rate
+# evaluation and learning rate
 
 @torch.no_grad()
 def estimate_loss():
-    """Mean main loss over eval_iters batches of each split, always the same batches, shared out over the ranks."""
+    """{split: mean main loss} over eval_iters batches, always the same ones; each rank computes a part."""
     raw_model.eval()
     out = {}
     for split in ('train', 'val'):
         total = torch.zeros((), device=device)
-        for k in range(rank, math.ceil(eval_iters / world) * world, world):  # all ranks take part in each batch
+        for k in range(rank, math.ceil(eval_iters / world) * world, world):  # shards need equally many on each rank
             with ctx:
                 loss = raw_model(*get_batch(split, 1, k), return_logits=False)[1]
             if k < eval_iters:
@@ -286,7 +286,7 @@ last_path, best_path = (os.path.join(out_dir, name + ('.dcp' if dcp else '.pt'))
 
 
 def save(best):
-    """Write the last checkpoint; it is the best one too if `best`, or if there is none better yet."""
+    """Write the last checkpoint. It is also the best one if `best`, or if there is no best one yet."""
     if not (master or sharded or dcp):
         return
     best = best or best_val_loss == math.inf
@@ -298,7 +298,7 @@ def save(best):
 
 
 def log(record):
-    """A line of log.jsonl, and of wandb."""
+    """Write one line to log.jsonl, and to wandb."""
     record = json.loads(json.dumps(record), parse_constant=lambda name: None)  # JSON has no nan and no infinity
     try:
         log_file.write(json.dumps(record).encode() + b'\n')
@@ -309,7 +309,7 @@ def log(record):
 
 
 def to_host(tensors):
-    """{name: tensor} -> {name: its numbers, in nested lists}, in one transfer and one host sync."""
+    """{name: tensor} -> {name: nested lists of its numbers}, with one transfer and one host sync."""
     numbers = torch.cat([t.flatten().float() for t in tensors.values()]).cpu()
     parts = numbers.split([t.numel() for t in tensors.values()])
     return {name: part.view(t.shape).tolist() for (name, t), part in zip(tensors.items(), parts)}
@@ -318,7 +318,7 @@ def to_host(tensors):
 if wandb_log and master:
     import wandb
     wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-if guard:  # keeps an earlier run's folder
+if guard:  # lock out_dir, and keep an earlier run
     guard.begin(config, init_from, data_dir, master, max_over_ranks)
 if master:
     os.makedirs(out_dir, exist_ok=True)
@@ -333,7 +333,7 @@ if master:
         print(f'going on from {resume_path}, iteration {iter_num} of {max_iters}')
 if ddp and scripts:
     max_over_ranks(0)  # a barrier: all ranks are ready
-    store.set('begun', '')  # a restart resumes from here on
+    store.set('begun', '')  # from now on a restart resumes
 # a signal ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once
 signalled = False
 
@@ -352,10 +352,10 @@ signal.signal(signal.SIGINT, on_signal)
 # the loop
 model.train()
 running_mfu = math.nan
-skipped, in_a_row = torch.zeros(2, device=device)  # iterations that changed nothing
+skipped, in_a_row = torch.zeros(2, device=device)  # iterations without an update
 t_log, iters_logged = time.time(), 0
 while True:
-    # the iteration's rate, and its weight of the MTP loss
+    # set the learning rate and the weight of the MTP loss
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in opt.param_groups:
         group['lr'] = lr
@@ -372,7 +372,7 @@ while True:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
             log({'step': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
             if not math.isfinite(losses['val']):
-                print('the validation loss is not finite: not saved')
+                print('the validation loss is not finite: no checkpoint is written')
         if math.isfinite(losses['val']) and iter_num > 0 and not eval_only:
             save(best=improved)
         t_log, iters_logged = time.time(), 0
@@ -385,9 +385,9 @@ while True:
         number = iter_num * gradient_accumulation_steps + micro_step * world + rank
         torch.manual_seed((seed + number) % 2**32)
         x, y = get_batch('train', 0, number)
-        if sharded:  # groups that each hold the whole model exchange gradients with the last micro-batch
+        if sharded:  # copies of the model exchange gradients only in the last micro-batch
             model.set_requires_all_reduce(micro_step == accumulation - 1)
-        elif ddp:  # and so does DDP
+        elif ddp:  # and so do the copies of DDP
             model.require_backward_grad_sync = micro_step == accumulation - 1
         with ctx:
             _, loss = model(x, y, mtp_lambda=mtp_weight)
@@ -395,13 +395,13 @@ while True:
         for k, v in raw_model.stats.items():
             stats[k] = stats[k] + v if k in stats else v
 
-    # clip, step, balance; a loss or a gradient that is not finite, on any rank, changes nothing: decided on the device
+    # clip, step, balance. The device, not the host, skips the update if any rank's loss or gradient is not finite
     scaler.unscale_(opt)
     norm = clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
     means = {k: all_reduce(stats[k]) / (accumulation * world) for k in ('losses', 'balance') if k in stats}
     bad = ~(norm + means['losses'].sum()).isfinite()
     if opt.defaults['fused']:
-        opt.found_inf = bad.float()  # if it is 1, a fused step leaves weights and moments alone
+        opt.found_inf = bad.float()  # 1: a fused step changes neither weights nor moments
         opt.step()
     elif not bad:  # on MPS, with a host sync
         opt.step()
@@ -418,7 +418,7 @@ while True:
         numbers = means | {'grad_norm': norm, 'skipped': skipped, 'in_a_row': in_a_row}
         if 'load' in stats:
             numbers['max_vio'] = load.amax(dim=1) / load.float().mean(dim=1) - 1
-            if iter_num % max(1, eval_interval // 10) < log_interval:  # long lines: about ten between evaluations
+            if iter_num % max(1, eval_interval // 10) < log_interval:  # long, so about ten between evaluations
                 bias = torch.stack([moe.e_score_correction_bias for moe in raw_model.moe_layers()])
                 numbers |= {'load': load, 'bias': bias}                               # (MoE layers, E) each
         numbers = to_host(numbers)
@@ -452,15 +452,15 @@ while True:
                           'finite; try a smaller learning_rate, with --init_from=resume if there is a checkpoint')
     iter_num += 1
 
-    # leave after a signal to any rank, all ranks after the same step
+    # after a signal to any rank, all ranks leave after the same step
     if max_over_ranks(signalled):
         save(best=False)
         if master:
-            print(f'stopped by a signal before iteration {iter_num}; --init_from=resume goes on from {last_path}')
+            print(f'stopped by a signal before iteration {iter_num}; add --init_from=resume to go on from {last_path}')
         break
 
 if dcp:
-    dcp.finish()  # the checkpoint that is still being written
+    dcp.finish()  # wait until the last checkpoint is written
 if wandb_log and master:
     wandb.finish()
 if ddp:

@@ -1,10 +1,10 @@
 """
-Fast decoding: one step whose shapes never change, so that it is compiled once, and on a GPU is one CUDA graph.
+Fast decoding: the shapes of a step never change, so a step is compiled once, and on a GPU it is one CUDA graph.
 
-A step takes each row's newest token, and in speculative decoding (V3 section 5.4.3) the D tokens that the D MTP modules
-drafted behind it, through the main stack, accepts what it may, and drafts again. Rows stand at positions of their own:
-prompts of several lengths go together, and each row keeps all the drafts that were right for it. GPT.generate does the
-same more slowly: greedy tokens are equal, but for rounding, and sampled ones have the same distribution.
+A step runs each row's newest token through the main stack. In speculative decoding (V3 section 5.4.3) the D drafts of
+the D MTP modules run with it; the step accepts the correct drafts and drafts again. Each row has its own position, so
+prompts may differ in length, and each row keeps all of its correct drafts. GPT.generate does the same more slowly:
+greedy tokens are equal except for rounding, and sampled tokens have the same distribution.
 """
 
 import time
@@ -19,8 +19,8 @@ from model import MoE, compute_dtype, draw, first_line, probabilities, swiglu
 
 
 def for_decoding(model, dtype):
-    """The model, its weights cast once to the dtype that its products then run in, and laid out to be read. Norms,
-    routers and b keep their dtypes.
+    """Prepare a GPT for decoding, in place: cast its weights to dtype once, and join matrices that read the same input.
+    Norms, routers and b keep their dtypes. -> the model
     """
     for name, p in model.named_parameters():
         if not name.endswith(('norm.weight', 'ln_f.weight', 'mlp.gate.weight')):
@@ -32,7 +32,7 @@ def for_decoding(model, dtype):
 
 
 def join_latents(attn):
-    """q_a_proj and kv_a_proj_with_mqa as one matrix, whose parts they become: one product of x instead of two."""
+    """Join q_a_proj and kv_a_proj_with_mqa into one matrix, for one product instead of two; they become its views."""
     parts = attn.q_a_proj, attn.kv_a_proj_with_mqa
     sizes = [part.out_features for part in parts]
     for name in ('weight', 'bias') if attn.config.bias else ('weight',):
@@ -44,31 +44,31 @@ def join_latents(attn):
 
 
 class Speculation(NamedTuple):
-    """Of each row, over the passes that verified drafts."""
-    passes: torch.Tensor    # (B,)
-    tokens: torch.Tensor    # (B,): tokens that they gave
-    drafts: torch.Tensor    # (B, D): of each module, drafts at the place of one of these tokens
-    accepted: torch.Tensor  # (B, D): drafts that are one of these tokens
+    """Counts for each row."""
+    passes: torch.Tensor    # (B,): passes that verified drafts
+    tokens: torch.Tensor    # (B,): tokens from these passes
+    drafts: torch.Tensor    # (B, D): per module, drafts reached: the drafts before them were accepted
+    accepted: torch.Tensor  # (B, D): per module, drafts accepted
 
 
 class Decoder:
-    """Generates from a model, in eval mode, with its weights as they are at the time of each call. They may change, but
-    not in dtype or size.
+    """Generates from a model in eval mode. Between calls the model's weights may change, but not their dtypes or sizes.
 
-    compile: the step is compiled, whole (on a GPU it becomes a CUDA graph), which takes a while for each batch size,
-    power of two of the context, and way of sampling. If it cannot be, one line says so, and decoding is eager.
+    compile: compile the whole step (on a GPU, into a CUDA graph). This takes a while for each new combination of batch
+    size, context length (rounded up to powers of two) and sampling. If it fails, one line says so, and decoding goes on
+    without it.
     """
 
     def __init__(self, model, compile=False):
         self.model, self.compile, self.step = model, compile, step
-        self.states = {}  # of a compiled step: a CUDA graph works on the tensors it was recorded with
+        self.states = {}  # kept for a compiled step: a CUDA graph works only on the tensors it was recorded with
         self.calls = Counter()
         self.compile_seconds = 0.0
-        # at the rows' stop tokens, for which a GPU's host must wait
+        # a look for stop tokens makes the host wait for the GPU
         self.steps_between_looks = 1 if model.lm_head.weight.device.type == 'cpu' else 16
         if compile:
-            # the host's part of a step is a CUDA graph, or C++; it looks at the state, but not at every module: without
-            # isolate_recompiles another model's Decoder would be given this one's graph
+            # a CUDA graph or C++ saves the host's time, and so do guards that skip the model's modules; without
+            # isolate_recompiles another model's Decoder would then get this model's graph
             options = {'triton.cudagraphs' if model.lm_head.weight.is_cuda else 'cpp_wrapper': True,
                        'guard_filter_fn': torch.compiler.skip_guard_on_all_nn_modules_unsafe}
             self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=64,
@@ -76,11 +76,11 @@ class Decoder:
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
-        """Each prompt, a list of token ids, with up to max_new_tokens more, of which the last may be the stop_token;
-        and their Speculation. temperature 0: the likeliest token, always.
+        """prompts: lists of token ids -> these lists, each extended by at most max_new_tokens (it ends early at
+        stop_token), and their Speculation. temperature 0: always the likeliest token.
 
-        Past block_size the last block_size tokens are the context, as in nanoGPT: that is left to GPT.generate.
-        ValueError for an empty prompt, or speculation with a model that has no MTP modules.
+        Past block_size the context is the last block_size tokens, as in nanoGPT; GPT.generate does this part.
+        ValueError for an empty prompt, or if speculative with a model without MTP modules.
         """
         model = self.model
         block_size, D = model.config.block_size, len(model.mtp) if speculative else 0
@@ -100,9 +100,9 @@ class Decoder:
                 for i, tokens, known in zip(places, s.tokens.tolist(), s.known.tolist()):
                     rows[i] += tokens[len(contexts[i]):known]
 
-            places = [*range(len(rows))]  # which row each of the state's is
+            places = [*range(len(rows))]  # the state's row i belongs to prompt places[i]
 
-            # a look at the rows: not before one may be done, and with a stop token, which may come at any time, often
+            # the host looks at the rows when all may be done; with a stop token, which may come at any time, more often
             left = min(max_new_tokens, block_size + 1 - min(map(len, contexts))) - 1
             while left > 0:
                 fewest = -(-left // (1 + D))
@@ -112,13 +112,13 @@ class Decoder:
                 left = max(remaining)
                 done = [i for i, n in enumerate(remaining) if n == 0]
                 going = [i for i, n in enumerate(remaining) if n > 0]
-                if going and len(done) >= len(going) / 3 and not self.compile:  # a compiled step has one size
+                if going and len(done) >= len(going) / 3 and not self.compile:  # a compiled step has a fixed batch size
                     collect(take_rows(s, done), [places[i] for i in done])
                     s, places = take_rows(s, going), [places[i] for i in going]
             collect(s, places)
         full = [(row, left) for row, prompt in zip(rows, prompts)
                 if (left := len(prompt) + max_new_tokens - len(row)) > 0 and row[-1] != stop_token]
-        if full:  # these have filled the context, and go on together
+        if full:  # rows with a full context go on together
             idx = torch.tensor([row[-block_size:] for row, _ in full], device=model.lm_head.weight.device)
             out = model.generate(idx, max(left for _, left in full), temperature, top_k, stop_token)
             for (row, left), new in zip(full, out[:, block_size:].tolist()):
@@ -127,8 +127,8 @@ class Decoder:
         return rows, Speculation(counts[:, 0], counts[:, 1], *counts[:, 2:].split((D, D), dim=1))
 
     def room(self, length, D):
-        """S for rows of up to `length` tokens, and 1 + D behind them, where a row that is done writes still. A compiled
-        step has few sizes of it: powers of two, and 32 more, so that a whole context fits closely.
+        """-> S, the positions for rows of up to `length` tokens and 1 + D more, where a finished row still writes. A
+        compiled step should meet few sizes: S is 32 plus a power of two, which fits a whole context closely.
         """
         S = length + 1 + D
         return 32 + (1 << (max(S, 64) - 33).bit_length()) if self.compile else S
@@ -139,21 +139,21 @@ class Decoder:
         if not self.compile:
             return empty_state(self.model, B, S, D)
         if (B, S, D) in self.states:
-            for cache in self.states[B, S, D].caches:  # a nan that an earlier call left would spread: 0 * nan is nan
+            for cache in self.states[B, S, D].caches:  # an earlier call's nan would spread: 0 * nan is nan
                 cache.zero_()
         else:
             self.states[B, S, D] = empty_state(self.model, B, S, D)
             for x in tensors_of(self.states[B, S, D]):
-                torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it where it lies
+                torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it in place
         return self.states[B, S, D]
 
     def bytes_per_row(self, length, D):
-        """What a row of up to `length` tokens takes: of a State, and of a step's logits with their probabilities."""
+        """Memory for a row of up to `length` tokens: its part of the State, and a step's logits and probabilities."""
         s = empty_state(self.model, 1, self.room(length, D), D, device='meta')
         return sum(x.nbytes for x in tensors_of(s)) + 16 * (1 + D) * self.model.config.vocab_size
 
     def take_step(self, s, *kind):
-        """One step(). The first two of a kind compile it, and record the CUDA graph."""
+        """One step(). The first two calls of a kind compile it and record its CUDA graph."""
         if self.compile:
             self.calls[kind, s.tokens.shape] += 1
         if not self.compile or self.calls[kind, s.tokens.shape] > 2:
@@ -162,28 +162,28 @@ class Decoder:
         try:
             self.step(self.model, s, *kind)
             self.compile_seconds += time.time() - t0
-        except Exception as e:  # raised before anything of the state changed
+        except Exception as e:  # raised before the state changed
             print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
             self.compile, self.step = False, step
             self.step(self.model, s, *kind)
 
 
 class State(NamedTuple):
-    """What a step reads, and changes in place. S: the positions of the longest row."""
-    tokens: torch.Tensor       # (B, S): the known ones, then drafts
-    known: torch.Tensor        # (B,): how many are known
-    end: torch.Tensor          # (B,): how many that may become, block_size + 1 at most
-    done: torch.Tensor         # (B,): which rows are complete: a step computes them too, and changes no known token
+    """The tensors that a step reads and changes in place. S: positions per row, from Decoder.room()."""
+    tokens: torch.Tensor       # (B, S): known tokens, then drafts
+    known: torch.Tensor        # (B,): number of known tokens
+    end: torch.Tensor          # (B,): `known` of a complete row, at most block_size + 1
+    done: torch.Tensor         # (B,): True for complete rows; a step computes them too, but keeps their known tokens
     stop: torch.Tensor         # (): the token that completes a row, or -1
     temperature: torch.Tensor  # ()
-    caches: list               # (B, S, c + r) of each block; in one tensor, a compiled write would copy all of them
-    h: torch.Tensor            # (B, S, C): the main stack's states, from which the modules draft
-    q: torch.Tensor            # (B, D, V): the probabilities that sampled drafts were drawn with
-    counts: torch.Tensor       # (B, 2 + 2 D): Speculation's
+    caches: list               # one (B, S, c + r) per block: in a joint tensor, a compiled write would copy everything
+    h: torch.Tensor            # (B, S, C): states of the main stack, input of the MTP modules
+    q: torch.Tensor            # (B, D, V): the probabilities that the drafts were sampled from
+    counts: torch.Tensor       # (B, 2 + 2 D): the fields of Speculation
 
 
 def empty_state(model, B, S, D, device=None):
-    """device: where it is not the model's."""
+    """-> a State of zeros, on `device` or on the model's"""
     w = model.lm_head.weight
 
     def zeros(*shape, dtype=torch.long):
@@ -202,59 +202,60 @@ def tensors_of(s):
 
 
 def take_rows(s, rows):
-    """The State of some of the rows."""
+    """-> a copy of the State, with the given rows alone"""
     rows = torch.tensor(rows).to(s.known.device)
     return s._replace(caches=[cache[rows] for cache in s.caches],
                       **{name: x[rows] for name, x in s._asdict().items() if name != 'caches' and x.dim() > 0})
 
 
 def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled, top_k):
-    """The prompts into the caches, filled up on their right; then the first new token of each, and its drafts.
+    """Fill s from the prompts, padded on the right, and add each row's first new token and its drafts.
 
-    Equal prompts are computed once, in the caches' first U rows.
+    U different prompts are computed in the caches' first U rows; then each row copies the row of its prompt.
     """
     longest = max(map(len, prompts))
     number = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    U, of = len(number), [number[tuple(prompt)] for prompt in prompts]
-    firsts = [of.index(u) for u in range(U)]                                  # where each different one stands first
-    numbers = torch.tensor([[len(prompt) for prompt in prompts], of, firsts + [0] * (len(of) - U)])
-    known, of, firsts = numbers.to(s.known.device)                                            # (B,) each
+    U, source = len(number), [number[tuple(prompt)] for prompt in prompts]
+    firsts = [source.index(u) for u in range(U)]                              # the first row with each prompt
+    numbers = torch.tensor([[len(prompt) for prompt in prompts], source, firsts + [0] * (len(source) - U)])
+    known, source, firsts = numbers.to(s.known.device)                                        # (B,) each
     s.known.copy_(known)
     s.end.copy_((known + max_new_tokens).clamp(max=model.config.block_size + 1))
     s.tokens[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     s.done.fill_(False)
     s.stop.fill_(-1 if stop_token is None else stop_token)
-    s.temperature.fill_(min(temperature, 1e30))  # which float32 holds
+    s.temperature.fill_(min(temperature, 1e30))  # fits in float32
     s.counts.zero_()
     caches = [cache[:U] for cache in s.caches]
     tokens = s.tokens[firsts[:U], :longest]                                                   # (U, longest)
     h, _ = model.main_stack(tokens, caches)                                                   # (U, longest, C)
-    advance(model, s, h[of.unsqueeze(1), known.unsqueeze(1) - 1], 0, sampled, top_k)
+    advance(model, s, h[source.unsqueeze(1), known.unsqueeze(1) - 1], 0, sampled, top_k)
     if D > 0:
-        s.h[:, :longest] = h[of]
-        for k, module, blocks in mtp_modules(model, caches):  # rows of tokens not known here, draft() computes again
+        s.h[:, :longest] = h[source]
+        for k, module, blocks in mtp_modules(model, caches):  # draft() recomputes what depends on later tokens
             h, _ = model.mtp_module(module, F.pad(tokens[:, k:], (0, min(k, longest))), h, blocks)
-    if U < len(of):
+    if U < len(source):
         for cache in s.caches:
-            cache[:, :longest] = cache[of, :longest]
+            cache[:, :longest] = cache[source, :longest]
     if D > 0:
         draft(model, s, sampled, top_k)
 
 
 def mtp_modules(model, caches):
-    """Of each MTP module: its number k, from 1, the module, and those caches that are its blocks'."""
+    """Yields for each MTP module its number k, from 1, the module, and the caches of its blocks."""
     for k, module in enumerate(model.mtp, start=1):
         first = model.config.n_layer + (k - 1) * len(module.h)
         yield k, module, caches[first:first + len(module.h)]
 
 
 def rows_of(x):
-    """(B, 1): to index x (B, ...) with a second index (B, T)."""
+    """-> the row numbers (B, 1), to index x (B, S, ...) together with positions (B, T)"""
     return torch.arange(len(x), device=x.device).unsqueeze(1)
 
 
 def step(model, s, D, sampled, top_k):
-    """Each row's newest token and D drafts through the main stack; then as many new tokens as that allows, and drafts.
+    """Run each row's newest token and D drafts through the main stack, add its new tokens, and draft again.
+    sampled: draw tokens with s.temperature and top_k; False: take the likeliest. These and D select a compiled step.
     """
     positions = s.known.unsqueeze(1) - 1 + torch.arange(1 + D, device=s.known.device)         # (B, 1+D)
     x = model.transformer.wte(s.tokens.gather(1, positions))
@@ -266,7 +267,7 @@ def step(model, s, D, sampled, top_k):
 
 
 def run_blocks(model, blocks, x, caches, positions):
-    """x (B, T, C) at positions (B, T) through the blocks, each with its cache, which is written there. -> (B, T, C)"""
+    """Run x (B, T, C) at positions (B, T) through the blocks and write their caches there. -> (B, T, C)"""
     place = positions.clamp(max=model.config.block_size - 1)                  # drafts may lie beyond the context
     cos, sin = model.rope_cos[place], model.rope_sin[place]                   # (B, T, r/2)
     seen = torch.arange(caches[0].size(1), device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
@@ -281,16 +282,15 @@ def run_blocks(model, blocks, x, caches, positions):
 
 
 def feed_experts(moe, x):
-    """MoE.forward in eval, (B, T, C) -> (B, T, C), as a compiled step reads the fewest weights: those of the chosen
-    experts, by products that the compiler fuses, where eager would copy the weights; or of all, where the tokens choose
-    as many as there are.
+    """MoE.forward in eval, (B, T, C) -> (B, T, C). A compiled step reads the weights of the chosen experts alone: the
+    compiler fuses lookup and product (eager mode copies them). With E choices or more it computes all experts.
     """
     if not torch.compiler.is_compiling():
         return moe(x)[0]
     flat = x.flatten(0, 1)                                                                    # (N, C)
     _, gates, experts = moe.route(flat)                                                       # (N, K) each
     if experts.numel() < moe.config.n_routed_experts:
-        # in quarters, fused into one loop that reads four places at a time: a CPU's memory gives more than for one
+        # the compiler fuses the quarters into one loop that reads four places at once: CPU memory is faster then
         quarters = moe.experts_gate_up.unflatten(1, (4, -1))                                  # (E, 4, h/2, C)
         hidden = torch.cat([(quarters[experts, i] * flat[:, None, None]).sum(dim=-1) for i in range(4)], dim=-1)
         hidden = swiglu(hidden) * gates.unsqueeze(-1).to(x.dtype)                             # (N, K, 2h) -> (N, K, h)
@@ -302,7 +302,7 @@ def feed_experts(moe, x):
 
 
 def advance(model, s, h, drafted, sampled, top_k):
-    """Of main states h (B, 1 + drafted, C), at each row's newest token and its drafts: 1 to 1 + drafted new tokens."""
+    """Add 1 to 1 + drafted tokens to each row. h (B, 1 + drafted, C): main states at its newest token and drafts."""
     n = torch.arange(1 + drafted, device=h.device)
     places = s.known.unsqueeze(1) + n                                                         # (B, 1+drafted)
     drafts = s.tokens.gather(1, places[:, :drafted])
@@ -325,32 +325,32 @@ def advance(model, s, h, drafted, sampled, top_k):
 
 
 def count_leading(right):
-    """(B, D) -> (B,): how many are right before the first that is not."""
+    """(B, D), bool -> (B,): the number of True values before the first False"""
     return right.long().cumprod(dim=1).sum(dim=1)
 
 
 def verify(drafts, q, p):
-    """Speculative sampling (arXiv 2211.17192): tokens distributed as p's, though the drafts were drawn from q.
+    """Speculative sampling (arXiv 2211.17192): the drafts were drawn from q, the new tokens are distributed as p.
 
     drafts (B, D); q (B, D, V); p (B, 1 + D, V) -> new tokens (B, 1 + D) and a (B,), the number of drafts that each row
-    accepts: its first 1 + a tokens count, the accepted drafts and one more.
+    accepts. A row uses its first 1 + a tokens: the accepted drafts and one more.
     """
     at_draft = [x.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for x in (p[:, :-1], q)]       # (B, D) each
     accept = torch.rand_like(at_draft[1]) * at_draft[1] < at_draft[0]                         # with probability p / q
     a = count_leading(accept).unsqueeze(1)                                                    # (B, 1)
-    q = torch.cat((q, torch.zeros_like(p[:, :1])), dim=1)                                     # 0 where all are accepted
+    q = torch.cat((q, torch.zeros_like(p[:, :1])), dim=1)                                     # 0 if all are accepted
     p_a, q_a = (x[rows_of(a), a].squeeze(1) for x in (p, q))                                  # (B, V)
-    rest = (p_a - q_a).clamp(min=0)                                           # a rejection draws from max(p - q, 0)
+    rest = (p_a - q_a).clamp(min=0)                                           # after a rejection: max(p - q, 0)
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p_a)
     new = torch.cat((drafts, torch.zeros_like(a)), dim=1).scatter(1, a, draw(rest))
     return new, a.squeeze(1)
 
 
 def draft(model, s, sampled, top_k):
-    """The modules' D drafts, behind the known tokens.
+    """Write the D drafts of the MTP modules after the known tokens.
 
-    All modules take the last 1 + D positions: up to so many are new, and where a draft was rejected, module k made its
-    last k rows from it.
+    Each module computes the last 1 + D positions: up to 1 + D tokens are new, and module k made its last k rows from
+    drafts, which may have been rejected.
     """
     D = len(model.mtp)
     window = (s.known.unsqueeze(1) - 2 + torch.arange(-D, 1, device=s.known.device)).clamp(min=0)  # (B, 1+D)

@@ -1,5 +1,5 @@
 """
-A run's folder: which checkpoint is the last one, who may write there, and how an earlier run is kept.
+A run's folder: find its last checkpoint, lock it, and keep an earlier run.
 """
 
 import glob
@@ -15,12 +15,12 @@ TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_ma
 
 
 def last_checkpoint(out_dir):
-    """The checkpoint of the highest iteration in a run's folder; out_dir/ckpt.pt if there is none."""
+    """The path of the checkpoint with the highest iteration in out_dir; out_dir/ckpt.pt if there is none."""
     def iteration(path):
         try:
             path = os.path.join(path, 'rest.pt') if path.endswith('.dcp') else path
             return torch.load(path, map_location='meta', weights_only=True, mmap=True)['iter_num']
-        except Exception:  # damaged, or another program's: whoever opens it says so
+        except Exception:  # damaged, or another program's: the error comes when it is opened
             return -1
 
     paths = [os.path.join(out_dir, f'ckpt{which}{end}') for which in ('', '_last', '_best') for end in ('.pt', '.dcp')]
@@ -28,22 +28,22 @@ def last_checkpoint(out_dir):
 
 
 def elsewhere(path):
-    """In words, where the checkpoint may be that is not at `path`; '' if nowhere."""
+    """A hint for an error message: where the checkpoint may be that is missing at `path`; '' if unknown."""
     out_dir, sharded = os.path.dirname(path) or '.', path.removesuffix('.pt') + '.dcp'
     if os.path.exists(sharded):
-        return f'. There is {sharded}: python -m extras.dcp {out_dir} makes it of that'
+        return f'. There is {sharded}: convert it with python -m extras.dcp {out_dir}'
     kept = sorted(glob.glob(f'{glob.escape(os.path.normpath(out_dir))}.old*'))
     return f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
 
 
 def copy_tokenizer(source, target):
-    """A tokenizer goes with its data, and with the checkpoint."""
+    """Copy the tokenizer's files, if `source` has any: a data set and each run keep their own copy."""
     for name in TOKENIZER_FILES:
         if os.path.exists(os.path.join(source, name)):
             shutil.copy(os.path.join(source, name), os.path.join(target, name))
 
 
-locks = []  # open files: a lock lasts until its file is closed
+locks = []  # open files, because closing a file ends its lock
 
 
 def lock(folder, out_dir):
@@ -59,7 +59,7 @@ def lock(folder, out_dir):
 
 
 def begin(config, init_from, data_dir, master, max_over_ranks):
-    """Lock out_dir, for train.py. A new run keeps the earlier one."""
+    """For train.py: lock out_dir; a new run first renames an earlier run's folder."""
     out_dir = config['out_dir']
     if master and not config['eval_only']:
         take(out_dir, {'resume': None, 'scratch': data_dir}.get(init_from, init_from))
@@ -71,8 +71,8 @@ def begin(config, init_from, data_dir, master, max_over_ranks):
 
 
 def take(out_dir, tokenizer_from=None):
-    """Lock out_dir for this process. With tokenizer_from a new run begins, and an earlier run's whole folder becomes
-    out_dir.old1, or .old2, ... The new folder is written under another name first, so that a full disk shows.
+    """Lock out_dir for this process. tokenizer_from: begin a new run with the tokenizer of this folder; an earlier
+    run becomes out_dir.old1, .old2, ... The new folder is written first, so that a full disk is noticed.
     """
     folder = os.path.realpath(out_dir)
     try:
@@ -81,15 +81,15 @@ def take(out_dir, tokenizer_from=None):
             lock(folder, out_dir)
         if tokenizer_from is None:
             return
-        around = os.path.join(os.getcwd(), '').startswith(os.path.join(folder, ''))
-        if earlier and (around or os.path.ismount(folder) or not os.access(os.path.dirname(folder), os.W_OK)):
+        holds_cwd = os.path.join(os.getcwd(), '').startswith(os.path.join(folder, ''))
+        if earlier and (holds_cwd or os.path.ismount(folder) or not os.access(os.path.dirname(folder), os.W_OK)):
             raise Mistake(f'out_dir={out_dir!r} holds an earlier run and cannot be renamed; give this run its own '
                           '--out_dir')
         new = folder + '.new' if earlier else folder
         os.makedirs(new, exist_ok=True)
         lock(new, out_dir)
         with open(os.path.join(new, '.lock'), 'wb') as f:
-            f.write(b' ' * 100_000)  # a full disk shows here
+            f.write(b' ' * 100_000)  # fails if the disk is full
             f.flush()
             os.fsync(f.fileno())
             f.truncate(0)
@@ -104,11 +104,11 @@ def take(out_dir, tokenizer_from=None):
 
 
 def keep_names(folder, always_save):
-    """If always_save_checkpoint has changed, the checkpoints get the names that it gives them: none is written over."""
+    """Rename the checkpoints if always_save_checkpoint has changed, so that the run overwrites none."""
     for end in ('.pt', '.dcp'):
         last, main, best = (os.path.join(folder, f'ckpt{which}{end}') for which in ('_last', '', '_best'))
-        aside, back = (best, last) if always_save else (last, best)
-        if os.path.exists(back) and not os.path.exists(aside):
+        old_main, new_main = (best, last) if always_save else (last, best)
+        if os.path.exists(new_main) and not os.path.exists(old_main):
             if os.path.exists(main):
-                os.rename(main, aside)
-            os.rename(back, main)
+                os.rename(main, old_main)
+            os.rename(new_main, main)

@@ -1,6 +1,6 @@
 """
-All that looks suspiciously at a run: settings, ranks, data, the fit of a checkpoint, a trial micro-batch, the earlier
-run's folder. train.py calls these functions at a few named points, if this file is there. A finding is a Mistake.
+Checks of a run before it starts: settings, ranks, data, whether a checkpoint fits, a trial micro-batch, an earlier
+run's folder. train.py calls these functions if the folder extras/ exists. A failed check raises Mistake.
 """
 
 import math
@@ -55,43 +55,43 @@ def check_settings(config, device, world):
     need(c['gradient_accumulation_steps'] % world == 0, 'gradient_accumulation_steps='
          f'{c["gradient_accumulation_steps"]} must be a multiple of the {world} ranks')
     need(not c['bf16_moments'] or (c['optimizer'] == 'adamw' and c['dtype'] != 'float16'),
-         "bf16_moments=True is AdamW's, and not for dtype='float16'")
+         "bf16_moments=True needs optimizer='adamw' and a dtype other than 'float16'")
     need(c['dtype'] != 'float16' or device.startswith('cuda'),
          "dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
     if os.path.isdir(c['init_from']):
-        inside = os.path.join(os.path.realpath(c['init_from']), '').startswith(
+        in_out_dir = os.path.join(os.path.realpath(c['init_from']), '').startswith(
             os.path.join(os.path.realpath(c['out_dir']), ''))
-        need(not inside, f'init_from={c["init_from"]!r} must not be in {c["out_dir"]!r}, which a new run renames')
+        need(not in_out_dir, f'init_from={c["init_from"]!r} must not be in {c["out_dir"]!r}, which a new run renames')
     if c['decay_lr'] and c['warmup_iters'] > c['lr_decay_iters'] and os.environ.get('RANK', '0') == '0':
-        print(f'note: the rate rises until warmup_iters={c["warmup_iters"]} and then falls to min_lr at once, because '
-              f'lr_decay_iters={c["lr_decay_iters"]} is before that')
+        print(f'note: the learning rate rises until warmup_iters={c["warmup_iters"]}, then drops to min_lr, because '
+              f'lr_decay_iters={c["lr_decay_iters"]} is smaller')
     if c['shard'] != 1 or c['expert_parallel'] > 1:
         from extras import parallel  # a slow import
         parallel.check(config, world if ranks else 0)
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    need(not (ranks and device.startswith('cuda')) or torch.cuda.device_count() >= here,
-         f'{here} ranks need as many GPUs; here are {torch.cuda.device_count()}')
+    local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    need(not (ranks and device.startswith('cuda')) or torch.cuda.device_count() >= local_world,
+         f'{local_world} ranks need as many GPUs; this machine has {torch.cuda.device_count()}')
     check_device(device)
 
 
 def check_device(device):
-    """The type of a device: 'cuda', 'cpu', ... A Mistake if no number can be computed there and read back."""
+    """device -> its type: 'cuda', 'cpu', ... Mistake if it cannot compute a number and give it back."""
     try:
         x = torch.zeros(1, device=device)
-        x.item()  # the meta device cannot
+        x.item()  # fails on the meta device
         return x.device.type
     except Exception as e:  # torch raises RuntimeError, AssertionError, NotImplementedError and others
         raise Mistake(f'device={device!r} cannot be used here: {first_line(e)}') from None
 
 
 def check_ranks(store, device_type):
-    """Before the ranks connect. gloo and nccl would wait for each other. And gloo listens on the address that a
-    machine's name has; on many machines it is 127.0.1.1, which no other machine can reach."""
+    """Call before the ranks connect. Mistake if gloo and nccl ranks would wait for each other, or if gloo listens on
+    an address that other machines cannot reach: it takes the address of the machine's name, often 127.0.1.1."""
     world = int(os.environ['WORLD_SIZE'])
     store.add('gpus', int(device_type == 'cuda'))
     if store.add('ranks', 1) == world:
         store.set('counted', '')
-    store.get('counted')  # waits for all
+    store.get('counted')  # waits until the last rank has set it
     need(store.add('gpus', 0) in (0, world), 'some ranks have a GPU and others have none: give all the same --device')
     machines = int(os.environ.get('GROUP_WORLD_SIZE', 1))
     if machines == 1 or 'GLOO_SOCKET_IFNAME' in os.environ:
@@ -100,11 +100,11 @@ def check_ranks(store, device_type):
         try:
             address = socket.gethostbyname(socket.gethostname())
         except OSError:
-            address = '127.0.0.1'  # which gloo takes then
+            address = '127.0.0.1'  # gloo's own fallback
         store.set('host' + os.environ['GROUP_RANK'], address)
     addresses = [store.get(f'host{machine}').decode() for machine in range(machines)]
-    need(not any(address.startswith('127.') for address in addresses), 'the machines\' names have the addresses '
-         f'{", ".join(addresses)}, and no other machine reaches 127...; set GLOO_SOCKET_IFNAME to the network '
+    need(not any(address.startswith('127.') for address in addresses), 'the names of the machines have the addresses '
+         f'{", ".join(addresses)}, and other machines cannot reach 127...; set GLOO_SOCKET_IFNAME to the network '
          'interface, such as eth0, on every machine')
 
 
@@ -112,7 +112,7 @@ def check_ranks(store, device_type):
 # data and checkpoints
 
 def check_files(data_dir, meta, block_size):
-    """Before the token files are opened."""
+    """Mistake if a data set's meta.pkl, tokens or masks are missing, damaged or too few for block_size."""
     kinds = {'vocab_size': int, 'stoi': dict, 'itos': dict, 'dtype': str, 'row_length': int, 'tokenizer': str}
     for name, kind in kinds.items():
         need(type(meta.get(name, kind())) is kind and (name != 'row_length' or meta.get(name, 1) > 0),
@@ -124,7 +124,7 @@ def check_files(data_dir, meta, block_size):
         if not os.path.isfile(path):
             root = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
             sets = sorted(os.path.relpath(folder, root) for folder, _, files in os.walk(root) if 'train.bin' in files)
-            raise Mistake(f'{path} is missing: run its prepare.py first, or name a data set that is prepared: '
+            raise Mistake(f'{path} is missing: run its prepare.py first, or choose a prepared data set: '
                           f'{", ".join(sets) or "there is none yet"}')
         size = os.path.getsize(path)
         need(size % size_of == 0, f'{path} is cut short, or has another dtype: run prepare.py again')
@@ -134,7 +134,7 @@ def check_files(data_dir, meta, block_size):
 
 
 def check_tokens(data, model_config, config, meta, max_over_ranks):
-    """All tokens, each rank its share: a token beyond the vocabulary would be an odd error much later."""
+    """Mistake if a token is outside the vocabulary: later the error would be obscure. Ranks share the work."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     for split, tokens in data.items():
         top = max_over_ranks(np.array_split(tokens, world)[rank].max(initial=0))
@@ -143,17 +143,17 @@ def check_tokens(data, model_config, config, meta, max_over_ranks):
              f'{path} holds the token {top}, beyond vocab_size={model_config.vocab_size}')
         known = meta or config['vocab_size'] or config['init_from'] != 'scratch'
         need(split != 'train' or top >= 256 or known, f'{os.path.dirname(path)}/meta.pkl is missing, and {split}.bin '
-             f'holds no more than {top + 1} different tokens: run prepare.py again, or say --vocab_size={top + 1}')
+             f'holds only tokens below {top + 1}: run prepare.py again, or set --vocab_size={top + 1}')
 
 
 def check_path(path, max_over_ranks):
-    """All ranks together: a machine that waits for one without the checkpoint would wait for long."""
+    """Mistake on all ranks if a machine lacks the checkpoint: the others would wait long for it."""
     need(not max_over_ranks(not os.path.exists(path)), f'{path} is missing: train a model first, or name the out_dir '
          'it is in' + elsewhere(path) + '; all machines need the same folder' * ('RANK' in os.environ))
 
 
 def check_fit(init_from, path, model, found, config, overrides, meta, max_over_ranks):
-    """The checkpoint `found` at `path`, or the folder init_from, against the settings and the data."""
+    """Mistake if the checkpoint `found` at `path`, or the folder init_from, does not fit the settings or the data."""
     if init_from == 'scratch':
         return
     if init_from == 'resume':
@@ -165,7 +165,7 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
         need(not found.get('optimizer') or all((trained_on or {}).get(k) == meta.get(k) for k in ('stoi', 'tokenizer')),
              f'dataset={config["dataset"]} has another vocabulary than {path} was trained on: resume with its dataset, '
              'or restore its meta.pkl')
-    if init_from != 'resume' or not found.get('optimizer'):  # Hugging Face's, or converted from there
+    if init_from != 'resume' or not found.get('optimizer'):  # from Hugging Face, perhaps by convert.py
         from extras.hf import check_vocabulary
         check_vocabulary(os.path.dirname(path) if init_from == 'resume' else init_from, meta, config['dataset'])
     defaults = type(model.config)()
@@ -181,7 +181,7 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
 
 
 def check_optimizer(path, state, opt):
-    """Before load_state_dict(): a fused step reads past the end of a state that is smaller than its parameter."""
+    """Mistake if the optimizer state does not fit: a fused step would read past the end of a smaller state."""
     params = [p for group in opt.param_groups for p in group['params']]
     try:
         fits = [len(g['params']) for g in state['param_groups']] == [len(g['params']) for g in opt.param_groups]
@@ -196,14 +196,14 @@ def check_optimizer(path, state, opt):
 # just before the loop
 
 def try_micro_batch(model, opt, batch, ctx, config, max_over_ranks):
-    """Forward, backward, an evaluation and a step that changes nothing, before a folder is renamed. A model that cannot
-    be compiled runs without. Each rank prints its own fault; all decide by the worst: 0, 1 (compiler), 2 (memory).
+    """Try forward, backward, an evaluation and a step that changes nothing, before a folder is renamed. If compiling
+    fails, go on without it. Each rank prints its fault; all act on the worst: 0 none, 1 compiler, 2 memory (Mistake).
     """
     sharded = config['shard'] != 1 or config['expert_parallel'] > 1
     for compiled in ([True, False] if config['compile'] else [False]):
         fault = 0
         try:
-            for _ in range(2 if batch[0].is_cuda else 1):  # the second one with gradients and the optimizer's state
+            for _ in range(2 if batch[0].is_cuda else 1):  # the second pass includes the optimizer's state
                 with ctx:
                     _, loss = model.train()(*batch)
                 loss.backward()
@@ -216,7 +216,7 @@ def try_micro_batch(model, opt, batch, ctx, config, max_over_ranks):
             fault = 2 if is_out_of_memory(e) else 1
             if fault == 1 and not compiled:
                 raise
-            # in shards the other ranks wait for this one within the micro-batch
+            # sharded: the other ranks wait for this one inside the micro-batch, so it cannot go on alone
             need(not sharded, f'{first_line(e)}: try ' + ('--compile=False' if fault == 1 else 'a smaller batch_size'))
             if fault == 1:
                 rank = f'rank {os.environ["RANK"]}: ' if 'RANK' in os.environ else ''

@@ -1,4 +1,4 @@
-"""The optimizers beside AdamW: Muon (train.py --optimizer=muon) and AdamW with bf16 moments (--bf16_moments=True)."""
+"""Optimizers other than AdamW: Muon (train.py --optimizer=muon) and AdamW with bf16 moments (--bf16_moments=True)."""
 
 import math
 
@@ -6,11 +6,11 @@ import torch
 
 
 def muon(model, weight_decay, learning_rate, betas, device_type):
-    """Muon for a GPT's matrices but for the embedding, the head and the routers, which stay AdamW's, like the norms."""
-    apart = ('wte.weight', 'lm_head.weight', 'gate.weight')
+    """GPT -> Muon for its matrices, AdamW for embedding, head, routers, norms and biases."""
+    adamw_names = ('wte.weight', 'lm_head.weight', 'gate.weight')
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith(apart)]
-    others = [p for name, p in named if p.dim() >= 2 and name.endswith(apart)]
+    matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith(adamw_names)]
+    others = [p for name, p in named if p.dim() >= 2 and name.endswith(adamw_names)]
     groups = [{'params': others, 'weight_decay': weight_decay},
               {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0},
               {'params': matrices, 'weight_decay': weight_decay, 'muon': True}]
@@ -18,7 +18,7 @@ def muon(model, weight_decay, learning_rate, betas, device_type):
 
 
 def orthogonalise(G, steps=5):
-    """Newton-Schulz towards the nearest semi-orthogonal matrix, for each matrix of G (..., m, n) by itself."""
+    """Newton-Schulz steps towards the nearest semi-orthogonal matrix, for each matrix in G (..., m, n)."""
     a, b, c = 3.4445, -4.7750, 2.0315  # singular values end between 0.7 and 1.2
     X = G if G.device.type == 'cpu' else G.bfloat16()
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -33,8 +33,8 @@ def orthogonalise(G, steps=5):
 class Muon(torch.optim.AdamW):
     """Muon (kellerjordan.github.io/posts/muon) for the groups marked muon=True, AdamW for the others.
 
-    torch.optim.Muon's update, with its adjust_lr_fn='match_rms_adamw' (arXiv 2502.16982), so that one learning rate
-    serves both; for the matrices of a 3-D weight each by itself, and for all matrices of one shape in one batch.
+    The update is torch.optim.Muon's with adjust_lr_fn='match_rms_adamw' (arXiv 2502.16982), so that one learning rate
+    serves both. Each matrix of a 3-D weight has its own update; matrices of one shape are computed in one batch.
     """
     MOMENTUM = 0.95
 
@@ -52,22 +52,22 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _muon(self, group, found_inf):
-        """found_inf: as fused AdamW reads it; where this tensor is 1, the step changes nothing, without a host sync."""
+        """found_inf, as in fused AdamW: if this tensor is 1, a step changes nothing, without a host sync."""
         by_shape = {}
         for p in group['params']:
             if p.grad is not None:
-                # in shards, those of one mesh: extras/parallel.py
+                # shards can be batched only within one mesh (extras/parallel.py)
                 by_shape.setdefault((p.shape[-2:], getattr(p, 'device_mesh', None)), []).append(p)
         for ((m, n), _), params in by_shape.items():
             for p in params:
                 if 'momentum_buffer' not in self.state[p]:
-                    # AdamW's load_state_dict looks for a step in every state
+                    # AdamW's load_state_dict needs `step` in every state
                     self.state[p].update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
             grads = [p.grad for p in params]
             momenta = [self.state[p]['momentum_buffer'] for p in params]
             decay, keep = 1 - group['lr'] * group['weight_decay'], 1
             if found_inf is not None:
-                grads = [torch.where(found_inf > 0, m, g) for g, m in zip(grads, momenta)]  # leaves the momenta alone
+                grads = [torch.where(found_inf > 0, m, g) for g, m in zip(grads, momenta)]  # keep the momenta
                 keep = 1 - found_inf
                 decay = torch.where(found_inf > 0, 1.0, decay)
             torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
@@ -79,10 +79,10 @@ class Muon(torch.optim.AdamW):
 
 
 class AdamW16(torch.optim.AdamW):
-    """AdamW whose moments are kept in bfloat16, as V3's are (section 3.3.2); the arithmetic is in fp32.
+    """AdamW that keeps its moments in bfloat16, as in V3 (section 3.3.2); the arithmetic is in fp32.
 
-    With beta2 above 0.99 the second moment's steps would be lost in its 8 bits. found_inf is heeded as in torch's fused
-    AdamW: where this tensor is 1, a step changes nothing, without a host sync.
+    With beta2 above 0.99 the second moment's updates would be too small for its 8 bits. found_inf works as in torch's
+    fused AdamW: if this tensor is 1, a step changes nothing, without a host sync.
     """
 
     @torch.no_grad()
