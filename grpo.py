@@ -14,40 +14,22 @@ All randomness of an iteration follows from (seed, iteration, rank), so a resume
 Letters in the shape comments: P prompts, G responses to each, B rows (a prompt and a response), T their tokens less 1.
 """
 
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
-
 import contextlib
 import json
 import math
 import os
 import runpy
-import shlex
-import sys
+import tempfile
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (
-    all_reduce,
-    autocast,
-    connect,
-    default_device,
-    device_type_of,
-    disconnect,
-    load_checkpoint,
-    start_wandb,
-    stop,
-    use_kernels,
-)
+from extras import folder, guard, scripts
 from extras.decode import Decoder
-from extras.folder import take
-from extras.scripts import is_of_run, open_log
-from model import MoE, first_line, is_out_of_memory, save_checkpoint
+from extras.scripts import all_reduce, autocast
+from model import Mistake, MoE, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -81,7 +63,7 @@ normalise_std = True  # False: advantages are not divided by the group's deviati
 length_norm = 'response'  # or 'token' (DAPO) or 'constant' (Dr. GRPO): see token_weights()
 drop_zero_advantage = False  # leave groups of equal rewards out of the batch (DAPO)
 # optimizer
-batch_size = 256  # rows in a forward and backward
+batch_size = 256  # rows in a forward and backward; for less memory lower it, group_size or prompts_per_iter
 max_iters = 200
 learning_rate = 1e-3
 warmup_iters = 5
@@ -93,46 +75,46 @@ grad_clip = 1.0  # 0.0: no clipping
 # system
 seed = 1337
 backend = 'nccl'  # between GPUs; CPUs use gloo
-device = default_device()
+device = scripts.default_device()
 dtype = 'float32'  # or 'bfloat16'
 compile = False  # torch.compile the step of the rollouts: for runs that are much longer than a minute
 # -----------------------------------------------------------------------------
-here = os.path.dirname(os.path.abspath(__file__))
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
-config_keys.remove('here')
 if __name__ == '__main__':
-    exec(open(os.path.join(here, 'configurator.py')).read())  # from the command line, config files
-# -----------------------------------------------------------------------------
+    exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())  # from the command line, config files
+here = os.path.dirname(os.path.abspath(__file__))
 
-# What a number may be: at least the first, and less than the second.
-RANGES = {
-    **dict.fromkeys(('max_new_tokens', 'mu', 'batch_size', 'eval_interval', 'eval_prompts', 'trace_prompts',
-                     'max_iters'), (1, 2**31)),
-    'warmup_iters': (0, 2**31),
-    'prompts_per_iter': (1, 2**20),
-    'group_size': (2, 2**20),  # an advantage compares the responses of a group
-    'temperature': (0.001, math.inf),
-    **dict.fromkeys(('learning_rate', 'weight_decay', 'grad_clip', 'clip_low', 'clip_high', 'kl_coef',
-                     'format_weight'), (0, math.inf)),
-    'beta1': (0, 1),
-    'beta2': (0, 1),
-    'seed': (0, 2**32),
-}
+RANGES = [  # in the format of guard.RANGES
+    ('max_new_tokens mu batch_size eval_interval eval_prompts trace_prompts max_iters', lambda x: 1 <= x < 2**31,
+     'lie in 1..2**31 - 1'),
+    ('warmup_iters', lambda x: 0 <= x < 2**31, 'lie in 0..2**31 - 1'),
+    ('prompts_per_iter', lambda x: 1 <= x < 2**20, 'lie in 1..2**20 - 1'),
+    ('prompts_per_iter', lambda x: x % world == 0, 'be a multiple of the number of ranks'),
+    ('group_size', lambda x: 2 <= x < 2**20, 'lie in 2..2**20 - 1: an advantage compares the responses of a group'),
+    ('temperature', lambda x: 0.001 <= x < math.inf, 'be finite and at least 0.001'),
+    ('learning_rate weight_decay grad_clip clip_low clip_high kl_coef format_weight', lambda x: 0 <= x < math.inf,
+     'be finite and not negative'),
+    ('beta1 beta2', lambda x: 0 <= x < 1, 'lie in [0, 1)'),
+    ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
+    ('length_norm', lambda x: x in ('response', 'token', 'constant'), "be 'response', 'token' or 'constant'"),
+    ('dtype', lambda x: x in ('float32', 'bfloat16'), "be 'float32' or 'bfloat16'"),
+    ('eval_split', lambda x: x in ('val', 'test'), "be 'val' or 'test'"),
+    ('traces', lambda x: not x or world == 1, 'be written by one process: run it without torchrun'),
+    ('traces', lambda x: not os.path.lexists(x), 'name a new file: that one is there already'),
+    ('traces', lambda x: os.access(os.path.dirname(x) or '.', os.W_OK) or not x, 'be in a folder you can write to'),
+]
 
 
-def sample_responses(decoder, prompts, group_size, max_new_tokens, temperature):
-    """group_size responses to each prompt (lists of token ids), in order; each ends with the stop token if it came."""
+def sample_responses(decoder, prompts, max_new_tokens, temperature):
+    """A response to each prompt, both as token ids. It ends with the stop token, unless it was cut off."""
     decoder.model.eval()
-    prompts = [prompt for prompt in prompts for _ in range(group_size)]
     rows, _ = decoder.generate(prompts, max_new_tokens, temperature, stop_token=decoder.model.config.eos_token_id)
     return [row[len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
 def pack(prompts, responses, stop_token, device):
-    """Rows (B, T + 1) of a prompt and its response, filled up with the stop token, and which targets count: (B, T).
-
-    Those of the response, its stop token included: neither the prompt nor what fills the row. All ranks' rows have one
-    length, since the experts, and so the balance bias, see the filling too.
+    """Rows (B, T + 1): prompt, response, stop tokens as filling. mask (B, T): True for a target in the response. All
+    ranks' rows have one length, because the experts see the filling: it moves the balance bias.
     """
     T = torch.tensor(max((len(p) + len(r) for p, r in zip(prompts, responses)), default=2) - 1, device=device)
     T = int(all_reduce(T, dist.ReduceOp.MAX))
@@ -145,7 +127,7 @@ def pack(prompts, responses, stop_token, device):
 
 
 def log_probs(model, rows, temperature):
-    """Of rows (B, T + 1): log pi(token | those before it) (B, T), the entropy there (B, T), tokens per expert."""
+    """Rows (B, T + 1) -> log pi(token | tokens before it) (B, T), the policy's entropy (B, T), tokens per expert."""
     h, routing = model.main_stack(rows[:, :-1])                                         # (B, T, C)
     logp = (model.lm_head(h).float() / temperature).log_softmax(dim=-1)                 # (B, T, V)
     entropy = -(logp.detach().exp() * logp.detach()).sum(dim=-1)
@@ -158,16 +140,14 @@ def group_advantages(rewards, normalise_std=True):
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     centred = centred.masked_fill(equal, 0.0)  # exactly 0: rounding errors / 1e-6 would be large
-    if not normalise_std:
-        return centred
-    return centred / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-6)
+    return centred / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-6) if normalise_std else centred
 
 
 def token_weights(mask, length_norm, max_new_tokens):
-    """Weights (B, T) of the tokens in the loss, given which of them count, (B, T), on this rank.
-
-    'response': the mean over each response, and then over the responses of all ranks (GRPO); 'token': the mean over all
-    their tokens (DAPO); 'constant': the sum over each response / max_new_tokens, and then as the first (Dr. GRPO).
+    """This rank's mask (B, T) -> the weights of its tokens in the loss (B, T), by length_norm:
+    'response': the mean over each response, then the mean over the responses of all ranks (GRPO)
+    'token': the mean over the tokens of all responses of all ranks (DAPO)
+    'constant': the sum over each response / max_new_tokens, then the mean over the responses of all ranks (Dr. GRPO)
     """
     mask = mask.float()
     rows = torch.tensor(float(len(mask)), device=mask.device)
@@ -184,20 +164,21 @@ def k3(logp, ref_logp):
 
 
 def surrogate(logp, old_logp, advantages, clip_low, clip_high):
-    """What R1 eq. 1 maximises of each token, less the KL: logp, old_logp (B, T), advantages (B) -> (B, T)."""
+    """R1 eq. 1 without KL: logp, old_logp (B, T), advantages (B) -> gain (B, T), and where the clip acts (B, T)."""
     ratio = (logp - old_logp).exp()
-    advantages = advantages.unsqueeze(1)
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    plain = ratio * advantages.unsqueeze(1)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages.unsqueeze(1)
+    return torch.minimum(plain, clipped), clipped < plain
 
 
 def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, clip_low=0.2, clip_high=0.2, kl_coef=0.0,
            length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256, grad_clip=1.0, context=None):
     """mu optimizer steps on this rank's rows (B, T + 1), mask (B, T), advantages (B); the ranks' gradients are summed.
 
-    context, an autocast, is entered for each forward alone: it holds casts of the weights, which a step makes stale.
-    The MTP modules stay as they are. Returns, over the tokens of all ranks and all steps, the means of 'kl' (if there
-    is a reference), 'clip' (the share of tokens whose gradient the clip took) and 'entropy', and the last 'grad_norm'.
-    Raises a FloatingPointError instead of taking a step with a gradient that is not finite.
+    The MTP modules stay as they are. A gradient that is not finite takes no step: it is a Mistake. Each forward enters
+    the autocast `context` anew, because it keeps casts of the weights, which a step makes stale. Returns means over the
+    tokens of all ranks and steps: 'kl' (if there is a reference), 'clip' (share of tokens on which the clip acts),
+    'entropy'; and the last 'grad_norm'.
     """
     context = context or contextlib.nullcontext()
     model.train()
@@ -206,7 +187,7 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
     weights = token_weights(mask, length_norm, max_new_tokens)
     parts = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
     old_logp, ref_logp = {}, {}
-    sums = torch.zeros(4, device=rows.device)  # tokens, and the sums of KL, clipped and entropy over them
+    sums = torch.zeros(4, device=rows.device)  # tokens, and over them the sums of KL, clipped, entropy
     for step in range(mu):
         loads = torch.zeros(moe_layers, model.config.n_routed_experts, device=rows.device)
         for k, part in enumerate(parts):
@@ -214,21 +195,17 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
             with context:
                 logp, entropy, load = log_probs(model, rows[part], temperature)
             logp = logp.masked_fill(uncounted, 0.0)
-            if step == 0:
-                # the first forward of step 0 gives the sampling policy's log-probabilities
+            if step == 0:  # the weights are still those that sampled
                 old_logp[k] = logp.detach()
                 if reference is not None:
                     with torch.no_grad(), context:
                         ref_logp[k] = log_probs(reference, rows[part], temperature)[0].masked_fill(uncounted, 0.0)
             kl = k3(logp, ref_logp[k]) if reference is not None else torch.zeros_like(logp)
-            gain = surrogate(logp, old_logp[k], advantages[part], clip_low, clip_high) - kl_coef * kl
-            loss = -(weights[part] * gain).sum()
+            gain, clipped = surrogate(logp, old_logp[k], advantages[part], clip_low, clip_high)
+            loss = -(weights[part] * (gain - kl_coef * kl)).sum()
             loss.backward()
-            with torch.no_grad():
-                ratio, A = (logp - old_logp[k]).exp(), advantages[part].unsqueeze(1)
-                clipped = (A > 0) & (ratio > 1 + clip_high) | (A < 0) & (ratio < 1 - clip_low)
-                counted = torch.stack([torch.ones_like(kl), kl, clipped, entropy])       # (4, B, T)
-                sums += (counted * mask[part]).sum(dim=(1, 2))
+            counted = torch.stack([torch.ones_like(kl), kl.detach(), clipped, entropy])  # (4, B, T)
+            sums += (counted * mask[part]).sum(dim=(1, 2))
             if load is not None:
                 loads += load
         for p in trained:
@@ -236,286 +213,248 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
             all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip if grad_clip > 0 else math.inf)
         if not norm.isfinite():
-            raise FloatingPointError(f'the gradient is {norm.item()}')
+            raise Mistake(f'the gradient is {norm.item()}: try a smaller learning_rate; the last checkpoint is whole')
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if moe_layers:
             model.update_balance(all_reduce(loads))
     tokens, kl, clip, entropy = all_reduce(sums).tolist()
     tokens = max(tokens, 1)
-    numbers = {'kl': kl / tokens} if reference is not None else {}
-    return numbers | {'clip': clip / tokens, 'entropy': entropy / tokens, 'grad_norm': norm.item()}
+    numbers = {'clip': clip / tokens, 'entropy': entropy / tokens, 'grad_norm': norm.item()}
+    return numbers if reference is None else {'kl': kl / tokens} | numbers
 
 
-def load_model(folder, device):
-    """The model of a folder's ckpt.pt, without dropout, the checkpoint, and its tokenizer. A response ends with the
-    checkpoint's eos_token_id, or else with the tokenizer's end of text.
-    """
-    model, checkpoint, tokenizer = load_checkpoint(folder, device, dropout=0.0)
-    if model.config.eos_token_id < 0 and tokenizer.end is None:
-        stop(f'{folder}/ckpt.pt has no eos_token_id, with which a response ends: train it with one, as '
-             'config/sft_arithmetic.py')
-    if model.config.eos_token_id < 0:
+def load_model(source, device):
+    """The model of a folder's ckpt.pt, without dropout; the checkpoint; its tokenizer."""
+    model, checkpoint, tokenizer = scripts.load_checkpoint(source, device, dropout=0.0)
+    if model.config.eos_token_id < 0:  # a response ends with the tokenizer's end of text instead
+        guard.need(tokenizer.end is not None, f'{source}/ckpt.pt has no eos_token_id, with which a response ends: '
+                   'train it with one, as config/sft_arithmetic.py')
         model.config.eos_token_id = tokenizer.end
-    return use_kernels(model), checkpoint, tokenizer
+    scripts.use_kernels(model)
+    return model, checkpoint, tokenizer
 
 
-def load_prompts(path, tokenizer, max_prompt):
-    """[(prompt, answer)] of a file with a prompt, a tab and its answer on each line."""
+def load_prompts(split, tokenizer, block_size):
+    """[(prompt, answer)] of the data set's file, whose lines are a prompt, a tab and its answer."""
+    path = os.path.join(here, 'data', dataset, f'{split}_prompts.txt')
     try:
         with open(path, encoding='utf-8') as f:
             pairs = [tuple(line.split('\t')) for line in f.read().splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        stop(f'{path} cannot be read ({first_line(e)}): run the prepare.py of {dataset} first')
-    for pair in pairs:
-        if len(pair) != 2 or not pair[0]:
-            stop(f'{path}: a line is a prompt, a tab and its answer, not {pair!r}')
-        try:
-            length = len(tokenizer.begin) + len(tokenizer.encode(pair[0]))
-        except ValueError as e:
-            stop(f'{path}: {pair[0]!r}: {e}')
-        if length > max_prompt:
-            stop(f'{path}: {pair[0]!r} and max_new_tokens={max_new_tokens} do not fit in the checkpoint\'s block_size')
-    if not pairs:
-        stop(f'{path} is empty')
+        lengths = [len(tokenizer.begin + tokenizer.encode(pair[0])) for pair in pairs]
+    except (OSError, ValueError) as e:  # not there, not UTF-8, or no tokens for a prompt
+        raise Mistake(f'{path} cannot be used ({first_line(e)}): run the prepare.py of {dataset}') from None
+    guard.need(pairs, f'{path} is empty')
+    for pair, length in zip(pairs, lengths):
+        guard.need(len(pair) == 2 and pair[0], f'{path}: a line is a prompt, a tab and its answer, not {pair!r}')
+        guard.need(length + max_new_tokens <= block_size, f'{path}: {pair[0]!r} and max_new_tokens={max_new_tokens} do '
+                   f'not fit in the checkpoint\'s block_size={block_size}')
     return pairs
 
 
 def load_reward(path):
+    """The reward() of a file, which is any Python: whatever goes wrong there becomes a Mistake."""
     try:
         reward = runpy.run_path(path)['reward']
-    except (Exception, SystemExit) as e:  # it is any Python
-        stop(f'reward_file={path} must define reward(prompt, response, answer): {type(e).__name__}: {first_line(e)}')
+    except (Exception, SystemExit) as e:
+        raise Mistake(f'reward_file={path} must define reward(prompt, response, answer): {type(e).__name__}: '
+                      f'{first_line(e)}') from None
 
     def checked(prompt, response, answer):
+        call = f'{path}: reward({prompt!r}, {response!r}, {answer!r})'
         try:
             accuracy, form = map(float, reward(prompt, response, answer))
         except (Exception, SystemExit) as e:
-            stop(f'{path}: reward({prompt!r}, {response!r}, {answer!r}): {type(e).__name__}: {first_line(e)}', True)
-        if not math.isfinite(accuracy + form):
-            stop(f'{path}: reward({prompt!r}, {response!r}, {answer!r}) is {accuracy}, {form}: not finite', True)
+            raise Mistake(f'{call}: {type(e).__name__}: {first_line(e)}') from None
+        guard.need(math.isfinite(accuracy + form), f'{call} is {accuracy}, {form}: not finite')
         return accuracy, form
 
     return checked
 
 
-def main():
-    # one process, or one of several under torchrun
-    ddp = 'RANK' in os.environ
-    rank, world = (int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])) if ddp else (0, 1)
-    master = rank == 0
-    place = f'cuda:{os.environ["LOCAL_RANK"]}' if ddp and device.startswith('cuda') else device
-    device_type = device_type_of(place)
-    if device_type == 'cuda' and torch.device(place).index is not None:
-        torch.cuda.set_device(place)
+def write_traces(questions, answer, end):
+    """Rejection sampling (R1 section 2.3.3): to each prompt its first response that is right, well-formed and ended."""
+    torch.manual_seed(seed)
+    accepted = {}  # prompt -> response
+    for i in range(0, len(questions), prompts_per_iter):
+        part = [question for question in questions[i:i + prompts_per_iter] for _ in range(group_size)]
+        _, responses, texts, scores = answer(part, temperature)
+        for (prompt, _), response, text, score in zip(part, responses, texts, scores):
+            if score.min() >= 1 and response[-1] == end:
+                accepted.setdefault(prompt, text)
+    guard.need(accepted, f'{traces} is not written: none of {len(questions)} prompts has an accepted response')
+    try:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(traces) or '.') as unfinished:
+            with open(os.path.join(unfinished, 'traces'), 'w', encoding='utf-8') as f:
+                f.writelines(prompt + text for prompt, text in accepted.items())
+            os.replace(f.name, traces)
+    except OSError as e:
+        raise Mistake(f'traces={traces!r} cannot be written: {e.strerror}') from None
+    print(f'{len(accepted)} of {len(questions)} prompts have an accepted response of {group_size}: {traces}')
 
-    for key, (low, high) in RANGES.items():
-        if not low <= globals()[key] < high:
-            stop(f'{key}={globals()[key]} must be at least {low}' + (f' and less than {high}' if high < math.inf else
-                                                                     ' and finite'))
-    if prompts_per_iter % world:
-        stop(f'prompts_per_iter={prompts_per_iter} must be a multiple of the {world} ranks')
-    if length_norm not in ('response', 'token', 'constant'):
-        stop(f"length_norm={length_norm!r} must be 'response', 'token' or 'constant'")
-    if dtype not in ('float32', 'bfloat16'):
-        stop(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
-    if eval_split not in ('val', 'test'):
-        stop(f"eval_split={eval_split!r} must be 'val' or 'test'")
-    if traces and world > 1:
-        stop('traces are written by one process: run it without torchrun')
-    if traces and os.path.lexists(traces):
-        stop(f'traces={traces!r} is there already, and is not written over: name another file')
-    if traces and not os.access(os.path.dirname(traces) or '.', os.W_OK):
-        stop(f'traces={traces!r} cannot be written: no such folder, or not yours')
-    run = connect(backend if device_type == 'cuda' else 'gloo') if ddp else ''
+
+if __name__ == '__main__':
+    # settings, ranks and device
+    config = {k: globals()[k] for k in config_keys}
+    ddp = 'RANK' in os.environ  # torchrun started this process
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    master = rank == 0
+    guard.check_ranges(config, RANGES)
+    for start in {init_from, reference} - {'', 'resume'}:
+        inside = os.path.join(os.path.realpath(start), '').startswith(os.path.join(os.path.realpath(out_dir), ''))
+        guard.need(traces or eval_only or not inside, f'{start} must not be in {out_dir}, which a new run renames')
+    if ddp and device.startswith('cuda'):
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    device_type = guard.check_device(device)
+    if device.startswith('cuda:'):
+        torch.cuda.set_device(device)
+    if ddp:
+        store = scripts.connect(backend, device_type)
+    ctx = autocast(device_type, dtype)
 
     # the model, its optimizer, and the frozen reference
-    sources = [os.path.realpath(folder) for folder in (init_from, reference) if folder]
-    if os.path.realpath(out_dir) in sources and not eval_only and not traces:
-        stop(f'out_dir={out_dir!r} must differ from init_from and reference, which a new run would rename')
+    path = os.path.join(out_dir, 'ckpt.pt')
     resume = init_from == 'resume'
-    if ddp and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and not eval_only:
-        own = torch.tensor(float(is_of_run(os.path.join(out_dir, 'ckpt.pt'), run)), device=place)
-        resume = resume or all_reduce(own, dist.ReduceOp.MIN).item() == 1  # all ranks or none
+    if ddp and not eval_only and store.check(['begun']):  # torchrun lost a rank and started all again
+        found = torch.tensor(int(os.path.exists(path)), device=device)
+        resume = resume or all_reduce(found, dist.ReduceOp.MIN).item() == 1  # all ranks or none
     source = out_dir if resume else init_from
-    model, checkpoint, tokenizer = load_model(source, place)
-    settings = {k: globals()[k] for k in config_keys}
-    settings['reference'] = reference or init_from
+    model, checkpoint, tokenizer = load_model(source, device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     iter_num, seconds = 0, 0.0
+    config['reference'] = reference or init_from
     if resume:
-        try:
-            settings['reference'] = reference or checkpoint['config']['reference']
-            optimizer.load_state_dict(checkpoint['optimizer'])
-            iter_num, seconds = int(checkpoint['iter_num']), float(checkpoint['seconds'])
-        except (KeyError, TypeError, ValueError) as e:
-            stop(f'{out_dir}/ckpt.pt was not written by grpo.py ({type(e).__name__}: {first_line(e)}): begin with '
-                 f'--init_from={out_dir} and another out_dir')
-    meta = checkpoint.get('meta') or {}
-    frozen = None
+        iter_num, seconds = checkpoint.get('iter_num'), checkpoint.get('seconds')
+        config['reference'] = reference or (checkpoint.get('config') or {}).get('reference')
+        guard.need((type(iter_num), type(seconds), type(config['reference'])) == (int, float, str) and iter_num >= 0,
+                   f'{path} was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
+        guard.check_optimizer(path, checkpoint.get('optimizer'), optimizer)
+        optimizer.load_state_dict(checkpoint['optimizer'])
+    ends = all_reduce(torch.tensor([iter_num, -iter_num], device=device), dist.ReduceOp.MAX)
+    guard.need(ends.sum() == 0, f'the ranks hold different checkpoints: {out_dir} must be one folder for all')
+    meta, frozen = checkpoint.get('meta') or {}, None
     if kl_coef > 0 or reference:  # with a reference and kl_coef=0 the KL is logged alone
-        frozen, other, its = load_model(settings['reference'], place)
+        frozen, other, its = load_model(config['reference'], device)
         frozen.requires_grad_(False)
-        if (other.get('meta') or {}).get('stoi') != meta.get('stoi') or its.sha256 != tokenizer.sha256:
-            stop(f'reference={settings["reference"]!r} has other tokens than the model, so there is no KL')
+        guard.need((other.get('meta') or {}).get('stoi') == meta.get('stoi') and its.sha256 == tokenizer.sha256,
+                   f'reference={config["reference"]!r} has other tokens than the model, so there is no KL')
     model_args, end = checkpoint['model_args'], model.config.eos_token_id
     checkpoint = other = None  # free the memory
-    ctx = autocast(device_type, dtype)
     decoder = Decoder(model, compile)
 
     # the task
-    max_prompt = model.config.block_size - max_new_tokens
-    folder = os.path.join(here, 'data', dataset)
-    pairs = {split: load_prompts(os.path.join(folder, f'{split}_prompts.txt'), tokenizer, max_prompt)
-             for split in ('train', eval_split)}
+    pairs = {split: load_prompts(split, tokenizer, model.config.block_size) for split in ('train', eval_split)}
     reward = load_reward(os.path.join(here, reward_file))
 
-    def answer(questions, group_size, temperature):
-        """Responses to (prompt, answer) pairs: (prompts, responses) as token ids, texts, and scores (B, 2)."""
+    def answer(questions, temperature):
+        """A response to each (prompt, answer): prompts, responses as token ids, texts, and scores (B, 2)."""
         prompts = [tokenizer.begin + tokenizer.encode(prompt) for prompt, _ in questions]
         with ctx:
-            responses = sample_responses(decoder, prompts, group_size, max_new_tokens, temperature)
+            responses = sample_responses(decoder, prompts, max_new_tokens, temperature)
         texts = [tokenizer.decode(response) for response in responses]
-        questions = [question for question in questions for _ in range(group_size)]
         scores = [reward(prompt, text, right) for (prompt, right), text in zip(questions, texts)]
-        return [p for p in prompts for _ in range(group_size)], responses, texts, torch.tensor(scores)
-
-    def evaluate():
-        """Greedy answers to the first eval_prompts held-out prompts, shared out over the ranks."""
-        questions = pairs[eval_split][:eval_prompts]
-        mine = questions[rank::world]
-        sums = torch.zeros(3, device=place)
-        for i in range(0, len(mine), 1024):
-            _, responses, _, scores = answer(mine[i:i + 1024], 1, 0.0)
-            sums += torch.tensor([*scores.sum(dim=0), sum(map(len, responses))], device=place)
-        accuracy, form, length = (all_reduce(sums) / len(questions)).tolist()
-        return {f'{eval_split}_accuracy': accuracy, f'{eval_split}_format': form, f'{eval_split}_length': length}
+        return prompts, responses, texts, torch.tensor(scores)
 
     if traces:
         write_traces(pairs['train'][:trace_prompts], answer, end)
-        return
+        scripts.leave()
+        raise SystemExit
+
+    def evaluate():
+        """Greedy answers to eval_prompts held-out prompts, shared out over the ranks -> a record to log."""
+        questions = pairs[eval_split][:eval_prompts]
+        mine = questions[rank::world]
+        sums = torch.zeros(3, device=device)
+        for i in range(0, len(mine), 1024):
+            _, responses, _, scores = answer(mine[i:i + 1024], 0.0)
+            sums += torch.tensor([*scores.sum(dim=0), sum(map(len, responses))], device=device)
+        accuracy, form, length = (all_reduce(sums) / len(questions)).tolist()
+        if master:
+            print(f'step {iter_num}: {eval_split} accuracy {accuracy:.1%}, format {form:.1%}, '
+                  f'length {length:.1f}, after {seconds:.0f} s')
+        return {'step': iter_num, 'seconds': seconds, f'{eval_split}_accuracy': accuracy,
+                f'{eval_split}_format': form, f'{eval_split}_length': length}
 
     def log(record):
         try:
             log_file.write(json.dumps(record).encode() + b'\n')
         except OSError as e:
-            stop(f'{log_path} cannot be written: {e.strerror}; the last checkpoint in {out_dir} is as it was')
+            raise Mistake(f'{log_file.name} could not be written: {e.strerror}; the last checkpoint is whole') from None
         if wandb_log:
             wandb.log(record, step=record['step'])
 
-    # whatever can fail comes before an earlier run's files are renamed: an evaluation, wandb, writing into out_dir
-    result = evaluate()
+    # whatever can fail comes before an earlier run's folder is renamed: an evaluation, wandb
+    record = evaluate()
     if master:
         if wandb_log:
-            wandb = start_wandb(project=wandb_project, name=wandb_run_name, config=settings)
+            import wandb
+            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        if not eval_only:
+            folder.take(out_dir, None if resume else source)
         log_path = os.path.join(out_dir, 'eval.jsonl' if eval_only else 'log.jsonl')
-        header = {'command': shlex.join(sys.argv), 'config': settings, 'model_args': model_args, 'world_size': world}
-        try:
-            if not eval_only:
-                take(out_dir, None if resume else source)
-            log_file = open_log(log_path, header)
-        except ValueError as e:
-            stop(str(e))
+        log_file = scripts.open_log(log_path, scripts.header(model, config))
+        log(record)
         if resume:
-            print(f'going on from {out_dir}/ckpt.pt, iteration {iter_num}')
+            print(f'going on from {path}, iteration {iter_num}')
+    if ddp:
+        dist.barrier()  # all ranks are ready
+        store.set('begun', '')  # a restart resumes from here on
 
-    while True:
-        if result is None and (iter_num % eval_interval == 0 or iter_num >= max_iters):
-            result = evaluate()
-        if result is not None and master:
-            print(f'step {iter_num}: {eval_split} accuracy {result[f"{eval_split}_accuracy"]:.1%}, '
-                  f'format {result[f"{eval_split}_format"]:.1%}, length {result[f"{eval_split}_length"]:.1f}, '
-                  f'after {seconds:.0f} s')
-            log({'step': iter_num, 'seconds': seconds, **result})
-            if iter_num > 0 and not eval_only:
-                try:  # train.py's format
-                    save_checkpoint({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': {},
-                                     'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': math.inf,
-                                     'config': settings, 'meta': meta, 'seconds': seconds, 'run': run},
-                                    os.path.join(out_dir, 'ckpt.pt'))
-                except ValueError as e:  # a full disk
-                    stop(str(e))
-        result = None
-        if iter_num >= max_iters or eval_only:
-            break
-
+    # the loop
+    options = {k: config[k] for k in ('mu', 'clip_low', 'clip_high', 'kl_coef', 'length_norm', 'max_new_tokens',
+                                      'temperature', 'batch_size', 'grad_clip')}
+    while iter_num < max_iters and not eval_only:
         torch.manual_seed((seed + iter_num) * world + rank)  # whatever is random in this iteration
         t0 = time.time()
         lr = learning_rate * min((iter_num + 1) / (warmup_iters + 1), 1 - iter_num / max_iters if decay_lr else 1)
         for group in optimizer.param_groups:
             group['lr'] = lr
 
-        # rollouts: prompts drawn alike on every rank, of which each answers its share
+        # rollouts: every rank draws the same prompts, and answers its share
         drawn = np.random.default_rng((seed, iter_num)).integers(len(pairs['train']), size=prompts_per_iter)
-        questions = [pairs['train'][i] for i in drawn[rank::world]]
-        prompts, responses, _, scores = answer(questions, group_size, temperature)
+        questions = [pairs['train'][i] for i in drawn[rank::world] for _ in range(group_size)]
+        prompts, responses, _, scores = answer(questions, temperature)
         rewards = scores[:, 0] + format_weight * scores[:, 1]                           # (B,)
-        groups = rewards.view(-1, group_size)                                           # (P, G)
-        advantages = group_advantages(groups, normalise_std)                            # (P, G)
-        idle = (advantages == 0).all(dim=1)                                             # (P,): groups of equal rewards
+        advantages = group_advantages(rewards.view(-1, group_size), normalise_std)      # (P, G)
+        idle = (advantages == 0).all(dim=1)                                             # (P,): equal rewards
         t1 = time.time()
 
         # update
-        rows, mask = pack(prompts, responses, end, place)
-        advantages = advantages.flatten().to(place)                                     # (B,)
+        rows, mask = pack(prompts, responses, end, device)
+        advantages = advantages.flatten().to(device)                                    # (B,)
         if drop_zero_advantage:
-            kept = ~idle.repeat_interleave(group_size).to(place)
+            kept = ~idle.repeat_interleave(group_size).to(device)
             rows, mask, advantages = rows[kept], mask[kept], advantages[kept]
-        numbers = {'clip': 0.0, 'entropy': None, 'grad_norm': 0.0}  # those of no rows
-        if all_reduce(torch.tensor(len(rows), device=place)) > 0:
-            try:
-                numbers = update(model, optimizer, rows, mask, advantages, reference=frozen, mu=mu, clip_low=clip_low,
-                                 clip_high=clip_high, kl_coef=kl_coef, length_norm=length_norm,
-                                 max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size,
-                                 grad_clip=grad_clip, context=ctx)
-            except FloatingPointError as e:
-                stop(f'iteration {iter_num}: {e}; the last checkpoint in {out_dir} is as it was')
+        numbers = {'clip': 0.0, 'entropy': None, 'grad_norm': 0.0}  # if no rank has rows
+        if all_reduce(torch.tensor(len(rows), device=device)) > 0:
+            numbers = update(model, optimizer, rows, mask, advantages, reference=frozen, context=ctx, **options)
 
         # log
         sums = torch.tensor([rewards.sum(), *scores.sum(dim=0), sum(map(len, responses)), idle.sum() * group_size])
-        sums = all_reduce(sums.to(place)) / (prompts_per_iter * group_size)
+        sums = all_reduce(sums.to(device)) / (prompts_per_iter * group_size)
         reward_mean, accuracy, form, length, zero_advantage = sums.tolist()
         dt = time.time() - t0
         seconds += dt
-        record = {'step': iter_num, 'seconds': seconds, 'reward': reward_mean, 'accuracy': accuracy, 'format': form,
-                  'length': length, 'zero_advantage': zero_advantage, **numbers, 'lr': lr,
-                  'tokens_per_s': length * prompts_per_iter * group_size / dt, 'rollout_share': (t1 - t0) / dt}
         if master:
-            print(f'iter {iter_num}: reward {reward_mean:.3f}, accuracy {accuracy:.1%}, format {form:.1%}, length '
-                  f'{length:.1f}, zero-advantage {zero_advantage:.0%}, '
-                  + (f'kl {record["kl"]:.4f}, ' if 'kl' in record else '') +
-                  f'clip {record["clip"]:.1%}, time {dt * 1000:.0f}ms, {record["tokens_per_s"]:,.0f} tok/s')
+            record = {'step': iter_num, 'seconds': seconds, 'reward': reward_mean, 'accuracy': accuracy,
+                      'format': form, 'length': length, 'zero_advantage': zero_advantage, **numbers, 'lr': lr,
+                      'tokens_per_s': length * prompts_per_iter * group_size / dt, 'rollout_share': (t1 - t0) / dt}
+            kl = f'kl {record["kl"]:.4f}, ' if 'kl' in record else ''
+            print(f'iter {iter_num}: reward {reward_mean:.3f}, accuracy {accuracy:.1%}, format {form:.1%}, '
+                  f'length {length:.1f}, zero-advantage {zero_advantage:.0%}, {kl}clip {record["clip"]:.1%}, '
+                  f'time {dt * 1000:.0f}ms, {record["tokens_per_s"]:,.0f} tok/s')
             log(record)
         iter_num += 1
-    disconnect()
 
+        # evaluate and save
+        if iter_num % eval_interval == 0 or iter_num == max_iters:
+            record = evaluate()
+            if master:
+                log(record)
+                save_checkpoint({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': {},
+                                 'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': math.inf,
+                                 'config': config, 'meta': meta, 'seconds': seconds}, path)  # train.py's format
 
-def write_traces(questions, answer, end):
-    """Rejection sampling (R1 section 2.3.3): to each prompt its first response that is right, well-formed and ended."""
-    torch.manual_seed(seed)
-    lines = []
-    for i in range(0, len(questions), prompts_per_iter):
-        part = questions[i:i + prompts_per_iter]
-        _, responses, texts, scores = answer(part, group_size, temperature)
-        for n, (prompt, _) in enumerate(part):
-            group = range(n * group_size, (n + 1) * group_size)
-            accepted = [texts[k] for k in group if scores[k].min() >= 1 and responses[k][-1] == end]
-            lines += [prompt + accepted[0]] if accepted else []
-    if not lines:
-        stop(f'none of {len(questions)} prompts has an accepted response of {group_size}: {traces} is not written')
-    try:
-        with open(traces + '.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(lines)
-        os.replace(traces + '.tmp', traces)
-    except OSError as e:
-        stop(f'traces={traces!r} cannot be written: {e.strerror}')
-    print(f'{len(lines)} of {len(questions)} prompts have an accepted response of {group_size}: {traces}')
-
-
-if __name__ == '__main__':
-    try:
-        main()
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        stop(f'out of memory: make prompts_per_iter, group_size or batch_size smaller ({first_line(e)})', True)
+    if wandb_log and master:
+        wandb.finish()
+    scripts.leave()
