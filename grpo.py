@@ -63,7 +63,7 @@ normalise_std = True  # False: advantages are not divided by the group's deviati
 length_norm = 'response'  # or 'token' (DAPO) or 'constant' (Dr. GRPO): see token_weights()
 drop_zero_advantage = False  # leave groups of equal rewards out of the batch (DAPO)
 # optimizer
-batch_size = 256  # rows in a forward and backward
+batch_size = 256  # rows in a forward and backward; for less memory lower it, group_size or prompts_per_iter
 max_iters = 200
 learning_rate = 1e-3
 warmup_iters = 5

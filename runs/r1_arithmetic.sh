@@ -15,7 +15,6 @@ grpo() { python grpo.py config/grpo_arithmetic.py "$@"; }
 prepare
 sft
 grpo
-rm -f out-grpo-arithmetic/accepted.txt  # grpo.py does not write over it
 grpo --init_from=out-grpo-arithmetic --traces=out-grpo-arithmetic/accepted.txt
 prepare --traces=out-grpo-arithmetic/accepted.txt --name=add3-accepted
 sft --dataset=arithmetic/add3-accepted --out_dir=out-sft2-arithmetic
