@@ -77,12 +77,12 @@ def take(out_dir, tokenizer_from=None, *must_stay):
     folder = new = os.path.realpath(out_dir)
     try:
         earlier = os.path.isdir(folder) and any(name.startswith(('ckpt', 'log.jsonl')) for name in os.listdir(folder))
-        if earlier or tokenizer_from is None:
-            lock(folder, out_dir)
         if tokenizer_from is None:
+            lock(folder, out_dir)
             return
         if earlier:
             check_rename(out_dir, folder, (os.getcwd(), os.path.dirname(__file__), tokenizer_from, *must_stay))
+            lock(folder, out_dir)
             old, new = (next(path for n in itertools.count(1) if not os.path.lexists(path := f'{folder}.{word}{n}'))
                         for word in ('old', 'new'))
         os.makedirs(new, exist_ok=True)
