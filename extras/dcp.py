@@ -11,6 +11,7 @@ ckpt_best.dcp point to two of them.
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import sys
 import warnings
@@ -41,7 +42,7 @@ def save_checkpoint(checkpoint, path, best_path=None):
         writer = ThreadPoolExecutor(1)
         group = dist.new_group(backend='gloo') if dist.is_initialized() else None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+        remove_unlinked(os.path.dirname(path) or '.')  # a kill may have left them
     rest, weights, optimizer = dict(checkpoint), dict(checkpoint['model']), checkpoint['optimizer']
     if rest['model_args']['tie_word_embeddings']:
         del weights['lm_head.weight']
@@ -71,7 +72,6 @@ def publish(written, rest, new, links):
             target = os.path.join(folder, f'ckpt-{rest["iter_num"]}-{n}.dcp')
         os.rename(new, target)
         new = target
-        before = {os.path.realpath(link) for link in links if os.path.islink(link)}
         for link in links:
             if os.path.isdir(link) and not os.path.islink(link):  # copied by a program that follows links
                 os.rename(link, link + '.old')
@@ -84,9 +84,18 @@ def publish(written, rest, new, links):
         if os.path.realpath(new) not in map(os.path.realpath, links):
             shutil.rmtree(new, ignore_errors=True)
         raise
-    linked = {os.path.realpath(os.path.join(folder, name)) for name in ('ckpt.dcp', 'ckpt_last.dcp', 'ckpt_best.dcp')}
-    for old in before - linked:
-        shutil.rmtree(old, ignore_errors=True)
+    remove_unlinked(folder)
+
+
+def remove_unlinked(folder):
+    """Remove what was not written to its end, and the checkpoints to which no link in the folder points."""
+    names = os.listdir(folder)
+    linked = {os.path.realpath(os.path.join(folder, name)) for name in names
+              if os.path.islink(os.path.join(folder, name))}
+    for name in names:
+        path = os.path.join(folder, name)
+        if re.fullmatch(r'ckpt\.dcp\.new|ckpt-\d+(-\d+)?\.dcp', name) and os.path.realpath(path) not in linked:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def finish():
@@ -147,10 +156,12 @@ def load_optimizer(state, params=None):
     tensors = {}
     for name, about in Reader(state['folder']).read_metadata().state_dict_metadata.items():
         if name.startswith('optimizer.'):
-            p = params[int(name.split('.')[1])] if params else None
-            dtype = about.properties.dtype
-            tensors[name] = torch.zeros(about.size, dtype=dtype) if p is None or p.shape != about.size else \
-                torch.zeros_like(p.detach(), dtype=dtype)
+            i, dtype = int(name.split('.')[1]), about.properties.dtype
+            if params and (i >= len(params) or about.size not in (params[i].shape, ())):  # (): a step
+                raise Mistake(f'the optimizer in {state["folder"]} does not fit: resume with the --optimizer of its '
+                              'run')
+            tensors[name] = torch.zeros_like(params[i].detach(), dtype=dtype) if params and about.size else \
+                torch.zeros(about.size, dtype=dtype)
     load_tensors(state['folder'], tensors)
     entries = {}
     for name, x in tensors.items():
@@ -177,23 +188,20 @@ def from_checkpoint(path, device='cpu', assign=False, **overrides):
 
 def main():
     """Sharded checkpoints to whole ones beside them."""
+    import configurator  # noqa: F401 (a mistake is one line and exit code 2)
     if len(sys.argv) != 2:
-        raise SystemExit('python -m extras.dcp OUT_DIR')
+        raise Mistake('python -m extras.dcp OUT_DIR')
     found = [os.path.join(sys.argv[1], f'{name}.dcp') for name in ('ckpt', 'ckpt_best', 'ckpt_last')]
-    try:
-        for path in filter(os.path.exists, found):
-            model, rest = from_checkpoint(path)
-            whole_path = path.removesuffix('.dcp') + '.pt'
-            if os.path.exists(whole_path):
-                raise Mistake(f'{whole_path} exists already: remove it or rename it')
-            model_file.save_checkpoint(rest | {'model': model.state_dict()}, whole_path)
-            print(f'wrote {whole_path}')
-            del model, rest  # before the next one is read
-        if not any(map(os.path.exists, found)):
-            raise Mistake(f'{sys.argv[1]} has no ckpt.dcp')
-    except Mistake as e:
-        print(e, file=sys.stderr)
-        raise SystemExit(2) from None
+    if not any(map(os.path.exists, found)):
+        raise Mistake(f'{sys.argv[1]} has no ckpt.dcp')
+    for path in filter(os.path.exists, found):
+        whole_path = path.removesuffix('.dcp') + '.pt'
+        if os.path.exists(whole_path):
+            raise Mistake(f'{whole_path} exists already: remove it or rename it')
+        model, rest = from_checkpoint(path)
+        model_file.save_checkpoint(rest | {'model': model.state_dict()}, whole_path)
+        print(f'wrote {whole_path}')
+        del model, rest  # before the next one is read
 
 
 if __name__ == '__main__':

@@ -1,9 +1,8 @@
-"""
-A run's folder: find its last checkpoint, lock it, and keep an earlier run.
-"""
+"""A run's folder: find its last checkpoint, lock it, and keep an earlier run."""
 
 import glob
 import itertools
+import math
 import os
 import shutil
 
@@ -12,19 +11,23 @@ import torch
 from model import Mistake
 
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+locks = []  # open files, because closing a file ends its lock
 
 
 def last_checkpoint(out_dir):
-    """The path of the checkpoint with the highest iteration in out_dir; out_dir/ckpt.pt if there is none."""
+    """The path of the last checkpoint in out_dir, by iteration; the best one if there is no other; or out_dir/ckpt.pt."""
     def iteration(path):
         try:
             path = os.path.join(path, 'rest.pt') if path.endswith('.dcp') else path
             return torch.load(path, map_location='meta', weights_only=True, mmap=True)['iter_num']
         except Exception:  # damaged, or another program's: the error comes when it is opened
-            return -1
+            return math.inf
 
-    paths = [os.path.join(out_dir, f'ckpt{which}{end}') for which in ('', '_last', '_best') for end in ('.pt', '.dcp')]
-    return max(filter(os.path.exists, paths), key=iteration, default=paths[0])
+    for names in (('ckpt', 'ckpt_last'), ('ckpt_best',)):
+        paths = [os.path.join(out_dir, name + end) for name in names for end in ('.pt', '.dcp')]
+        if any(map(os.path.exists, paths)):
+            return max(filter(os.path.exists, paths), key=iteration)
+    return os.path.join(out_dir, 'ckpt.pt')
 
 
 def elsewhere(path):
@@ -32,7 +35,7 @@ def elsewhere(path):
     out_dir, sharded = os.path.dirname(path) or '.', path.removesuffix('.pt') + '.dcp'
     if os.path.exists(sharded):
         return f'. There is {sharded}: convert it with python -m extras.dcp {out_dir}'
-    kept = sorted(glob.glob(f'{glob.escape(os.path.normpath(out_dir))}.old*'))
+    kept = sorted(map(os.path.relpath, glob.glob(f'{glob.escape(os.path.realpath(out_dir))}.old*')))
     return f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
 
 
@@ -41,9 +44,6 @@ def copy_tokenizer(source, target):
     for name in TOKENIZER_FILES:
         if os.path.exists(os.path.join(source, name)):
             shutil.copy(os.path.join(source, name), os.path.join(target, name))
-
-
-locks = []  # open files, because closing a file ends its lock
 
 
 def lock(folder, out_dir):
@@ -62,30 +62,30 @@ def begin(config, init_from, data_dir, master, max_over_ranks):
     """For train.py: lock out_dir; a new run first renames an earlier run's folder."""
     out_dir = config['out_dir']
     if master and not config['eval_only']:
-        take(out_dir, {'resume': None, 'scratch': data_dir}.get(init_from, init_from))
+        take(out_dir, {'resume': None, 'scratch': data_dir}.get(init_from, init_from), data_dir)
         if init_from == 'resume':
-            keep_names(os.path.realpath(out_dir), config['always_save_checkpoint'])
+            keep_names(out_dir, config['always_save_checkpoint'])
     max_over_ranks(0)  # a barrier
     if max_over_ranks(not os.path.exists(out_dir)) and master and not config['eval_only']:
         print(f'note: {out_dir} is not one folder for all machines: to resume, copy its checkpoint to all of them')
 
 
-def take(out_dir, tokenizer_from=None):
+def take(out_dir, tokenizer_from=None, *must_stay):
     """Lock out_dir for this process. tokenizer_from: begin a new run with the tokenizer of this folder; an earlier
     run becomes out_dir.old1, .old2, ... The new folder is written first, so that a full disk is noticed.
+    must_stay: folders that may not be renamed with an earlier run.
     """
-    folder = os.path.realpath(out_dir)
+    folder = new = os.path.realpath(out_dir)
     try:
         earlier = os.path.isdir(folder) and any(name.startswith(('ckpt', 'log.jsonl')) for name in os.listdir(folder))
-        if earlier or tokenizer_from is None:
-            lock(folder, out_dir)
         if tokenizer_from is None:
+            lock(folder, out_dir)
             return
-        holds_cwd = os.path.join(os.getcwd(), '').startswith(os.path.join(folder, ''))
-        if earlier and (holds_cwd or os.path.ismount(folder) or not os.access(os.path.dirname(folder), os.W_OK)):
-            raise Mistake(f'out_dir={out_dir!r} holds an earlier run and cannot be renamed; give this run its own '
-                          '--out_dir')
-        new = folder + '.new' if earlier else folder
+        if earlier:
+            check_rename(out_dir, folder, (os.getcwd(), os.path.dirname(__file__), tokenizer_from, *must_stay))
+            lock(folder, out_dir)
+            old, new = (next(path for n in itertools.count(1) if not os.path.lexists(path := f'{folder}.{word}{n}'))
+                        for word in ('old', 'new'))
         os.makedirs(new, exist_ok=True)
         lock(new, out_dir)
         with open(os.path.join(new, '.lock'), 'wb') as f:
@@ -95,12 +95,20 @@ def take(out_dir, tokenizer_from=None):
             f.truncate(0)
         copy_tokenizer(tokenizer_from, new)
         if earlier:
-            n = next(n for n in itertools.count(1) if not os.path.lexists(f'{folder}.old{n}'))
-            os.rename(folder, f'{folder}.old{n}')
+            os.rename(folder, old)
             os.rename(new, folder)
-            print(f'the earlier run in {out_dir} is now in {out_dir.rstrip("/")}.old{n}')
+            print(f'the earlier run in {out_dir} is now in {os.path.relpath(old)}')
     except OSError as e:
+        if new != folder:
+            shutil.rmtree(new, ignore_errors=True)
         raise Mistake(f'out_dir={out_dir!r} cannot be written: {e.strerror}') from None
+
+
+def check_rename(out_dir, folder, must_stay):
+    why = [f'{path} is in it' for path in must_stay if (os.path.realpath(path) + os.sep).startswith(folder + os.sep)]
+    if why or os.path.ismount(folder):
+        raise Mistake(f'out_dir={out_dir!r} holds an earlier run and cannot be renamed: '
+                      f'{(why or ["it is a mount"])[0]}; give this run its own --out_dir')
 
 
 def keep_names(folder, always_save):
@@ -108,7 +116,6 @@ def keep_names(folder, always_save):
     for end in ('.pt', '.dcp'):
         last, main, best = (os.path.join(folder, f'ckpt{which}{end}') for which in ('_last', '', '_best'))
         old_main, new_main = (best, last) if always_save else (last, best)
-        if os.path.exists(new_main) and not os.path.exists(old_main):
-            if os.path.exists(main):
-                os.rename(main, old_main)
-            os.rename(new_main, main)
+        for source, target in ((main, old_main), (new_main, main)):  # after a kill between the two, the next resume goes on
+            if os.path.lexists(new_main) and os.path.lexists(source) and not os.path.lexists(target):
+                os.rename(source, target)

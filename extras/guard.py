@@ -58,10 +58,8 @@ def check_settings(config, device, world):
          "bf16_moments=True needs optimizer='adamw' and a dtype other than 'float16'")
     need(c['dtype'] != 'float16' or device.startswith('cuda'),
          "dtype='float16' needs CUDA (its gradients are scaled there); use bfloat16 or float32")
-    if os.path.isdir(c['init_from']):
-        in_out_dir = os.path.join(os.path.realpath(c['init_from']), '').startswith(
-            os.path.join(os.path.realpath(c['out_dir']), ''))
-        need(not in_out_dir, f'init_from={c["init_from"]!r} must not be in {c["out_dir"]!r}, which a new run renames')
+    need(os.path.realpath(c['init_from']) != os.path.realpath(c['out_dir']),
+         f'out_dir={c["out_dir"]!r} must not be the folder that the run begins with, init_from')
     if c['decay_lr'] and c['warmup_iters'] > c['lr_decay_iters'] and os.environ.get('RANK', '0') == '0':
         print(f'note: the learning rate rises until warmup_iters={c["warmup_iters"]}, then drops to min_lr, because '
               f'lr_decay_iters={c["lr_decay_iters"]} is smaller')
@@ -148,8 +146,10 @@ def check_tokens(data, model_config, config, meta, max_over_ranks):
 
 def check_path(path, max_over_ranks):
     """Mistake on all ranks if a machine lacks the checkpoint: the others would wait long for it."""
-    need(not max_over_ranks(not os.path.exists(path)), f'{path} is missing: train a model first, or name the out_dir '
-         'it is in' + elsewhere(path) + '; all machines need the same folder' * ('RANK' in os.environ))
+    here, missing = max_over_ranks(os.path.exists(path)), max_over_ranks(not os.path.exists(path))
+    need(not (here and missing), f'{path} is missing on some machines: {os.path.dirname(path)} must be one folder for '
+         'all of them')
+    need(here, f'{path} is missing: train a model first, or name the out_dir it is in{elsewhere(path)}')
 
 
 def check_fit(init_from, path, model, found, config, overrides, meta, max_over_ranks):

@@ -56,7 +56,7 @@ def expect(clone, script, flags, message, run=run_inside):
     ('--dropout=1', 'dropout'), ('--dropout=-0.1', 'dropout'), ('--num_experts_per_tok=5', 'num_experts_per_tok'),
     ('--n_group=3', 'n_group'), ('--topk_group=2', 'topk_group'), ('--qk_rope_head_dim=3', 'even'),
     ('--scoring_func=relu', 'scoring_func'), ('--rope_factor=0.5', 'rope_factor'), ('--rope_theta=1e999', 'finite'),
-    ('--moe_intermediate_size=12', 'multiples of 8'), ('--first_k_dense_replace=3', 'first_k_dense_replace'),
+    ('--moe_intermediate_size=12', 'must be a multiple of 8'), ('--first_k_dense_replace=3', 'first_k_dense_replace'),
     ('--vocab_size=20', 'beyond vocab_size'), ('--block_size=500', 'too few'), ('--block_size=100000', 'too few'),
     # where the run is written, or taken up
     ('--out_dir=model.py', 'cannot be written'), ('--out_dir=model.py/out', 'cannot be written'),
@@ -114,7 +114,7 @@ ONE_TOO_LARGE = np.append(TEN, 40).astype(np.uint16)
     (meta(b''), 'meta.pkl cannot be used'), (meta(pickle.dumps({'vocab_size': 40})[:-5]), 'meta.pkl cannot be used'),
     (meta([40]), 'meta.pkl cannot be used'), (meta({}), 'vocab_size'),
     (meta({'vocab_size': '40'}), 'vocab_size must be int'),
-    (meta({'vocab_size': 40, 'dtype': 'O'}), 'must be uint16 or uint32'), (meta({'vocab_size': -1}), 'positive'),
+    (meta({'vocab_size': 40, 'dtype': 'O'}), 'its dtype uint16 or uint32'), (meta({'vocab_size': -1}), 'positive'),
     (meta({'vocab_size': 40, 'stoi': 'ab'}), 'stoi must be dict'),
     (meta({'vocab_size': 40, 'itos': 3}), 'meta.pkl cannot be used'),
     (meta({'vocab_size': 40, 'dtype': 'uint32'}), 'beyond vocab_size'), (no_meta, 'meta.pkl is missing'),
@@ -217,7 +217,7 @@ def test_ranks(small, monkeypatch, environment, flags, message):
     (['--temperature=-1'], 'negative'), (['--num_samples=0'], 'positive'), (['--top_k=-1'], 'negative'),
     (['--max_new_tokens=-1'], 'negative'), (['--dtype=int8'], 'must be'), (['--device=gpu'], 'cannot be used'),
     (['--temprature=1'], 'did you mean temperature'), (['--init_from=gpt2'], 'do not fit'),
-    (['--out_dir=model.py'], 'no checkpoint'),
+    (['--out_dir=model.py'], 'model.py/ckpt.pt is missing'),
 ])
 def test_sample(trained, flags, message):
     expect(trained, 'sample.py', ['--device=cpu', '--start=0', *flags], message)
@@ -238,8 +238,9 @@ def test_sample_from_an_odd_checkpoint(trained, change):
     ('convert.py', ['import', '--out_dir=new', '--hf_dir=nowhere'], 'cannot be read'),
     ('convert.py', ['import', '--out_dir=out', '--hf_dir=data'], 'exists already'),
     ('plot.py', [], 'required'), ('plot.py', ['nowhere.jsonl'], 'No such file'),
-    ('plot.py', ['train.py'], 'no records'), ('plot.py', ['out/ckpt.pt'], 'not UTF-8'),
-    ('bench.py', [], 'usage'), ('bench.py', ['fast'], 'usage'), ('bench.py', ['train', '--peer=gpt5'], 'there are'),
+    ('plot.py', ['train.py'], 'no records'), ('plot.py', ['out/ckpt.pt'], 'as UTF-8 text'),
+    ('bench.py', [], 'usage'), ('bench.py', ['fast'], 'usage'),
+    ('bench.py', ['train', '--peer=gpt5'], 'must name some of'),
     ('bench.py', ['train', '--stps=3'], 'did you mean steps'),
     ('data/shakespeare_char/prepare.py', ['--input=nowhere'], 'no such text file'),
     ('data/shakespeare_char/prepare.py', ['--input=data/abc/train.bin'], 'UTF-8'),
@@ -263,6 +264,26 @@ def test_as_processes(small):
     tokens(val=ONE_TOO_LARGE)(small)
     expect(small, 'train.py', [], 'val.bin holds the token 40', run_outside)
     expect(small, 'data/shakespeare_char/prepare.py', ['--input=nowhere'], 'no such text file', run_outside)
+
+
+ATTEND = 'def attend_materialised(self, q_nope, q_rope, c_kv, k_rope):'
+
+
+@pytest.mark.parametrize('before, compiled', [('def __init__(self, config, dense=False):', False), (ATTEND, False),
+                                              (ATTEND, True)], ids=['building', 'forward', 'compiled'])
+def test_a_bug_keeps_its_traceback(small, before, compiled):
+    """A researcher's own, in model.py. A ValueError of building or of the trial was once said in one line, as if it were
+    a user's mistake.
+    """
+    bug = 'F.cross_entropy(torch.zeros(3, 5), torch.zeros(2, dtype=torch.long))'
+    text = (small / 'model.py').read_text()
+    assert text.count(before) == 1
+    (small / 'model.py').write_text(text.replace(before, f'{before}\n        {bug}'))
+    code, printed, said = run_outside('train.py', *SMALL, f'--compile={compiled}', cwd=small)
+    assert code == 1 and not (small / 'out').exists()
+    assert said.startswith('Traceback') and f'model.py", line {text[:text.index(before)].count(chr(10)) + 2}' in said
+    assert said.splitlines()[-1] == 'ValueError: Expected input batch_size (3) to match target batch_size (2).'
+    assert ('going on without torch.compile: ' in printed) == compiled
 
 
 # untrusted files

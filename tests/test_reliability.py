@@ -1,20 +1,21 @@
-"""What a run survives: kills, signals, a full disk, numbers that are not finite; tests/by_hand/soak.py has more of it."""
+"""What a run survives: kills, signals, a full disk, numbers that are not finite. tests/by_hand/soak.py has more."""
 
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import uuid
 
 import pytest
 import soak
 import torch
-from conftest import SMALL, load, log, losses, optimizer_of, run_inside, tiny_model, torchrun, train
+from conftest import SMALL, load, log, losses, optimizer_of, run, run_inside, tiny_model, torchrun, train
 
 import model
+from extras import dcp, folder
 from model import GPT
 
 RESUME = '--init_from=resume'
@@ -105,14 +106,71 @@ def test_the_best_is_ckpt_and_the_last_is_beside(small):
     assert load(small)['best_val_loss'] == evals[best]
 
 
-@pytest.mark.parametrize('first', [True, False])
-def test_always_save_checkpoint_is_refused_if_it_changes_at_a_resume(small, first):
-    diverging(small, f'--always_save_checkpoint={first}')
-    before = {p.name: p.read_bytes() for p in (small / 'out').iterdir()}
-    printed = train(small, RESUME, f'--always_save_checkpoint={not first}', code=2)
-    assert f'always_save_checkpoint={first}: resume it so' in printed.splitlines()[-1]
-    assert {p.name: p.read_bytes() for p in (small / 'out').iterdir()} == before
+def iterations(out):
+    """{name: its iteration}, of the checkpoints in a folder."""
+    return {path.name: (dcp.from_checkpoint(path)[1] if path.suffix == '.dcp' else torch.load(path))['iter_num']
+            for path in out.glob('ckpt*') if not path.name.startswith('ckpt-')}
 
+
+@pytest.mark.parametrize('form', ['whole', 'dcp'])
+@pytest.mark.parametrize('first', [True, False])
+def test_a_resume_that_changes_always_save_checkpoint_keeps_the_best_and_the_last(small, first, form):
+    """And back again. The next save would write over the best one, which had the name that is now the last one's."""
+    end = {'whole': '.pt', 'dcp': '.dcp'}[form]
+    names = {True: ('ckpt' + end, 'ckpt_best' + end), False: ('ckpt_last' + end, 'ckpt' + end)}
+    best, _, _ = diverging(small, f'--checkpoint={form}', f'--always_save_checkpoint={first}')
+    assert iterations(small / 'out') == dict(zip(names[first], (3, best)))
+    for last, always in ((3, not first), (4, first)):
+        printed = train(small, RESUME, f'--checkpoint={form}', f'--always_save_checkpoint={always}',
+                        f'--max_iters={last + 1}', '--learning_rate=0', '--min_lr=0')
+        assert f'going on from out/{names[not always][0]}, iteration {last} of' in printed
+        assert iterations(small / 'out') == dict(zip(names[always], (last + 1, best)))
+
+
+@pytest.mark.parametrize('always', [True, False])
+def test_a_kill_between_two_renames_of_checkpoints(tmp_path, monkeypatch, always):
+    """The next resume, with the same setting or the other, gives both of them a name that it looks for."""
+    def content():
+        return {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    names = {True: {'ckpt.pt': 'last', 'ckpt_best.pt': 'best'}, False: {'ckpt_last.pt': 'last', 'ckpt.pt': 'best'}}
+    rename, made = os.rename, []
+    for again in (True, False):
+        for name, text in names[not always].items():
+            (tmp_path / name).write_text(text)
+        with monkeypatch.context() as patch:
+            patch.setattr('os.rename', lambda *pair: made.append(rename(*pair)) if not made else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                folder.keep_names(tmp_path, always)
+        assert 'ckpt.pt' not in content()
+        folder.keep_names(tmp_path, again)
+        assert content() == names[again]
+        folder.keep_names(tmp_path, again)
+        assert content() == names[again]
+        made.clear()
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_which_checkpoint_is_the_last_one(tmp_path):
+    """That of the highest iteration, of either form; the best one, which was not the last, if there is no other."""
+    def save(name, iteration):
+        if name.endswith('.dcp'):
+            (tmp_path / name).mkdir()
+            name += '/rest.pt'
+        torch.save({'iter_num': iteration}, tmp_path / name)
+
+    assert folder.last_checkpoint(tmp_path) == str(tmp_path / 'ckpt.pt')
+    for name, iteration, last in (('ckpt_best.pt', 9, 'ckpt_best.pt'), ('ckpt.pt', 3, 'ckpt.pt'),
+                                  ('ckpt_last.dcp', 7, 'ckpt_last.dcp'), ('ckpt.dcp', 5, 'ckpt_last.dcp'),
+                                  ('ckpt_last.pt', 8, 'ckpt_last.pt'), ('ckpt.pt', 12, 'ckpt.pt')):
+        save(name, iteration)
+        assert folder.last_checkpoint(tmp_path) == str(tmp_path / last)
+    (tmp_path / 'ckpt_last.pt').write_bytes(b'cut short')  # nothing older goes on in silence
+    assert folder.last_checkpoint(tmp_path) == str(tmp_path / 'ckpt_last.pt')
+
+
+# where a run is written
 
 def steps(path):
     return sum('"loss"' in line for line in path.read_text().splitlines())
@@ -121,28 +179,37 @@ def steps(path):
 def test_starting_again_and_again_loses_nothing(small, monkeypatch):
     """Run A is done, B crashes at its first step, C starts: once, A's log was written over, and then its checkpoint."""
     train(small, '--max_iters=3')
-    a = (small / 'out/ckpt.pt').read_bytes()
+    a = contents(small / 'out')
     with monkeypatch.context() as patch:
         patch.setattr(GPT, 'update_balance', lambda *_: 1 / 0)
-        code, _, said = run_inside('train.py', *SMALL, cwd=small)
-        assert code == 1 and 'ZeroDivisionError' in said
-    printed = train(small, RESUME, code=2)
-    assert 'out/ckpt.pt is missing' in printed and 'rename it to out/ckpt.pt' in printed and 'ckpt.pt.old' in printed
+        code, printed, said = run_inside('train.py', *SMALL, cwd=small)
+        assert code == 1 and 'ZeroDivisionError' in said and 'the earlier run in out is now in out.old1\n' in printed
+    assert contents(small / 'out.old1') == a
+    missing = 'out/ckpt.pt is missing: train a model first, or name the out_dir it is in. Earlier runs are in out.old1'
+    assert train(small, RESUME, code=2).splitlines()[-1] == missing
     printed = train(small, '--max_iters=2', '--eval_interval=5')
-    assert 'out/log.jsonl of an earlier run is now log.jsonl.old2' in printed
-    assert (small / 'out/ckpt.pt.old').read_bytes() == a and steps(small / 'out/log.jsonl.old') == 3
-    c = (small / 'out/ckpt.pt').read_bytes()
+    assert 'the earlier run in out is now in out.old2\n' in printed and list(contents(small / 'out.old2')) == LOG
+    c = contents(small / 'out')
     train(small, '--max_iters=1')
-    assert (small / 'out/ckpt.pt.old3').read_bytes() == c and steps(small / 'out/log.jsonl.old3') == 2
-    assert (small / 'out/ckpt.pt.old').read_bytes() == a and load(small)['iter_num'] == 1
+    assert contents(small / 'out.old3') == c and steps(small / 'out.old3/log.jsonl') == 2
+    assert contents(small / 'out.old1') == a and load(small)['iter_num'] == 1
+    assert 'going on from out.old1/ckpt.pt, iteration 3 of 6' in train(small, RESUME, '--out_dir=out.old1')
 
 
-def untouched(small, *flags, message):
+LOG = ['.lock', 'log.jsonl']
+
+
+def contents(path):
+    """{name: bytes} of a folder, with those of the folders in it."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob('*')) if p.is_file()}
+
+
+def untouched(small, *flags, message, out='out'):
     """A start over a finished run that ends with one line and exit code 2, and leaves all files as they were."""
-    before = {p: p.read_bytes() for p in (small / 'out').iterdir()}
+    before = contents(small / out), sorted(os.listdir(small))
     printed = train(small, *flags, code=2)
     assert message in printed.splitlines()[-1]
-    assert {p: p.read_bytes() for p in (small / 'out').iterdir()} == before
+    assert (contents(small / out), sorted(os.listdir(small))) == before
 
 
 def test_what_can_fail_fails_before_an_earlier_run_is_touched(small, monkeypatch):
@@ -162,7 +229,93 @@ def test_what_can_fail_fails_before_an_earlier_run_is_touched(small, monkeypatch
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(GPT, 'forward', no_room)
-    untouched(small, message='make batch_size smaller')
+    untouched(small, message='out of memory: try --batch_size=2 --gradient_accumulation_steps=4')
+
+
+@pytest.mark.parametrize('out, message', [
+    ('.', "out_dir='.' holds an earlier run and cannot be renamed"), ('..', "out_dir='..' holds"),
+    ('data/abc', 'data/abc is in it'), ('data', 'data/abc is in it')])
+def test_a_folder_that_must_keep_its_name(small, out, message):
+    """A run begins in it, and the next one is refused: the working folder, one above it, and the data's."""
+    clone = shutil.copytree(small, small / 'above/clone')
+    (clone / out / 'log.jsonl').write_text('{}\n')  # an earlier run's
+    untouched(clone, f'--out_dir={out}', out=out, message=message)
+    assert 'give this run its own --out_dir' in train(clone, f'--out_dir={out}', code=2)
+    (clone / out / 'log.jsonl').unlink()
+    train(clone, f'--out_dir={out}', '--max_iters=1')
+    assert (clone / out / 'ckpt.pt').exists()
+    train(clone, RESUME, f'--out_dir={out}', '--max_iters=2')
+
+
+def test_a_folder_around_the_code(small, tmp_path):
+    """From a working folder elsewhere."""
+    (small / 'log.jsonl').write_text('{}\n')
+    before = contents(small)
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    printed = run(small / 'train.py', *SMALL, f'--out_dir={small}', cwd=elsewhere, ok=False)
+    assert f'cannot be renamed: {small}/extras is in it' in printed.splitlines()[-1]
+    assert {k: v for k, v in contents(small).items() if '__pycache__' not in k} == before
+
+
+def test_a_mount_keeps_its_name(small):
+    """A file system of its own, in a namespace that ends with the test."""
+    script = 'mount -t tmpfs tmpfs out && exec "$@"'
+    (small / 'out').mkdir()
+    command = ['unshare', '--mount', '--map-root-user', 'sh', '-ec', script, 'sh']
+    if subprocess.run([*command, 'true'], cwd=small, capture_output=True).returncode != 0:
+        pytest.skip('no file system can be mounted here')
+    twice = '"$@" --max_iters=1 && ls out; "$@" || echo "code $?"; ls out && ls -d out*'
+    done = subprocess.run([*command, 'sh', '-c', twice, 'sh', sys.executable, 'train.py', *SMALL], cwd=small,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = "out_dir='out' holds an earlier run and cannot be renamed: it is a mount; give this run its own --out_dir"
+    files = 'ckpt.pt\nckpt_best.pt\nlog.jsonl\n'
+    assert files in done.stdout and done.stdout.endswith(f'{said}\ncode 2\n{files}out\n'), done.stdout
+
+
+def test_an_out_dir_that_is_a_link(small, tmp_path):
+    """The folder that it points to is renamed, on its own disk; the link stays."""
+    (tmp_path / 'disk').mkdir()
+    os.symlink(tmp_path / 'disk/run', small / 'out')  # which does not exist yet
+    train(small, '--max_iters=3')
+    before = contents(tmp_path / 'disk/run')
+    printed = train(small, '--max_iters=1')
+    assert 'the earlier run in out is now in ../disk/run.old1\n' in printed
+    assert contents(tmp_path / 'disk/run.old1') == before and load(small)['iter_num'] == 1
+    assert (small / 'out').is_symlink() and os.readlink(small / 'out') == str(tmp_path / 'disk/run')
+    assert sorted(p.name for p in (tmp_path / 'disk').iterdir()) == ['run', 'run.old1']
+    assert not list(small.glob('out.*'))
+    (tmp_path / 'disk/run/ckpt.pt').unlink()
+    (tmp_path / 'disk/run/ckpt_best.pt').unlink()
+    assert train(small, RESUME, code=2).splitlines()[-1].endswith('. Earlier runs are in ../disk/run.old1')
+
+
+def test_no_folder_of_the_users_is_taken(small):
+    """A run's new folder is written beside the earlier one: under a name that nobody has."""
+    train(small, '--max_iters=1', '--out_dir=out.new1')
+    train(small, '--max_iters=2', '--out_dir=out.old1')
+    before = contents(small / 'out.new1'), contents(small / 'out.old1')
+    train(small, '--max_iters=3')
+    train(small, '--max_iters=1')
+    assert (contents(small / 'out.new1'), contents(small / 'out.old1')) == before
+    assert load(small, 'out.old2/ckpt.pt')['iter_num'] == 3 and load(small)['iter_num'] == 1
+
+
+def test_a_second_process_in_the_same_folder(small):
+    """Neither a new run nor a resume; and a process that was killed holds nothing."""
+    train(small, '--max_iters=1')
+    process = soak.start(small, *SMALL, RESUME, '--max_iters=100000', '--eval_interval=100000')
+    wait_for_iterations(small, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        for flags in ([], [RESUME], [RESUME, '--always_save_checkpoint=False']):
+            untouched(small, *flags, message='another process is training in out; give this run its own --out_dir')
+        assert 'step 1: ' in train(small, RESUME, '--eval_only=True')  # it saves nothing
+    finally:
+        process.kill()
+        process.wait()
+    train(small, RESUME)
+    assert load(small)['iter_num'] == 6
 
 
 def test_no_links_no_matter(small, monkeypatch):
@@ -275,7 +428,7 @@ def test_too_many_in_a_row_stop_the_run(small, monkeypatch):
     before = (small / 'out/ckpt.pt').read_bytes()
     poisoned(monkeypatch, {2, *range(8, 100)}, loss=float('nan'))  # one alone, and from iteration 3 + 4 on all
     printed = train(small, RESUME, '--max_iters=50', '--eval_interval=100', '--max_skipped_iters=3', code=2)
-    assert '3 iterations in a row were skipped' in printed.splitlines()[-1]
+    assert printed.splitlines()[-1].startswith('3 iterations in a row had a loss or a gradient that is not finite; try')
     assert [r['skipped'] for r in log(small) if 'loss' in r][3:] == [0, 1, 1, 1, 2, 3, 4]
     assert (small / 'out/ckpt.pt').read_bytes() == before
 
@@ -338,7 +491,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(small, number):
     process.send_signal(number)
     assert process.wait(60) == 0
     last = (small / 'printed').read_text().splitlines()[-1]
-    stopped = int(re.search(r'before iteration (\d+): the same command with --init_from=resume goes on from', last)[1])
+    stopped = int(re.search(r'stopped by a signal before iteration (\d+); .*--init_from=resume', last)[1])
+    assert 'out/ckpt.pt' in last
     assert load(small)['iter_num'] == stopped == soak.steps_of_this_start(small / 'out') + 1
     code, printed, said = run_inside('train.py', *soak.FLAGS, RESUME, f'--max_iters={stopped + 3}',
                                      '--eval_interval=100000', cwd=small)
@@ -390,36 +544,46 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_iteration(small):
     assert load(small)['iter_num'] == stopped == soak.steps_of_this_start(small / 'out') + 1
 
 
-def test_a_restart_goes_on_with_a_checkpoint_of_its_own_run(small, monkeypatch):
-    """What a restarted rank sees: torchrun's count of restarts, the name of its run, the command it was first given."""
-    train(small, '--out_dir=whole')
-    monkeypatch.setattr('uuid.uuid4', lambda: uuid.UUID(int=1))
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    assert 'going on' not in train(small, '--max_iters=3')  # killed before the first checkpoint: from scratch
-    assert 'going on from out/ckpt.pt, iteration 3' in train(small)
-    assert_same(load(small), load(small, 'whole/ckpt.pt'))
-    monkeypatch.setattr('uuid.uuid4', lambda: uuid.UUID(int=2))
-    before = (small / 'out/ckpt.pt').read_bytes()
-    assert 'nothing to do' not in train(small, '--max_iters=2')  # of another run: it was killed before it renamed this
-    assert (small / 'out/ckpt.pt.old').read_bytes() == before and load(small)['iter_num'] == 2
-
-
-@pytest.mark.parametrize('rendezvous', [['--standalone'], ['--master_port=29653']])
-def test_torchrun_keeps_the_name_of_a_run(small, rendezvous):
-    """Over a finished run, the first attempt of a fresh one dies before it has renamed anything."""
-    train(small)
-    before = (small / 'out/ckpt.pt').read_bytes()
-    (small / 'dies.py').write_text('''
+DIES = """
 import os, runpy, sys
 import model
-if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
-    model.GPT.configure_optimizers = lambda *_: os._exit(7)
+attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])
+death = int(os.environ['DEATHS'].split()[attempt])
+configure, update, steps = model.GPT.configure_optimizers, model.GPT.update_balance, 0
+def dies(self, load):  # rank 1 dies in that step
+    global steps
+    steps += 1
+    if os.environ['RANK'] == '1' and steps == death:
+        os._exit(7)
+    update(self, load)
+model.GPT.update_balance = dies
+if death == 0:  # rank 0 dies before anything is renamed
+    model.GPT.configure_optimizers = lambda *args: os._exit(7) if os.environ['RANK'] == '0' else configure(*args)
 sys.argv[0] = 'train.py'
 runpy.run_path('train.py', run_name='__main__')
-''')
-    code, printed = torchrun(small, script='dies.py', python=[*rendezvous, '--max-restarts=1'])
-    assert code == 0 and 'nothing to do' not in printed, printed
-    assert (small / 'out/ckpt.pt.old').read_bytes() == before and load(small)['iter_num'] == 6
+"""
+
+
+@pytest.mark.parametrize('rendezvous, deaths, renamed', [
+    ('--standalone', '0 2 5 -1', ['out.old1', 'out.old2']), ('--master_port=29653', '5 -1', ['out.old1'])])
+def test_torchrun_starts_again_from_what_this_run_has_saved(small, rendezvous, deaths, renamed):
+    """Over a finished run. An attempt that dies before it has renamed that, and one that dies before its first
+    checkpoint, start from scratch again; one that dies in its fifth step goes on from the checkpoint before the fourth.
+    """
+    train(small)
+    before = contents(small / 'out')
+    (small / 'dies.py').write_text(DIES)
+    code, printed = torchrun(small, '--max_iters=7', script='dies.py', DEATHS=deaths,
+                             python=[rendezvous, f'--max-restarts={len(deaths.split()) - 1}'])
+    assert code == 0, printed
+    assert re.findall(r'^the earlier run in out is now in (\S+)$', printed, re.M) == renamed
+    assert re.findall(r'^going on from (\S+), iteration (\d+) of 7$', printed, re.M) == [('out/ckpt.pt', '3')]
+    assert contents(small / 'out.old1') == before and load(small)['iter_num'] == 7
+    assert all(list(contents(small / out)) == LOG for out in renamed[1:])
+    if rendezvous == '--standalone':
+        code, printed = torchrun(small, '--max_iters=7', '--out_dir=whole')
+        assert code == 0, printed
+        assert_same(load(small), load(small, 'whole/ckpt.pt'))
 
 
 @pytest.mark.parametrize('links', [True, False])
@@ -446,14 +610,14 @@ def test_a_kill_between_the_two_names_leaves_the_best_one_alone(tmp_path, monkey
 
 
 def test_a_full_disk_at_the_start_renames_nothing(small):
-    """The log's first line fails: /dev/full stands for the disk."""
+    """The kernel's limit on a file's size stands for the disk: nothing longer than 50 kB can be written."""
     train(small, '--max_iters=1')
-    before = {p: p.read_bytes() for p in (small / 'out').iterdir()}
-    os.symlink('/dev/full', small / 'out/log.jsonl.tmp')
-    printed = train(small, code=2)
-    assert printed.splitlines()[-1].endswith('cannot be written: No space left on device')
-    os.remove(small / 'out/log.jsonl.tmp')
-    assert {p: p.read_bytes() for p in (small / 'out').iterdir()} == before
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        untouched(small, message="out_dir='out' cannot be written: File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_an_optimizer_from_another_device_is_used_as_this_one_can(small):
@@ -481,4 +645,5 @@ def test_without_a_compiler_the_micro_batch_is_tried_again(small, monkeypatch):
 
 def test_a_flag_that_does_not_fit_is_not_blamed_on_the_checkpoint(small):
     train(small, '--max_iters=1')
-    assert train(small, RESUME, '--dropout=1.5', code=2).splitlines()[-1] == 'GPTConfig: dropout must lie in [0, 1)'
+    assert train(small, RESUME, '--dropout=1.5', code=2).splitlines()[-1] == \
+        'GPTConfig: dropout=1.5 must lie in [0, 1)'
