@@ -15,7 +15,7 @@ locks = []  # open files, because closing a file ends its lock
 
 
 def last_checkpoint(out_dir):
-    """The path of the last checkpoint in out_dir, by iteration; the best one if there is no other; or out_dir/ckpt.pt."""
+    """The path of the last checkpoint by iteration, else of the best one, else out_dir/ckpt.pt"""
     def iteration(path):
         try:
             path = os.path.join(path, 'rest.pt') if path.endswith('.dcp') else path
@@ -71,9 +71,8 @@ def begin(config, init_from, data_dir, master, max_over_ranks):
 
 
 def take(out_dir, tokenizer_from=None, *must_stay):
-    """Lock out_dir for this process. tokenizer_from: begin a new run with the tokenizer of this folder; an earlier
-    run becomes out_dir.old1, .old2, ... The new folder is written first, so that a full disk is noticed.
-    must_stay: folders that may not be renamed with an earlier run.
+    """Lock out_dir for this process. tokenizer_from: begin a new run with this folder's tokenizer; an earlier run's
+    folder becomes out_dir.old1, .old2, ..., unless it holds must_stay. A full disk is noticed before that.
     """
     folder = new = os.path.realpath(out_dir)
     try:
@@ -116,6 +115,6 @@ def keep_names(folder, always_save):
     for end in ('.pt', '.dcp'):
         last, main, best = (os.path.join(folder, f'ckpt{which}{end}') for which in ('_last', '', '_best'))
         old_main, new_main = (best, last) if always_save else (last, best)
-        for source, target in ((main, old_main), (new_main, main)):  # after a kill between the two, the next resume goes on
+        for source, target in ((main, old_main), (new_main, main)):  # a kill between them: the next resume goes on
             if os.path.lexists(new_main) and os.path.lexists(source) and not os.path.lexists(target):
                 os.rename(source, target)
