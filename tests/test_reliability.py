@@ -321,8 +321,11 @@ def test_a_second_process_in_the_same_folder(small):
 def test_no_links_no_matter(small, monkeypatch):
     def link(*_):
         raise OSError('no links here')
+    fsync, forced = os.fsync, set()
     monkeypatch.setattr('os.link', link)
+    monkeypatch.setattr('os.fsync', lambda file: (forced.add(os.fstat(file).st_ino), fsync(file)))
     train(small)
+    assert {(small / f'out/{name}.pt').stat().st_ino for name in ('ckpt', 'ckpt_best')} <= forced
     assert (small / 'out/ckpt.pt').read_bytes() == (small / 'out/ckpt_best.pt').read_bytes()
     assert not os.path.samefile(small / 'out/ckpt.pt', small / 'out/ckpt_best.pt')
 
@@ -336,8 +339,9 @@ def test_a_checkpoint_that_cannot_be_written(small, monkeypatch, call):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(call, fail)
-    if call == 'os.link':  # and then no copy either
-        monkeypatch.setattr('shutil.copyfile', fail)
+    if call == 'os.link':  # the best checkpoint is then written as another file: that fails too
+        save, saved = torch.save, []
+        monkeypatch.setattr('torch.save', lambda *args: fail() if saved else saved.append(save(*args)))
     printed = train(small, RESUME, code=2)
     assert printed.splitlines()[-1].endswith('[Errno 28] No space left on device')
     assert load(small)['iter_num'] == 3 and not list((small / 'out').glob('*.tmp'))
@@ -444,7 +448,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(small, monkeypatch):
 
     monkeypatch.setattr(GPT, 'forward', spoilt)
     printed = train(small, RESUME)
-    assert 'val loss nan' in printed and 'not saved' in printed
+    assert 'val loss nan' in printed and 'no checkpoint is written' in printed
     assert_same(load(small), before)
     assert_same(load(small, 'out/ckpt_best.pt'), before)
 
