@@ -44,8 +44,9 @@ def _one_line(error):
         return f'out of memory: make the batch or the model smaller ({said[:200] or type(error).__name__})'
     if isinstance(error, ModuleNotFoundError) and error.name in _PACKAGES:
         return f'this needs {error.name}: pip install {error.name}'
-    if 'RANK' in _os.environ and isinstance(error, RuntimeError) and _re.search('onnection .* by peer', said):
-        return f'another rank is gone: {said[:200]}'
+    if 'RANK' in _os.environ and (_re.search('onnection .* by peer', said) and isinstance(error, RuntimeError)
+                                  or type(error).__name__ in ('DistNetworkError', 'DistStoreError')):
+        return f'another rank is gone, or cannot be reached: {said[:200]}'
     if type(error).__module__.startswith('wandb.'):
         return f'wandb cannot start ({said[:200]}): run `wandb login`, or set WANDB_MODE=offline'
     if isinstance(error, OSError):

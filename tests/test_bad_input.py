@@ -272,8 +272,8 @@ ATTEND = 'def attend_materialised(self, q_nope, q_rope, c_kv, k_rope):'
 @pytest.mark.parametrize('before, compiled', [('def __init__(self, config, dense=False):', False), (ATTEND, False),
                                               (ATTEND, True)], ids=['building', 'forward', 'compiled'])
 def test_a_bug_keeps_its_traceback(small, before, compiled):
-    """A researcher's own, in model.py. A ValueError of building or of the trial was once said in one line, as if it were
-    a user's mistake.
+    """A researcher's own, in model.py. A ValueError of building or of the trial was once one line, as a user's mistake
+    is.
     """
     bug = 'F.cross_entropy(torch.zeros(3, 5), torch.zeros(2, dtype=torch.long))'
     text = (small / 'model.py').read_text()

@@ -1,9 +1,13 @@
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_inside
+import torch
+from conftest import ROOT, SMALL, run_inside
+
+from model import Mistake
 
 SOURCE = (ROOT / 'configurator.py').read_text()
 
@@ -99,3 +103,70 @@ def test_a_config_file_that_leaves(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         configure(monkeypatch, file, **DEFAULTS)
     assert error.value.code == 2 and capsys.readouterr().err == f'{file}: SystemExit: bye\n'
+
+
+# how a script ends
+
+def ended(monkeypatch, capsys, error, *argv, **settings):
+    """The exit code of a script that ends with this error, and what it says."""
+    monkeypatch.setattr('sys.argv', ['script.py', *argv])
+    monkeypatch.setattr('sys.excepthook', sys.excepthook)
+    exec(SOURCE, {'out_dir': 'out-x', 'rate': 1.0, **settings})
+    capsys.readouterr()
+    code = 1  # Python's, after the hook
+    try:
+        sys.excepthook(type(error), error, error.__traceback__)
+    except SystemExit as e:
+        code = e.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize('error, code, line', [
+    (Mistake('what is wrong; what to do'), 2, 'what is wrong; what to do'), (Mistake('two\n lines'), 2, 'two lines'),
+    (KeyboardInterrupt(), 130, 'interrupted'),
+    (MemoryError(), 2, 'out of memory: make the batch or the model smaller (MemoryError)'),
+    (torch.OutOfMemoryError('CUDA out of memory.'), 2,
+     'out of memory: make the batch or the model smaller (CUDA out of memory.)'),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2,
+     "out of memory: make the batch or the model smaller ([enforce fail] DefaultCPUAllocator: can't allocate memory: "
+     'you tried)'),
+    (ModuleNotFoundError("No module named 'tiktoken'", name='tiktoken'), 2,
+     'this needs tiktoken: pip install tiktoken'),
+    # a path of a setting or an argument, or a disk that is full
+    (FileNotFoundError(2, 'No such file or directory', 'out-x/ckpt.pt'), 2,
+     'out-x/ckpt.pt cannot be used: No such file or directory'),
+    (PermissionError(13, 'Permission denied', '/data/words'), 2, '/data/words cannot be used: Permission denied'),
+    (OSError(28, 'No space left on device'), 2, 'a file cannot be used: No space left on device'),
+])
+def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, code, line):
+    assert ended(monkeypatch, capsys, error, '--out_dir=out-x', **{'input': '/data'}) == (code, line + '\n')
+
+
+@pytest.mark.parametrize('error', [
+    ValueError('Expected input batch_size (3) to match target batch_size (2).'), KeyError('n_embd'),
+    RuntimeError('Connection closed by peer'),  # without ranks
+    ModuleNotFoundError("No module named 'nowhere'", name='nowhere'),
+    FileNotFoundError(2, 'No such file or directory', '/nobody/named/it'), OSError('no name and no number'),
+])
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys, error):
+    try:
+        raise error
+    except Exception as e:
+        code, said = ended(monkeypatch, capsys, e)
+    assert code == 1 and said.startswith('Traceback') and "raise error" in said and type(error).__name__ in said
+
+
+def test_an_interrupt_before_the_loop_is_one_line(small):
+    (small / 'stuck.py').write_text('''
+import runpy, sys, time
+import model
+model.GPT.configure_optimizers = lambda *_: print('stuck', flush=True) or time.sleep(60)
+runpy.run_path('train.py', run_name='__main__')
+''')
+    process = subprocess.Popen([sys.executable, 'stuck.py', *SMALL], cwd=small, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while process.stdout.readline() != 'stuck\n':
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == 'interrupted\n' and process.returncode == 130
+    assert not (small / 'out').exists()

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reas
 def test_numbers_by_the_interpreter():
     """In a process of its own: triton decides at its import whether it interprets."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST')} | {'TRITON_INTERPRET': '1'}
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider',
-                           'tests/fakes/kernels_interpreted.py'], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider',
+               'tests/fakes/kernels_interpreted.py']
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert 'skipped' not in done.stdout
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,9 +18,8 @@ import torch
 from conftest import SMALL, load, log, losses, run, run_inside, torchrun, train
 from safetensors.torch import save_file
 
-import convert as convert_file
-from extras import dcp, parallel
-from model import MLA, GPTConfig
+from extras import dcp, hf, parallel
+from model import MLA, GPTConfig, Mistake
 
 RESUME = '--init_from=resume'
 FLAGS = ['--gradient_accumulation_steps=4', '--eval_iters=3', '--mtp_late_from=1']
@@ -226,8 +226,7 @@ MOONLIGHT = dict(  # with fewer layers, and narrower
 WATCH = """
 import ctypes, gc, sys, threading, time, torch
 import torch.distributed as dist
-import convert
-from extras import parallel
+from extras import hf, parallel
 from model import GPT, GPTConfig
 from torch.distributed.tensor import DTensor
 
@@ -254,7 +253,7 @@ threading.Thread(target=watch, daemon=True).start()
 IMPORT = WATCH + """
 for flags in ((0, 1), (0, 4)):
     begin()
-    model, tensors = convert.open_model('hf', {'block_size': 128}, 'meta')
+    model, tensors = hf.open_model('hf', {'block_size': 128}, 'meta')
     model = parallel.distribute(model.config, tensors, 'cpu', 'float32', *flags)
     peak, whole = max(peaks) - before, 4 * model.get_num_params(False)
     share, block = whole / dist.get_world_size(), 4 * sum(p.numel() for p in model.transformer.h[1].parameters())
@@ -262,7 +261,7 @@ for flags in ((0, 1), (0, 4)):
     assert share < peak < share + block
     state = {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in model.state_dict().items()}
     if dist.get_rank() == 0:
-        given = convert.load_folder('hf', {'block_size': 128}).state_dict()
+        given = hf.from_pretrained('hf', {'block_size': 128}).state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in given.items())
     del model, state
 dist.destroy_process_group()
@@ -274,9 +273,9 @@ def test_importing_takes_a_share_and_a_block(small):
     """Resident anonymous memory of each of four ranks, which read a random folder of Moonlight's shape: 0.13B."""
     (small / 'hf').mkdir()
     (small / 'hf/config.json').write_text(json.dumps(MOONLIGHT))
-    config = GPTConfig(**convert_file.settings_in(MOONLIGHT))
-    save_file({part: torch.randn(view.shape).bfloat16() for name, tensor in convert_file.skeleton(config).items()
-               for part, view in convert_file.parts(config, name, tensor)}, small / 'hf/model.safetensors')
+    config = GPTConfig(**hf.settings_in(MOONLIGHT))
+    save_file({part: torch.randn(view.shape).bfloat16() for name, tensor in hf.skeleton(config).items()
+               for part, view in hf.parts(config, name, tensor)}, small / 'hf/model.safetensors')
     (small / 'imports.py').write_text(IMPORT)
     code, printed = torchrun(small, n=4, script='imports.py')
     print(printed)
@@ -342,7 +341,7 @@ def test_a_sharded_checkpoint_that_cannot_be_written(small, monkeypatch, call):
     last = os.path.basename(os.path.realpath(small / 'out/ckpt.dcp'))
     assert names == sorted({last, os.path.basename(os.path.realpath(small / 'out/ckpt_best.dcp')), 'ckpt.dcp',
                             'ckpt_best.dcp', 'log.jsonl', '.lock'})
-    assert last.startswith('ckpt-6')
+    assert last == 'ckpt-6.dcp'
 
 
 def test_a_new_run_keeps_the_sharded_checkpoints_of_earlier_ones(small):
@@ -432,8 +431,52 @@ def test_a_sharded_checkpoint_that_outgrows_its_room(small):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert 'what was saved before is whole: ' in printed.splitlines()[-1], printed
-    assert os.path.realpath(small / 'out/ckpt.dcp') == before and not list((small / 'out').glob('*.tmp'))
+    assert os.path.realpath(small / 'out/ckpt.dcp') == before and not unpublished(small)
     assert 'iteration 3' in train(small, '--checkpoint=dcp', RESUME)
+
+
+def unpublished(clone):
+    """What is in the folder that a save had not finished, or to which no link points."""
+    names = {path.name for path in (clone / 'out').glob('ckpt*')}
+    linked = {os.path.basename(os.path.realpath(clone / 'out' / name)) for name in ('ckpt.dcp', 'ckpt_best.dcp')}
+    return names - linked - {'ckpt.dcp', 'ckpt_best.dcp'}
+
+
+KILLED = """
+import os, runpy, signal
+os.symlink = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def test_a_kill_between_a_folder_and_its_links(small, monkeypatch):
+    """Nothing points to the folder, and a save takes a name that is free: such folders would fill the disk."""
+    train(small, '--checkpoint=dcp', '--max_iters=3')
+    os.symlink('ckpt-3.dcp', small / 'out/mine')
+    (small / 'killed.py').write_text(KILLED)
+    flags = ['--checkpoint=dcp', RESUME, '--max_iters=5', '--eval_interval=5']
+    killed = subprocess.run([sys.executable, 'killed.py', *SMALL, *flags], cwd=small)
+    assert killed.returncode == -signal.SIGKILL and unpublished(small) == {'ckpt-5.dcp'}
+    (small / 'out/ckpt.dcp.new').mkdir()  # and of a kill while it is written
+    (small / 'out/ckpt.dcp.new/__0_0.distcp').write_bytes(b'half')
+    seen, save = [], dcp.dcp.async_save
+    monkeypatch.setattr(dcp.dcp, 'async_save', lambda *args, **kw: seen.append(unpublished(small)) or save(*args, **kw))
+    assert 'iteration 3 of 5' in train(small, *flags)
+    assert seen == [set()] and unpublished(small) == {'ckpt-3.dcp'}  # which a link of the user's names
+    assert os.path.realpath(small / 'out/ckpt.dcp') == str(small / 'out/ckpt-5.dcp')
+
+
+def test_an_optimizer_that_does_not_fit_the_shards(small):
+    """The sizes are compared before anything is read: a fused step reads past the end of a smaller state."""
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    state = torch.load(small / 'out/ckpt.dcp/rest.pt', weights_only=True)['optimizer']
+    state['folder'] = str(small / 'out/ckpt.dcp')
+    whole = dcp.load_optimizer(state)['state']
+    params = [whole[i]['exp_avg'] for i in sorted(whole)]
+    torch.testing.assert_close(dcp.load_optimizer(state, params)['state'], whole)
+    for wrong in (params[:-1], [params[0][1:], *params[1:]]):
+        with pytest.raises(Mistake, match='out/ckpt.dcp does not fit: resume with the --optimizer of its run'):
+            dcp.load_optimizer(state, wrong)
 
 
 def begin(clone, *flags, restarts=0, **kwargs):
@@ -461,7 +504,7 @@ def test_kills_while_sharded_checkpoints_are_written(small):
         if process.poll() is not None or not ranks:
             break
         os.kill(random.choice(ranks), signal.SIGKILL)
-        writing += bool(list((small / 'out').glob('*.tmp')))
+        writing += (small / 'out/ckpt.dcp.new').exists()
         if (small / 'out/ckpt.dcp').exists():
             dcp.from_checkpoint(str(small / 'out/ckpt.dcp'))
         time.sleep(1)
@@ -470,7 +513,7 @@ def test_kills_while_sharded_checkpoints_are_written(small):
     for out in ('whole', 'out'):
         convert(small, out)
     assert soak.same_weights(small / 'out/ckpt.pt', small / 'whole/ckpt.pt')
-    assert not list((small / 'out').glob('*.tmp'))
+    assert unpublished(small) == {'ckpt.pt', 'ckpt_best.pt'}  # convert()'s
 
 
 @pytest.mark.slow
@@ -604,18 +647,42 @@ def test_ranks_say_what_is_wrong_in_one_line(small, flags, script, message, time
     assert 'train.py", line' not in printed and not (small / 'out').exists(), printed
 
 
+RANK_1 = """
+import os, runpy, model
+def wrong(*args):
+    raise ERROR
+if os.environ['RANK'] == '1':
+    model.GPT.PLACE = wrong
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('place', ['configure_optimizers', 'update_balance'])  # before the loop, and in it
+@pytest.mark.parametrize('error, code', [("model.Mistake('rank 1 alone; do this')", 2), ("KeyError('a bug')", 1)])
+def test_what_one_rank_alone_meets(small, place, error, code):
+    """It is said once: in a line, or with its traceback. The other rank says no more than that it is alone."""
+    (small / 'script.py').write_text(RANK_1.replace('ERROR', error).replace('PLACE', place))
+    ended, printed = torchrun(small, script='script.py')
+    assert ended == 1 and re.search(r'rank +: 1 \(local_rank: 1\)\s+exitcode +: (\d+)', printed)[1] == str(code)
+    assert printed.count('rank 1 alone; do this' if code == 2 else "KeyError: 'a bug'") == 1
+    assert printed.count('in wrong') == printed.count('train.py", line') == 2 - code
+    assert 'RuntimeError' not in printed and printed.count('another rank is gone, or cannot be reached: ') <= 1
+    assert 'terminate called' not in printed
+
+
 @pytest.mark.parametrize('script, flag', [('train.py', '--bach_size=2'), ('train.py', '--batch_size=0'),
                                           ('scale/pipeline.py', '--schedule=gpipe')])
 def test_silent_ranks_wait_for_the_one_that_speaks(small, script, flag):
-    """torchrun ends all ranks when one has ended: of rank 0, if it came later, nothing was heard. A rank of train.py
-    that is still there after that met the mistake alone, and says it."""
+    """torchrun ends all ranks when one has ended: of rank 0, if it came later, nothing was heard. A rank that
+    is still there after that met the mistake alone, and says it.
+    """
     (small / 'wait.py').write_text('import runpy, sys, time\n'
                                    'time.sleep = lambda seconds: print("slept", seconds, flush=True)\n'
                                    'sys.argv = sys.argv[1:]\n'
                                    'runpy.run_path(sys.argv[0], run_name="__main__")\n')
     said = run('wait.py', script, flag, '--device=cpu', cwd=small, ok=False, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2,
                LOCAL_WORLD_SIZE=2).splitlines()
-    assert said[0] == 'slept 10' and len(said) == (2 if script == 'train.py' else 1), said
+    assert said[0] == 'slept 10' and len(said) == 2, said
 
 
 def test_without_the_file_one_line_says_so(small):

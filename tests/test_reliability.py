@@ -16,7 +16,7 @@ from conftest import SMALL, load, log, losses, optimizer_of, run, run_inside, ti
 
 import model
 from extras import dcp, folder
-from model import GPT
+from model import GPT, Mistake
 
 RESUME = '--init_from=resume'
 EQUAL = dict(rtol=0, atol=0)
@@ -588,6 +588,39 @@ def test_torchrun_starts_again_from_what_this_run_has_saved(small, rendezvous, d
         code, printed = torchrun(small, '--max_iters=7', '--out_dir=whole')
         assert code == 0, printed
         assert_same(load(small), load(small, 'whole/ckpt.pt'))
+
+
+@pytest.mark.parametrize('odd', ['ckpt.pt', 'ckpt_best.pt'])
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_only_a_regular_file_is_written_over(tmp_path, make, odd):
+    """A checkpoint once took the place of /dev/full."""
+    make(tmp_path / odd)
+    with pytest.raises(Mistake, match=f'{odd} is no regular file: a checkpoint is not written over it'):
+        model.save_checkpoint({'step': 1}, tmp_path / 'ckpt.pt', tmp_path / 'ckpt_best.pt')
+    assert [path.name for path in tmp_path.iterdir()] == [odd] and not (tmp_path / odd).is_file()
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='the files of open descriptors are read there')
+@pytest.mark.parametrize('links', [True, False])
+def test_what_gets_a_name_is_on_the_disk_before(tmp_path, monkeypatch, links):
+    """The best one too, where the file system has no links and it is a copy."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(file):
+        events.append('fsync ' + os.path.basename(os.readlink(f'/proc/self/fd/{file}')))
+        fsync(file)
+
+    def replaced(source, target):
+        events.append('replace ' + os.path.basename(target))
+        replace(source, target)
+
+    if not links:
+        monkeypatch.setattr('os.link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
+    monkeypatch.setattr('os.fsync', synced)
+    monkeypatch.setattr('os.replace', replaced)
+    model.save_checkpoint({'step': 1}, tmp_path / 'ckpt.pt', tmp_path / 'ckpt_best.pt')
+    assert events == ['fsync ckpt.pt.tmp'] + ['fsync ckpt_best.pt.tmp'] * (not links) + [
+        'replace ckpt_best.pt', 'replace ckpt.pt', f'fsync {tmp_path.name}']
 
 
 @pytest.mark.parametrize('links', [True, False])

@@ -9,13 +9,14 @@ import torch
 from conftest import SMALL, torchrun
 
 
-def two_machines(clones, *flags, script='train.py', port=29655, **env):
-    """A rank on each; what they printed, and torchrun's exit codes."""
+def two_machines(clones, *flags, script='train.py', port=29655, first=(), **env):
+    """A rank on each; what they printed, and torchrun's exit codes. first: more flags for the first machine."""
     agents = []
     for node, clone in enumerate(clones):
         command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=1', '--nnodes=2',
                    f'--node_rank={node}', '--master_addr=127.0.0.1', f'--master_port={port}', script]
-        agents.append(subprocess.Popen([*command, *SMALL, *flags], cwd=clone, text=True, stdout=subprocess.PIPE,
+        more = first if node == 0 else ()
+        agents.append(subprocess.Popen([*command, *SMALL, *flags, *more], cwd=clone, text=True, stdout=subprocess.PIPE,
                                        stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1', **env}))
     printed = [agent.communicate(timeout=500)[0] for agent in agents]
     return [agent.returncode for agent in agents], printed
@@ -38,6 +39,15 @@ runpy.run_path('train.py', run_name='__main__')
     assert not (small / 'out').exists()
 
 
+def test_a_mistake_on_the_first_machine_alone(small, tmp_path):
+    """Before the ranks connect: torchrun's store, which is there, goes with it."""
+    other = shutil.copytree(small, tmp_path / 'other')
+    codes, printed = two_machines([small, other], port=29658, first=['--batch_size=0'], GLOO_SOCKET_IFNAME='lo')
+    assert 0 not in codes and printed[0].count('batch_size=0 must be positive\n') == 1, printed[0]
+    assert 'another rank is gone, or cannot be reached: ' in printed[1], printed[1]
+    assert 'train.py", line' not in printed[1]
+
+
 def test_an_out_dir_that_is_not_one_folder(small, tmp_path):
     other = shutil.copytree(small, tmp_path / 'other')
     codes, printed = two_machines([small, other], '--max_iters=3', port=29656, GLOO_SOCKET_IFNAME='lo')
@@ -48,7 +58,7 @@ def test_an_out_dir_that_is_not_one_folder(small, tmp_path):
     codes, printed = two_machines([small, other], '--init_from=resume', port=29657, GLOO_SOCKET_IFNAME='lo')
     assert 0 not in codes and (small / 'out/ckpt.pt').read_bytes() == before
     for text in printed:
-        assert 'out/ckpt.pt is missing: ' in text and 'all machines need the same folder' in text, text
+        assert 'out/ckpt.pt is missing on some machines: out must be one folder for all of them\n' in text, text
 
 
 def test_whichever_rank_cannot_compile_says_so_and_all_go_on_without(small):

@@ -1,7 +1,8 @@
 """
 What takes too long for the tests: kills at random instants, a full disk, and ten thousand steps. Linux alone.
 
-    python tests/by_hand/soak.py [kill] [ranks] [disk] [memory] [--kills=100] [--rank_kills=20] [--steps=10000] [--seed=0]
+    python tests/by_hand/soak.py [kill] [ranks] [disk] [memory]
+                                 [--kills=100] [--rank_kills=20] [--steps=10000] [--seed=0]
 
 `make soak` runs all four, in a copy of the project, and prints a table of what was seen; exit code 1 if one failed.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ['--dataset=soak', '--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2',
          '--n_embd=64', '--vocab_size=304', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
          '--n_routed_experts=4', '--num_experts_per_tok=2', '--dropout=0.1', '--warmup_iters=10',

@@ -1,8 +1,8 @@
 """
 What the first person with a GPU runs: its numbers against the CPU's, its host syncs, its speed, and a report to paste.
 
-    make gpu                               # all of it, by `python tests/by_hand/test_gpu.py`; the report is gpu-report.md
-    python tests/by_hand/test_gpu.py -k decoding   # a part of it
+    make gpu                                                  # all of it; the report is gpu-report.md
+    python tests/by_hand/test_gpu.py -k decoding              # a part of it
     TEST_GPU=cpu python -m pytest tests/by_hand/test_gpu.py   # the comparisons themselves: the CPU in the GPU's place
 
 An error is a share of what is right: see distance(). What it may be follows from the errors that the CPU itself makes
@@ -21,10 +21,12 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of conftest, when this is a script
 GPU = os.environ.get('TEST_GPU', 'cuda')
 if GPU == 'cuda' and not torch.cuda.is_available() and __name__ != '__main__':
     pytest.skip('no CUDA GPU', allow_module_level=True)
@@ -35,9 +37,10 @@ from test_decode import counting_model, plain, prompts_of
 from torch.nn import functional as F
 
 import model as model_file
-from common import use_kernels
 from extras import decode, fp8, optim
-from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, sort_by_expert
+from extras import experts as experts_file
+from extras.scripts import use_kernels
+from model import GPT, Gather, GPTConfig, LinearCrossEntropy, cross_entropy_rows, sort_by_expert
 
 ON_GPU = GPU == 'cuda'
 CAPABILITY = torch.cuda.get_device_capability() if ON_GPU and torch.cuda.is_available() else (0, 0)
@@ -154,18 +157,20 @@ def numbers(model, dtype):
 
 
 def prepared(model, way):
+    """plain: model.py alone; ways: the experts' ways without a kernel of the project's own."""
     model = on_gpu(model)
-    if way != 'plain' and ON_GPU:
-        use_kernels(model)
-        assert all(moe.kernels == (CAPABILITY >= (8, 0)) for moe in model.moe_layers())
+    if way == 'ways':
+        experts_file.enable(model)
+    elif way != 'plain':
+        assert use_kernels(model) == (CAPABILITY >= (8, 0))
     if way == 'compiled':
         model.compile()
     return model
 
 
 ways = pytest.mark.parametrize('kind, way', [
-    ('sorted', 'plain'), ('sorted', 'kernels'), ('sorted', 'compiled'),
-    ('wide', 'plain'), ('wide', 'kernels'), ('wide', 'compiled'), ('dense', 'plain')])
+    ('sorted', 'plain'), ('sorted', 'kernels'), ('sorted', 'compiled'), ('wide', 'plain'), ('wide', 'ways'),
+    ('wide', 'kernels'), ('wide', 'compiled'), ('dense', 'plain')])
 
 
 @ways
@@ -245,11 +250,11 @@ def loop_over_experts(loads):
 
 
 def dispatched(function, experts):
-    """Of x (N, in) and weight (E, out, in), for the K experts of each token: (N, K, out)."""
+    """Of x (N, in) and weight (E, out, in), the products with each token's K experts: (N, K, out)."""
     def call(x, weight):
-        chosen = experts.to(x.device)
-        rows = sort_by_expert(chosen, torch.ones(experts.shape, device=x.device), len(weight))
-        return function(x, weight, rows)[rows.place]
+        gates = torch.ones(experts.shape, device=x.device)
+        token, place, _, offsets = sort_by_expert(experts.to(x.device), gates, len(weight))
+        return function(x, weight, offsets, token, place)[place]
     return call
 
 
@@ -284,21 +289,20 @@ def test_grouped_linear_by_the_kernels(dtype, loads, judge):
 
 
 @pytest.mark.parametrize('dtype', [HALF, torch.float32], ids=str)
-def test_dispatch_linear(dtype, judge):
+def test_dispatch_and_product(dtype, judge):
+    def dispatch_linear(x, weight, offsets, token, place):
+        return model_file.grouped_linear(Gather.apply(x, token, place), weight, offsets)
     experts = some_experts(150, 3, 9)
-    judge_product(judge, dispatched(model_file.dispatch_linear, experts), each_token_its_experts(experts),
-                  operands(150, 9), dtype)
+    judge_product(judge, dispatched(dispatch_linear, experts), each_token_its_experts(experts), operands(150, 9), dtype)
 
 
 @needs_kernels
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_dispatch_linear_by_the_kernels(dtype, judge):
+def test_dispatch_and_product_by_the_kernels(dtype, judge):
     from extras import kernels
     experts = some_experts(150, 3, 9)
-
-    def dispatch_linear(x, weight, rows):
-        return kernels.DispatchLinear.apply(x, weight, rows.offsets, rows.token, rows.place)
-    judge_product(judge, dispatched(dispatch_linear, experts), each_token_its_experts(experts), operands(150, 9), dtype)
+    judge_product(judge, dispatched(kernels.DispatchLinear.apply, experts), each_token_its_experts(experts),
+                  operands(150, 9), dtype)
 
 
 @needs_kernels
@@ -312,8 +316,8 @@ def test_rows_are_sorted_alike():
     for N, K, E in ((1, 1, 3), (300, 3, 16), (1000, 6, 64)):
         experts, gates = some_experts(N, K, E), torch.rand(N, K)
         want, got = sort_by_expert(experts, gates, E), sort_by_expert(experts.to(GPU), gates.to(GPU), E)
-        for name in want._fields:
-            assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
+        for name, theirs, ours in zip(('token', 'place', 'gates', 'offsets'), want, got, strict=True):
+            assert torch.equal(ours.cpu(), theirs), name
 
 
 @pytest.mark.parametrize('rows_fn', ['eager', 'compiled', pytest.param('kernels', marks=needs_kernels)])
@@ -393,7 +397,8 @@ def test_fp8_model(scaling, kind, way, judge, record_property):
     model = fix_choices(tiny_model(0.1, **SIZES, **MODELS[kind]))
     want, _ = numbers(copy.deepcopy(model), torch.float32)
     there, here = prepared(model, way), copy.deepcopy(model)
-    record_property('execution', fp8.enable(there, fp8.Recipe(scaling)))
+    kernels = way == 'kernels' and CAPABILITY >= (8, 0)
+    record_property('execution', fp8.enable(there, fp8.Recipe(scaling, kernels=kernels)))
     fp8.enable(here, fp8.Recipe(scaling))
     own = distances(numbers(here, torch.bfloat16)[0], want)
     judge(distances(numbers(there, HALF)[0], want), limits(own, 2) | {'balance': 0.05})
@@ -447,7 +452,8 @@ def test_decoding_gives_the_tokens_of_generate(kind, compiled, record_property):
     prompts, n = prompts_of(7, 1, 3), 70
     prompts[0] = [t % 11 for t in range(5, 12)]
     want = plain(model, prompts, n)
-    model = use_kernels(on_gpu(model))
+    model = on_gpu(model)
+    use_kernels(model)
     assert [model.generate(torch.tensor([p], device=GPU), n, temperature=0)[0].tolist() for p in prompts] == want
     decoder = decode.Decoder(model, compiled)
     for speculative in (False, True):
@@ -576,7 +582,9 @@ def test_a_host_sync_is_seen(small, after, planted):
 @pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
 def test_a_decoding_step_has_no_host_sync(compiled):
     """The first steps of a kind compile it, and record its CUDA graph."""
-    model = decode.for_decoding(use_kernels(on_gpu(tiny_model(block_size=128))), HALF)
+    model = on_gpu(tiny_model(block_size=128))
+    use_kernels(model)
+    model = decode.for_decoding(model, HALF)
     decoder = decode.Decoder(model, compiled)
     with torch.no_grad():
         for D, sampled in ((0, False), (2, False), (0, True), (2, True)):
@@ -680,16 +688,18 @@ def test_50_steps_of_the_main_config(random_tokens, flags, record_property):
 @pytest.mark.slow
 @pytest.mark.parametrize('experts, chosen', [(20, 14), (16, 8), (24, 8), (64, 6)])
 def test_speed_of_the_experts_ways(experts, chosen, monkeypatch, record_property):
-    """A compiled layer of the main run's width, forward and backward: model.is_wide() chooses by estimates."""
+    """A compiled layer of the main run's width, forward and backward: experts.is_wide() chooses by estimates."""
     config = GPTConfig(n_layer=1, n_head=8, n_embd=512, n_routed_experts=experts, num_experts_per_tok=chosen,
                        moe_intermediate_size=256, num_nextn_predict_layers=0)
     x = torch.randn(12 if ON_GPU else 1, 1024, 512, device=GPU, requires_grad=True)
     seconds = {}
     for way in ('wide', 'grouped', 'kernels'):
         model = GPT(config).to(GPU)
-        if way == 'kernels' and use_kernels(model) and not model.moe_layers()[0].kernels:
+        if way == 'kernels' and not use_kernels(model):
             continue
-        monkeypatch.setattr(model_file, 'is_wide', lambda *args, way=way: way == 'wide')
+        if way == 'wide':
+            experts_file.enable(model)
+        monkeypatch.setattr(experts_file, 'is_wide', lambda *args, way=way: way == 'wide')
         moe = model.moe_layers()[0].train()
         moe.compile()
         times = []
