@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so do its children
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one process a core: threads beside it would only fight for it
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np
@@ -103,7 +104,8 @@ def run_inside(script, *args, cwd):
     before, hook, leave, stderr = (os.getcwd(), sys.argv, sys.path[:]), sys.excepthook, os._exit, sys.__stderr__
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     os.chdir(cwd)
-    sys.modules.pop('common', None)  # there are two: that of the scripts, and that of data/*/prepare.py
+    for name in ('configurator', 'dataset'):  # the import installs the hook
+        sys.modules.pop(name, None)
     sys.argv = [script, *map(str, args)]
     os._exit, sys.__stderr__ = sys.exit, err  # which a script uses under torchrun: this process must not end
     try:
@@ -111,7 +113,7 @@ def run_inside(script, *args, cwd):
             try:
                 try:
                     runpy.run_path(str(Path(cwd) / script), run_name='__main__')
-                except Exception as e:
+                except (Exception, KeyboardInterrupt) as e:
                     code = 1
                     sys.excepthook(type(e), e, e.__traceback__)
             except SystemExit as e:
