@@ -11,11 +11,6 @@ Each row is a process of its own, so that its peak memory is its own too. Every 
 Any field of GPTConfig may be given as --key=value.
 """
 
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-
 import contextlib
 import dataclasses
 import json
@@ -27,11 +22,14 @@ import subprocess
 import sys
 import time
 
+import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
+
+# isort: split
 import torch
 import torch._functorch.config
 from torch.nn import functional as F
 
-from common import autocast, default_device, device_type_of, stop, use_kernels
+from extras import guard, scripts
 from extras.decode import Decoder, for_decoding
 from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_line
 
@@ -42,8 +40,7 @@ PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
 as_json = '--json' in sys.argv
 sys.argv = [arg for arg in sys.argv if arg != '--json']
 what = sys.argv.pop(1) if len(sys.argv) > 1 else ''
-if what not in PEERS:
-    stop(f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] [--key=value ...]')
+guard.need(what in PEERS, f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] [--key=value ...]')
 
 # -----------------------------------------------------------------------------
 # the model: GPTConfig's defaults, and over them the main run's sizes
@@ -57,30 +54,27 @@ steps = 5  # timed ones, after two more
 prompt_tokens = 960  # decode: tokens in the context before the first that is timed
 new_tokens = 60  # decode: tokens that are timed
 rows = 6144  # loss: tokens
-device = default_device()
+device = scripts.default_device()
 dtype = 'bfloat16'  # or 'float32', which a CPU without native bf16 needs
 compile = what == 'train'  # torch.compile: here blocks and loss, or the decoding step; training peers whole
 activation_memory = 1.0  # train: as in train.py, for this model and its dense twin
 with contextlib.redirect_stdout(sys.stderr):  # the table, or the JSON, has standard output to itself
     exec(open(os.path.join(here, 'configurator.py')).read())
 # -----------------------------------------------------------------------------
-config_fields = {name: globals()[name] for name in settings}
-device_type = device_type_of(device)
-context = autocast(device_type, dtype)
-names = peer.split(',')
-if not set(names) <= set(PEERS[what]):
-    stop(f'peer={peer!r}: for {what} there are {", ".join(PEERS[what])}')
-# what a number may be: at least the first, at most the second; a time between tokens needs two
-for key, low, high in (('batch_size', 1, 2**20), ('steps', 1, 10**6), ('prompt_tokens', 1, 2**20),
-                       ('new_tokens', 2, 2**20), ('rows', 1, 2**31), ('activation_memory', 0, 1)):
-    if not low <= globals()[key] <= high:
-        stop(f'{key}={globals()[key]} must lie in {low}..{high}')
-try:
-    config = GPTConfig(**config_fields)
-except ValueError as e:
-    stop(str(e))
-if what == 'decode' and prompt_tokens + new_tokens > config.block_size:
-    stop(f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit in block_size={config.block_size}')
+guard.check_ranges(globals(), [
+    ('peer', lambda x: set(x.split(',')) <= set(PEERS[what]), f'name some of {",".join(PEERS[what])}'),
+    ('batch_size prompt_tokens', lambda x: 1 <= x <= 2**20, 'lie in 1..2**20'),
+    ('new_tokens', lambda x: 2 <= x <= 2**20, 'lie in 2..2**20: a time is that between two tokens'),
+    ('steps', lambda x: 1 <= x <= 10**6, 'lie in 1..10**6'),
+    ('rows', lambda x: 1 <= x <= 2**31, 'lie in 1..2**31'),
+    ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
+    ('dtype', lambda x: x in guard.DTYPES, "be 'float32', 'bfloat16' or 'float16'"),
+])
+device_type = guard.check_device(device)
+context = scripts.autocast(device_type, dtype)
+config = GPTConfig(**{name: globals()[name] for name in settings})
+guard.need(what != 'decode' or prompt_tokens + new_tokens <= config.block_size,
+           f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit in block_size={config.block_size}')
 
 
 def clock():
@@ -130,11 +124,9 @@ def build(name):
     if name in ('ours', 'dense'):
         # dense: one FFN as wide as the experts that a token meets
         model = GPT(dataclasses.replace(config, n_routed_experts=0) if name == 'dense' else config)
-        return use_kernels(model.to(device)), model.flops_per_token()
-    try:
-        import transformers
-    except ImportError:
-        stop('transformers is not installed: pip install -r requirements-dev.txt')
+        scripts.use_kernels(model.to(device))
+        return model, model.flops_per_token()
+    import transformers
     transformers.logging.set_verbosity_error()
     if name == 'transformers':
         if config.num_nextn_predict_layers > 0 and what == 'train':
@@ -181,8 +173,8 @@ def train(name):
             return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
         if compile:
             loss_of = torch.compile(loss_of)
-    length = config_fields['block_size']
-    data = torch.randint(min(config_fields['vocab_size'], 50257), (batch_size, length + 1), device=device)
+    length = config.block_size
+    data = torch.randint(min(config.vocab_size, 50257), (batch_size, length + 1), device=device)
     x, y = data[:, :-1].contiguous(), data[:, 1:].contiguous()
 
     def step():
@@ -256,7 +248,7 @@ def decode(name):
 
 def loss(name):
     torch.manual_seed(0)
-    n_embd, vocab_size = config_fields['n_embd'], config_fields['vocab_size']
+    n_embd, vocab_size = config.n_embd, config.vocab_size
     h = torch.randn(rows, n_embd, device=device, requires_grad=True)
     w = (torch.randn(vocab_size, n_embd, device=device) * 0.05).requires_grad_()
     target = torch.randint(vocab_size, (rows,), device=device)
@@ -297,7 +289,7 @@ if 'BENCH_CHILD' in os.environ:
     print(json.dumps({'peer': peer} | {'train': train, 'decode': decode, 'loss': loss}[what](peer)))
     raise SystemExit
 results = []
-for name in names:
+for name in peer.split(','):
     child = subprocess.run([sys.executable, __file__, what, *sys.argv[1:], f'--peer={name}'], capture_output=True,
                            text=True, env=os.environ | {'BENCH_CHILD': '1'})
     lines = child.stdout.splitlines()

@@ -87,7 +87,8 @@ def _excepthook(kind, error, trace):
 _sys.excepthook = _excepthook
 
 
-def _mistake(text):
+def mistake(text):
+    """A model.Mistake, for scripts that start without model.py, which imports torch."""
     import model
     return model.Mistake(text)
 
@@ -100,7 +101,7 @@ def _check_key(key, where):
     known = _settings(globals())
     if key not in known:
         near = _difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        raise _mistake(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+        raise mistake(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
     return type(known[key])
 
 
@@ -112,7 +113,7 @@ def _fit(key, value, kind, where):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():  # 1e4
         return int(value)
-    raise _mistake(f'{where}: {key} must be {kind.__name__}, not {value!r}')
+    raise mistake(f'{where}: {key} must be {kind.__name__}, not {value!r}')
 
 
 def _read_config(path):
@@ -120,15 +121,15 @@ def _read_config(path):
         with open(path, encoding='utf-8') as f:
             source = f.read()
     except OSError as e:
-        raise _mistake(f'config file {path}: {e.strerror}') from None
+        raise mistake(f'config file {path}: {e.strerror}') from None
     except UnicodeDecodeError:
-        raise _mistake(f'config file {path}: not UTF-8 text') from None
+        raise mistake(f'config file {path}: not UTF-8 text') from None
     names = dict(globals())  # a config file may read the defaults
     before = dict(names)
     try:
         exec(source, names)
     except (Exception, SystemExit) as e:
-        raise _mistake(f'{path}: {type(e).__name__}: {e}') from None
+        raise mistake(f'{path}: {type(e).__name__}: {e}') from None
     found = {}
     for key, value in names.items():
         passing = key.startswith('_') or isinstance(value, (_types.ModuleType, _types.FunctionType, type))
@@ -160,7 +161,7 @@ def _help():
 def _read_flag(arg):
     key, equals, text = arg[2:].partition('=')
     if not arg.startswith('--') or not equals:
-        raise _mistake(f'{arg}: settings are written --key=value')
+        raise mistake(f'{arg}: settings are written --key=value')
     kind = _check_key(key, arg)
     value = text
     if kind is not str:

@@ -11,18 +11,16 @@ import html
 import json
 import math
 import os
-import signal
 import unicodedata
 
-if __name__ == '__main__':  # Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
 
+# isort: split
 import torch
 from torch.nn import functional as F
 
-from common import default_device, device_type_of, load_checkpoint, stop
-from extras import decode
-from model import MoE, first_line
+from extras import decode, guard, scripts
+from model import MoE
 from plot import read_log
 
 # -----------------------------------------------------------------------------
@@ -30,7 +28,7 @@ out_dir = 'out'  # the folder of ckpt.pt
 text = ''  # the file to read; its first block_size tokens are on the page
 out = ''  # the page; '': inside.html in out_dir
 count_tokens = 16384  # so many tokens of the file tell the experts' load and typical tokens
-device = default_device()
+device = scripts.default_device()
 map_bytes = 600_000  # of all attention maps together; where one cell per token takes more, a cell is several tokens
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
@@ -232,8 +230,7 @@ def heads_of(model, states, ids):
     heads = []
     for k, h in enumerate(states):
         logits = model.lm_head(h[0]).float()                                           # (T-k, V)
-        if not logits.isfinite().all():
-            stop(f'{out_dir}/ckpt.pt: its logits are not finite')
+        guard.need(logits.isfinite().all(), f"{out_dir}/ckpt.pt: the model's logits are not finite")
         p = logits.softmax(dim=-1)
         likeliest = p.topk(min(5, p.size(1)), dim=-1)
         came = p[:-1].gather(1, ids[k + 1:].unsqueeze(1))                              # (T-k-1, 1)
@@ -335,49 +332,39 @@ def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
 def page(data, title):
     """The HTML. Whatever the tokens hold, the JSON is ASCII without a '<', and the script shows it as text alone."""
     here = os.path.dirname(os.path.abspath(__file__))
-    with open(os.path.join(here, 'assets', 'inside.html'), encoding='utf-8') as f:
+    with open(os.path.join(here, 'extras', 'inside.html'), encoding='utf-8') as f:
         template = f.read()
     data = json.dumps(data, allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
     return template.replace('TITLE', html.escape(visible(title))).replace('"DATA"', data)
 
 
 def main():
-    if not out_dir or not text:
-        stop('--out_dir=DIR names the folder of ckpt.pt, --text=FILE the text to read')
-    if min(count_tokens, map_bytes) <= 0:
-        stop('count_tokens and map_bytes must be positive')
     path = out or os.path.join(out_dir, 'inside.html')
-    if not path.endswith('.html') or not os.path.isdir(os.path.dirname(path) or '.'):
-        stop(f'out={path} must end in .html, and its folder must be there')
-    device_type_of(device)
-    try:
-        with open(text, encoding='utf-8', newline='') as f:
-            words = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        stop(f'text={text}: {first_line(e)}')
-    model, checkpoint, tokenizer = load_checkpoint(out_dir, device)
+    guard.check_ranges(globals(), [
+        ('out_dir', lambda x: x != '', 'name the folder of ckpt.pt'),
+        ('text', lambda x: x != '', 'name the file to read'),
+        ('count_tokens map_bytes', lambda x: x > 0, 'be positive'),
+    ])
+    guard.need(path.endswith('.html') and os.path.isdir(os.path.dirname(path) or '.'),
+               f'out={path!r} must end in .html, in a folder that is there')
+    guard.check_device(device)
+    words = scripts.read_text(text, newline='')
+    model, checkpoint, tokenizer = scripts.load_checkpoint(out_dir, device)
     dtype = (checkpoint.get('config') or {}).get('dtype') or 'float32'
-    try:
-        ids = tokenizer.begin + tokenizer.encode(words)
-    except ValueError as e:
-        stop(f'text={text}: {e}')
-    least = 2 + len(model.mtp)
-    if len(ids) < least or model.config.block_size < least:
-        stop(f'{text} has {len(ids)} tokens, the context {model.config.block_size}: it takes {least} at least')
-    if max(ids) >= model.config.vocab_size:
-        stop(f'{tokenizer.name} does not fit the model: the text has the token {max(ids)}, the vocabulary '
-             f'{model.config.vocab_size}')
+    ids = tokenizer.begin + tokenizer.encode(words)
+    least, context = 2 + len(model.mtp), model.config.block_size
+    guard.need(min(len(ids), context) >= least, f'{text} has {len(ids)} tokens, the context {context}: both must have '
+               f'{least} at least')
+    guard.need(max(ids) < model.config.vocab_size, f'{tokenizer.name} does not fit the model: the text has the token '
+               f'{max(ids)}, the vocabulary {model.config.vocab_size}')
     model = model.eval().float()
     data = look(model, tokenizer, ids, count_tokens, dtype, os.path.join(out_dir, 'log.jsonl'))
     data |= {'model': os.path.basename(os.path.abspath(out_dir)), 'text': os.path.basename(text),
              'iteration': checkpoint.get('iter_num'), 'parameters': model.get_num_params(),
              'active': model.get_num_active_params(), 'tokenizer': tokenizer.name}
     content = page(data, f'Inside {data["model"]}: {data["text"]}')
-    try:
-        with open(path, 'w', encoding='utf-8', newline='\n') as f:
-            f.write(content)
-    except OSError as e:
-        stop(f'{path} cannot be written: {e.strerror}')
+    with open(path, 'w', encoding='utf-8', newline='\n') as f:
+        f.write(content)
     T = len(data['ids'])
     rest = f'; the file has {len(ids)}, the context holds {T}' if len(ids) > T else ''
     print(f'wrote {path}: {T} tokens{rest}; {len(content) / 1e6:.2f} MB')

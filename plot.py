@@ -8,22 +8,17 @@ grpo.py's runs the accuracy on held-out prompts and what is logged of each batch
 The second draws by how much the smoothed training loss of each run differs from that of the run with its seed.
 """
 
-import signal
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-
 import argparse
 import json
 import math
 import os
-import sys
+
+from configurator import mistake  # whose import makes a mistake one line and exit code 2
 
 
-def stop(message):
-    """A mistake of the user's: one line, and exit code 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
+def need(ok, message):
+    if not ok:
+        raise mistake(message)
 
 
 def number(record, key):
@@ -53,31 +48,25 @@ def read_log(path):
     A resumed run writes its steps again from the last checkpoint on: the later record counts.
     """
     header, train, evals = {}, {}, {}
-    try:
-        with open(path, encoding='utf-8') as f:
-            for n, line in enumerate(f, 1):
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):  # the last line of a run that was killed
-                    continue
-                if type(record) is not dict:
-                    continue
-                if 'command' in record:
-                    header = record
-                    continue
-                records = (evals if {'val_loss', 'val_accuracy', 'test_accuracy'} & set(record) else
-                           train if {'loss', 'reward'} & set(record) else None)
-                if records is None:
-                    continue
-                if type(record.get('step')) is not int or math.isnan(number(record, 'step')):
-                    stop(f'{path}, line {n}: a record needs a step, a whole number')
-                records[record['step']] = record
-    except OSError as e:
-        stop(f'{path}: {e.strerror}')
-    except UnicodeDecodeError:
-        stop(f'{path}: not UTF-8 text')
-    if not train and not evals:
-        stop(f'{path}: no records in it')
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for n, line in enumerate(f, 1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):  # the last line of a run that was killed
+                continue
+            if type(record) is not dict:
+                continue
+            if 'command' in record:
+                header = record
+                continue
+            records = (evals if {'val_loss', 'val_accuracy', 'test_accuracy'} & set(record) else
+                       train if {'loss', 'reward'} & set(record) else None)
+            if records is None:
+                continue
+            need(type(record.get('step')) is int and not math.isnan(number(record, 'step')),
+                 f'{path}, line {n}: a record needs a step, a whole number')
+            records[record['step']] = record
+    need(train or evals, f'{path}: no records in it')
     return header, [train[k] for k in sorted(train)], [evals[k] for k in sorted(evals)]
 
 
@@ -186,14 +175,12 @@ def draw_relative(plt, logs, bases, skip=100):
     for name, train, _, header in logs:
         seed, steps = seed_of(header), [r['step'] for r in train]
         base = [records for _, records, _, other in bases if seed_of(other) == seed]
-        if len(base) != 1:
-            stop(f'{name}: exactly one log of --relative_to must have its seed, {seed}; {len(base)} have')
-        if [r['step'] for r in base[0]] != steps:
-            stop(f'{name}: the log of --relative_to with its seed, {seed}, has other steps: both runs need the same '
-                 'max_iters and log_interval')
+        need(len(base) == 1, f'{name}: exactly one log of --relative_to must have its seed, {seed}; {len(base)} have')
+        need([r['step'] for r in base[0]] == steps, f'{name}: the log of --relative_to with its seed, {seed}, has '
+             'other steps: both runs need the same max_iters and log_interval')
         first = sum(step < skip for step in steps)
-        if first == len(steps):
-            stop(f'{name}: it has no step from {skip} on, where the comparison begins: train for longer')
+        need(first < len(steps),
+             f'{name}: it has no step from {skip} on, where the comparison begins: train for longer')
         difference = [100 * (a / (b or math.nan) - 1) for a, b in zip(smoothed(train), smoothed(base[0]))][first:]
         mean = sum(difference) / len(difference)
         print(f'{name}: {max(map(abs, difference)):.2f}%, {mean:+.2f}%')
@@ -215,10 +202,7 @@ def main():
                         help='runs to compare those above with')
     parser.add_argument('--out', metavar='PNG', help='default: log.png beside the first log')
     args = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        stop('plot.py needs matplotlib: pip install matplotlib')
+    import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
@@ -231,10 +215,8 @@ def main():
     bases = [read(path) for path in args.relative_to]
     rewarded = ['loss' not in (train + evals)[0] and 'val_loss' not in (train + evals)[0]
                 for _, train, evals, _ in logs + bases]
-    if any(rewarded) and not all(rewarded):
-        stop('logs of train.py and of grpo.py are drawn apart')
-    if bases and rewarded[0]:
-        stop('--relative_to compares losses, and these are logs of grpo.py')
+    need(all(rewarded) or not any(rewarded), 'logs of train.py and of grpo.py are drawn apart')
+    need(not (bases and rewarded[0]), '--relative_to compares losses, and these are logs of grpo.py')
     if bases:
         fig = draw_relative(plt, logs, bases)
     else:
@@ -243,12 +225,11 @@ def main():
         ax.grid(alpha=0.3)
     out = args.out if args.out is not None else os.path.join(os.path.dirname(args.logs[0]), 'log.png')
     kinds = sorted(fig.canvas.get_supported_filetypes())
-    if os.path.splitext(out)[1][1:].lower() not in kinds:
-        stop(f'--out={out} must end in one of .{", .".join(kinds)}')
+    need(os.path.splitext(out)[1][1:].lower() in kinds, f'--out={out} must end in one of .{", .".join(kinds)}')
     try:
         fig.savefig(out, dpi=130)
     except (OSError, RuntimeError) as e:  # no such folder; a format whose program is missing
-        stop(f'--out={out} cannot be written: {" ".join(str(e).split())[:200]}')
+        raise mistake(f'--out={out} cannot be written: {e}') from None
     print(f'wrote {out}')
 
 

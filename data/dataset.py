@@ -1,32 +1,27 @@
 """What the prepare.py scripts share: arguments, reading text, tokens, and writing the files that train.py reads."""
 
-import os
-import signal
-import sys
-
-if os.path.basename(getattr(sys.modules['__main__'], '__file__', None) or '') == 'prepare.py':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the slow imports: Ctrl-C ends a script without a traceback
-
 import argparse
 import contextlib
 import fnmatch
+import http.client
+import os
 import pickle
 import re
-import shutil
+import sys
 import urllib.request
 
-import numpy as np
-
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository's root
-from extras import tokenizer
+from configurator import mistake  # whose import makes a mistake one line and exit code 2
+
+# isort: split
+import numpy as np
 
 TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
 
-def stop(message):
-    """A mistake of the user's: one line, and exit code 2."""
-    print(' '.join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+def need(ok, message):
+    if not ok:
+        raise mistake(message)
 
 
 def argument_parser(doc, tokens=False):
@@ -43,10 +38,9 @@ def argument_parser(doc, tokens=False):
 def parse(parser):
     args = parser.parse_args()
     for flag, value in vars(args).items():
-        if value == '':
-            stop(f'--{flag}= is empty: give it a value, or leave it out')
-    if args.glob and not (args.input and os.path.isdir(args.input)):
-        stop(f'--glob={args.glob} needs a folder: --input=FOLDER')
+        need(value != '', f'--{flag}= is empty: give it a value, or leave it out')
+    need(not args.glob or args.input and os.path.isdir(args.input),
+         f'--glob={args.glob} needs a folder: --input=FOLDER')
     return args
 
 
@@ -72,34 +66,33 @@ def data_folder(here, args, kind, source=None):
         name = os.path.basename(os.path.abspath(source))
         name = os.path.splitext(name)[0] if os.path.isfile(source) else name
     folder = os.path.join(os.path.dirname(here), name) if name is not None else here
-    if name is not None and (not re.fullmatch(r'[\w.-]+', name) or name[0] in '.-'):
-        stop(f'{name!r} cannot name a data set: say --name=NAME, in letters, digits, _, - and . alone')
-    if os.path.exists(os.path.join(folder, 'prepare.py')) and (source or folder != here):
-        stop(f'data/{name} is the folder of a data set that comes with this repository: say another --name=NAME')
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        stop(f'data/{name} is no folder: say another --name=NAME')
-    if kind_of(folder) not in (None, kind):
-        stop(f'{os.path.relpath(folder)} holds {kind_of(folder)}, and these are {kind}: say another --name=NAME, or '
-             'remove its .bin files and meta.pkl first')
+    need(name is None or re.fullmatch(r'[\w.-]+', name) and name[0] not in '.-',
+         f'{name!r} cannot name a data set: say --name=NAME, in letters, digits, _, - and . alone')
+    need(not os.path.exists(os.path.join(folder, 'prepare.py')) or folder == here and not source,
+         f'data/{name} is the folder of a data set that comes with this repository: say another --name=NAME')
+    need(os.path.isdir(folder) or not os.path.exists(folder), f'data/{name} is no folder: say another --name=NAME')
+    need(kind_of(folder) in (None, kind), f'{os.path.relpath(folder)} holds {kind_of(folder)}, and these are {kind}: '
+         'say another --name=NAME, or remove its .bin files and meta.pkl first')
     return folder
 
 
 def text_files(path, pattern=None):
-    """The text files that --input names, sorted. Of a folder: by --glob, and nothing of hidden folders."""
+    """The text files that --input names, sorted: the file, or a folder's by --glob, without hidden folders."""
+    def unreadable(error):
+        raise error
+
     if os.path.isfile(path):
         return [path]
-    if not os.path.isdir(path):
-        stop(f'--input={path}: no such text file or folder')
+    need(os.path.isdir(path), f'--input={path}: no such text file or folder')
     files = []
-    for folder, folders, names in os.walk(path, onerror=lambda e: stop(f'{e.filename} cannot be read: {e.strerror}')):
+    for folder, folders, names in os.walk(path, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith('.')]
         for file in (os.path.join(folder, name) for name in names):
             tried = os.path.basename(file), os.path.relpath(file, path)
             if any(fnmatch.fnmatch(t, p) for t in tried for p in ([pattern] if pattern else ['*.txt', '*.md'])):
                 files.append(file)
-    if not files:
-        stop(f'--input={path}: no {pattern or ".txt or .md"} files in this folder'
-             + ('' if pattern else ": --glob='*.py' would take others"))
+    need(files, f'--input={path}: no {pattern or ".txt or .md"} files in this folder'
+         + ('' if pattern else ": --glob='*.py' would take others"))
     return sorted(files)
 
 
@@ -107,15 +100,15 @@ def read_file(path):
     try:
         with open(path, encoding='utf-8-sig') as f:  # without the mark that Windows puts first
             return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        stop(f'{path} cannot be read as UTF-8 text: {e}')
+    except UnicodeDecodeError as e:
+        raise mistake(f'{path} is no UTF-8 text: {e}') from None
 
 
 def read_texts(args):
     """The text of each file that --input names."""
     texts = [read_file(name) for name in text_files(args.input, args.glob)]
-    if sum(map(len, texts)) < 20:
-        stop(f'--input={args.input}: {sum(map(len, texts))} characters are too few to split into train and val')
+    n = sum(map(len, texts))
+    need(n >= 20, f'--input={args.input}: {n} characters are too few to split into train and val')
     return texts
 
 
@@ -124,20 +117,18 @@ def tiny_shakespeare(folder):
     path = os.path.join(folder, 'input.txt')
     if not os.path.exists(path):
         try:
-            urllib.request.urlretrieve(TINY_SHAKESPEARE, path + '.tmp')
-            os.replace(path + '.tmp', path)
-        except OSError as e:
-            stop(f'download failed ({e}). By hand: fetch {TINY_SHAKESPEARE} to {os.path.relpath(path)}, and run this '
-                 'script again')
+            text = urllib.request.urlopen(TINY_SHAKESPEARE).read()
+        except (OSError, http.client.HTTPException) as e:
+            raise mistake(f'download failed ({e}). By hand: fetch {TINY_SHAKESPEARE} to {os.path.relpath(path)}, and '
+                          'run this script again') from None
+        write_files(folder, {'input.txt': text})
     return read_file(path)
 
 
 def load_tokenizer(folder):
     """The tokenizer of the folder that --tokenizer names, or GPT-2's."""
-    try:
-        return tokenizer.from_folder(folder) if folder else tokenizer.gpt2(special=False)
-    except ValueError as e:
-        stop(e)
+    from extras import tokenizer  # a slow import
+    return tokenizer.from_folder(folder) if folder else tokenizer.gpt2(special=False)
 
 
 def document(bpe, text):
@@ -171,7 +162,7 @@ def written(folder, names):
         for name, file in files.items():
             os.replace(file.name, os.path.join(folder, name))
     except OSError as e:
-        stop(f'{os.path.relpath(folder)} cannot be written: {e}')
+        raise mistake(f'{os.path.relpath(folder)} cannot be written: {e}') from None
     finally:
         for file in files.values():
             with contextlib.suppress(OSError):
@@ -205,10 +196,9 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
 
 def say_where(folder, tokenizer_folder=None):
     """The last line of a prepare script. A tokenizer goes with its data: train.py copies it to the checkpoint."""
-    for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json') if tokenizer_folder else ():
-        source = os.path.join(tokenizer_folder, name)
-        if os.path.exists(source) and not os.path.exists(os.path.join(folder, name)):
-            shutil.copy(source, folder)
+    if tokenizer_folder and not os.path.samefile(tokenizer_folder, folder):
+        from extras.folder import copy_tokenizer
+        copy_tokenizer(tokenizer_folder, folder)
     start = f'--init_from={tokenizer_folder} ' if tokenizer_folder else ''
     name = os.path.basename(folder)
     print(f'into {os.path.relpath(folder)}. To train on it: python train.py {start}--dataset={name}')
@@ -246,8 +236,8 @@ def rows(examples, stoi, length):
     tokens, mask = [], []
     for prompt, response in examples:
         line = prompt + response
-        if len(line) > length or not response.endswith(stop_token) or not set(line) <= set(stoi):
-            stop(f'{line!r} is no row: it must end with {stop_token!r}, with at most {length} characters, all of stoi')
+        need(len(line) <= length and response.endswith(stop_token) and set(line) <= set(stoi), f'{line!r} is no row: '
+             f'it must end with {stop_token!r}, with at most {length} characters, all of stoi')
         tokens += [stoi[ch] for ch in line.ljust(length, stop_token)]
         mask += [0] * len(prompt) + [1] * len(response) + [0] * (length - len(line))
     return tokens + [0], mask + [0]

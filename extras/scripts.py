@@ -17,6 +17,16 @@ import torch.distributed as dist
 from extras import experts, folder, guard, tokenizer
 from model import GPT, Mistake, first_line
 
+
+def read_text(path, newline=None):
+    """The text of a UTF-8 file that the user named."""
+    try:
+        with open(path, encoding='utf-8', newline=newline) as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise Mistake(f'{path} cannot be read: {first_line(e)}') from None
+
+
 # -----------------------------------------------------------------------------
 # device and model
 

@@ -12,30 +12,34 @@ line of runs/ablations.jsonl, written when it ends, so that a killed command goe
 
 import argparse
 import collections
-import concurrent.futures
 import glob
 import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import sysconfig
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import configurator  # noqa: F401 (a mistake is one line and exit code 2)
+
+# isort: split
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, HERE)
-
-from common import autocast
 from extras import fp8, optim
+from extras.guard import need
+from extras.scripts import autocast
 from model import GPT, GPTConfig, apply_rope
 
-RESULTS = os.path.join(HERE, 'runs', 'ablations.jsonl')
+RESULTS = os.path.join(ROOT, 'runs', 'ablations.jsonl')
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the variants
@@ -45,7 +49,6 @@ SIZES = {  # 1,024 tokens per iteration each
     'large': {'n_layer': 5, 'n_head': 4, 'n_embd': 160, 'block_size': 128, 'steps': 500},
 }
 TOKENS = 1024
-BATCHES_OF_LOG = 100  # of the last iterations, for MaxVio and dead experts
 
 
 def variants(size):
@@ -164,13 +167,12 @@ def context_of(size, variant):
 def load(size):
     """{'train', 'held', 'val'}: tokens; and the vocabulary's size."""
     if size == 'small':
-        folder = os.path.join(HERE, 'data', 'shakespeare_char')
-        if not os.path.exists(os.path.join(folder, 'val.bin')):
-            raise SystemExit('run data/shakespeare_char/prepare.py first')
+        folder = os.path.join(ROOT, 'data', 'shakespeare_char')
+        need(os.path.exists(os.path.join(folder, 'val.bin')), 'run data/shakespeare_char/prepare.py first')
         train, val = (np.fromfile(os.path.join(folder, f'{name}.bin'), dtype=np.uint16) for name in ('train', 'val'))
         vocab_size = 65
     else:
-        path = os.path.join(HERE, 'out-ablations', 'python.npy')
+        path = os.path.join(ROOT, 'out-ablations', 'python.npy')
         if not os.path.exists(path):
             write_python(path)
         tokens, vocab_size = np.load(path), 2048
@@ -268,7 +270,7 @@ def train(job):
     model, _ = build(size, variant, vocab_size)
     optimizer, context = optimizer_of(size, variant, model, lr), context_of(size, variant)
     stream = batches(data['train'], model.config.block_size, seed)
-    curve, loads = [], collections.deque(maxlen=BATCHES_OF_LOG)
+    curve, loads = [], collections.deque(maxlen=100)  # the last iterations, for MaxVio and dead experts
     for it in range(steps):
         if it > 0 and it % (steps // 8) == 0:
             curve.append([it, round(loss_on(model, data['val'][:20_000]), 4)])
@@ -330,18 +332,17 @@ def missing(runs, size, variant, seeds):
 def run_all(sizes, only, workers, seeds):
     todo = [(size, variant) for size in sizes for question, found in variants(size).items() for variant in found
             if only in (None, question, variant)]
-    if not todo:
-        raise SystemExit(f'--only={only} names no question and no variant')
+    need(todo, f'--only={only} names no question and no variant')
     runs, under_way = read_results()[0], {}
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+    on_ctrl_c = signal.SIGINT, signal.SIG_DFL
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), signal.signal, on_ctrl_c) as pool:
         while True:
             jobs = [job for size, variant in todo for job in missing(runs, size, variant, seeds)
                     if job not in under_way.values()]
             under_way |= {pool.submit(train, job): job for job in jobs[:workers - len(under_way)]}
             if not under_way:
                 return
-            ended, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in ended:
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 del under_way[future]
                 runs.append(future.result())
                 append(runs[-1])
@@ -459,8 +460,6 @@ def table(runs, times, size, question, names, spread):
 
 def draw(runs, times):
     """assets/insight_seconds.png: loss on 20,000 validation tokens; assets/insight_cache.png: the attentions."""
-    import matplotlib
-    matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     shown = {'base': 'k-', 'MHA': 'C0--', 'dense': 'C1-', '32 experts, 8 chosen, none shared': 'C2-',
              'one module': 'C3-', 'Muon': 'C4-'}
@@ -476,7 +475,7 @@ def draw(runs, times):
         ax.set(xlabel='seconds of training, two cores', ylabel='validation loss', title=size)
         ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
-    fig.savefig(os.path.join(HERE, 'assets', 'insight_seconds.png'), dpi=130)
+    fig.savefig(os.path.join(ROOT, 'assets', 'insight_seconds.png'), dpi=130)
 
     fig, axes = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 4), layout='constrained', squeeze=False)
     for ax, size in zip(axes[0], sizes):
@@ -495,7 +494,7 @@ def draw(runs, times):
         ax.set_xticks([], minor=True)
         ax.margins(0.15)
         ax.grid(alpha=0.3)
-    fig.savefig(os.path.join(HERE, 'assets', 'insight_cache.png'), dpi=130)
+    fig.savefig(os.path.join(ROOT, 'assets', 'insight_cache.png'), dpi=130)
 
 
 def report():
@@ -506,7 +505,8 @@ def report():
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=('run', 'time', 'report'))
     parser.add_argument('--only', help='one question or one variant')
     parser.add_argument('--size', choices=tuple(SIZES))

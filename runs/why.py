@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 
-import matplotlib
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from configurator import mistake  # whose import makes a mistake one line and exit code 2
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+# isort: split
+from matplotlib.figure import Figure
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LAPTOP = ('config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 '
           '--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 '
           '--dropout=0.0')
@@ -36,19 +37,21 @@ def evaluations(folder, flags):
             found.append((time.time() - start, int(step[1]), float(step[2])))
             print(f'{folder} {flags.split()[0]}: {found[-1][0]:.1f} s, iteration {step[1]}, val loss {step[2]}')
     if run.wait() != 0:
-        raise SystemExit(f'train.py {flags} ended with code {run.returncode} in {folder}')
+        raise mistake(f'train.py {flags} ended with code {run.returncode} in {folder}')
     return found
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('nanogpt', help='a nanoGPT clone with its own train.py and model.py')
-parser.add_argument('--out', default=os.path.join(HERE, 'assets', 'why.png'))
+parser.add_argument('--out', default=os.path.join(ROOT, 'assets', 'why.png'))
 args = parser.parse_args()
 theirs = evaluations(args.nanogpt, LAPTOP)
-speedrun = [evaluations(HERE, flags)[-1] for flags in (SPEEDRUN, f'{SPEEDRUN} {LONGER}')]
-ours = evaluations(HERE, f'{LAPTOP} --out_dir=out-why')
+speedrun = [evaluations(ROOT, flags)[-1] for flags in (SPEEDRUN, f'{SPEEDRUN} {LONGER}')]
+ours = evaluations(ROOT, f'{LAPTOP} --out_dir=out-why')
 
-fig, ax = plt.subplots(figsize=(8, 4.2), layout='constrained')
+fig = Figure(figsize=(8, 4.2), layout='constrained')
+ax = fig.subplots()
 for label, found, style in (('nanoGPT, its laptop command', theirs, 's--'),
                             ('this repository, the same command', ours, 'o-'),
                             ('this repository, the speedrun (340 and 1,450 iterations)', speedrun, 'D')):

@@ -2,8 +2,8 @@
 Pipeline parallelism: the layers are divided among the ranks, by torch.distributed.pipelining's schedules.
 
     python data/shakespeare_char/prepare.py
-    torchrun --standalone --nproc_per_node=2 scale/pipeline.py                   # or 4: small sizes, on CPUs over gloo
-    torchrun --standalone --nproc_per_node=2 scale/pipeline.py config/train_deepseek.py    # on GPUs where there are some
+    torchrun --standalone --nproc_per_node=2 scale/pipeline.py               # or 4: small sizes, on CPUs over gloo
+    torchrun --standalone --nproc_per_node=2 scale/pipeline.py config/train_deepseek.py    # on GPUs if there are any
 
 With DualPipeV (github.com/deepseek-ai/DualPipe) P ranks hold 2P stages: rank r has the stages r and 2P-1-r. So rank 0
 has the first and the last, with the embedding, the head, and the MTP modules, which share both (V3 section 3.2.3).
@@ -12,10 +12,6 @@ With 1F1B rank r has stage r of P; then the first and the last rank hold copies 
 The run is train.py's on one process: the same flags, batches, rates and losses. It neither evaluates nor resumes; at
 the end rank 0 writes all weights to out_dir/ckpt.pt.
 """
-
-import signal
-
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
 
 import dataclasses
 import json
@@ -35,9 +31,9 @@ from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
-from common import all_reduce, autocast, connect, default_device, device_type_of, disconnect, stop
 from extras.folder import take
-from extras.scripts import open_log
+from extras.guard import RANGES, check_device, check_files, check_ranges, need
+from extras.scripts import all_reduce, autocast, connect, default_device, leave, open_log
 from model import GPT, GPTConfig, load_meta, save_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -86,53 +82,31 @@ n_stages = 2 * P if schedule == 'dualpipev' else P
 
 # -----------------------------------------------------------------------------
 # checks: what can fail does so before the ranks are connected
-
-
-def check_settings():
-    if P < 2:
-        raise ValueError('a pipeline needs two ranks or more: torchrun --standalone --nproc_per_node=2 '
-                         'scale/pipeline.py')
-    if schedule not in ('dualpipev', '1f1b'):
-        raise ValueError(f"schedule={schedule!r} must be 'dualpipev' or '1f1b'")
-    if batch_size < 1 or max_iters < 0:
-        raise ValueError('batch_size must be positive, and max_iters not negative')
-    for name, there in (('gradient_accumulation_steps', micro_batches), ('n_layer', n_layer)):
-        if there < n_stages:
-            fewer = f', or --schedule=1f1b with {P}' if schedule == 'dualpipev' and there >= P else ''
-            raise ValueError(f'{name}={there}: {P} ranks with schedule={schedule!r} are {n_stages} stages, and need '
-                             f'{n_stages} or more{fewer}')
-
-
-def open_tokens():
-    path = data_dir / 'train.bin'
-    if not path.is_file():
-        raise ValueError(f'{path} is missing: run python data/{dataset}/prepare.py first')
-    if (data_dir / 'train_mask.bin').exists():
-        raise ValueError(f'{data_dir} has a mask of its targets, which is not read here')
-    tokens = np.memmap(path, dtype=meta.get('dtype', 'uint16'), mode='r')
-    if len(tokens) <= block_size + 1 or tokens.max() >= config.vocab_size:
-        raise ValueError(f'{path} must hold more than {block_size + 1} tokens, all below '
-                         f'vocab_size={config.vocab_size}')
-    return tokens
-
-
-try:
-    check_settings()
-    data_dir = root / 'data' / dataset
-    meta = load_meta(data_dir / 'meta.pkl')
-    sizes = {name: globals()[name] for name in fields}
-    config = GPTConfig(**sizes | {'vocab_size': vocab_size or meta.get('vocab_size', 50304)})
-    tokens = open_tokens()
-except ValueError as e:
-    stop(e)
-device_type = device_type_of(device)
-autocast(device_type, dtype)
-if device_type == 'cuda':
-    if torch.cuda.device_count() < int(os.environ['LOCAL_WORLD_SIZE']):
-        stop(f'{os.environ["LOCAL_WORLD_SIZE"]} ranks need as many GPUs; here are {torch.cuda.device_count()}')
+check_ranges(settings, [
+    ('schedule', lambda x: x in ('dualpipev', '1f1b'), "be 'dualpipev' or '1f1b'"),
+    ('dtype', lambda x: x in ('float32', 'bfloat16'), "be 'float32' or 'bfloat16'"),
+    *[(name, fits, words) for names, fits, words in RANGES for name in names.split() if name in settings]])
+need(P > 1, 'a pipeline needs two ranks or more: torchrun --standalone --nproc_per_node=2 scale/pipeline.py')
+for name in ('gradient_accumulation_steps', 'n_layer'):
+    other = f', or --schedule=1f1b with {P}' if schedule == 'dualpipev' and settings[name] >= P else ''
+    need(settings[name] >= n_stages, f'{name}={settings[name]}: {P} ranks with schedule={schedule!r} are {n_stages} '
+         f'stages, and need {n_stages} or more{other}')
+data_dir = root / 'data' / dataset
+meta = load_meta(data_dir / 'meta.pkl')
+check_files(data_dir, meta, block_size)
+need(not (data_dir / 'train_mask.bin').exists(), f'{data_dir} has a mask of its targets, which is not read here: '
+     'name another --dataset')
+sizes = {name: settings[name] for name in fields}
+config = GPTConfig(**sizes | {'vocab_size': vocab_size or meta.get('vocab_size', 50304)})
+tokens = np.memmap(data_dir / 'train.bin', dtype=meta.get('dtype', 'uint16'), mode='r')
+need(tokens.max() < config.vocab_size, f'{data_dir}/train.bin must hold tokens below vocab_size={config.vocab_size}')
+if device.startswith('cuda'):
+    here = int(os.environ['LOCAL_WORLD_SIZE'])
+    need(torch.cuda.device_count() >= here, f'{here} ranks need as many GPUs; here are {torch.cuda.device_count()}')
     device = f'cuda:{os.environ["LOCAL_RANK"]}'
     torch.cuda.set_device(device)
-run = connect('nccl' if device_type == 'cuda' else 'gloo')
+device_type = check_device(device)
+connect('nccl', device_type)
 
 # -----------------------------------------------------------------------------
 # this rank's part of the model
@@ -273,16 +247,10 @@ def clip():
 
 # -----------------------------------------------------------------------------
 # the loop
-fault = ''
 if rank == 0:
-    try:
-        take(out_dir, data_dir)
-        log = open_log(os.path.join(out_dir, 'log.jsonl'), {'config': settings, 'run': run, 'world_size': P,
-                       'model_args': dataclasses.asdict(config)})
-    except ValueError as e:
-        fault = str(e)
-if all_reduce(torch.tensor(float(fault != ''), device=device)) > 0:
-    stop(fault)
+    take(out_dir, data_dir)
+    log = open_log(os.path.join(out_dir, 'log.jsonl'), {'config': settings, 'world_size': P,
+                                                        'model_args': dataclasses.asdict(config)})
 millions = sum(p.numel() for p in model.parameters()) / 1e6
 print(f'rank {rank}: stages {indices}, layers {layers}, {millions:.2f}M parameters')
 
@@ -327,7 +295,6 @@ dist.gather_object(here, everywhere)
 if rank == 0:
     weights = {name: weight for part in reversed(everywhere) for name, weight in part.items()}
     save_checkpoint({'model': weights, 'model_args': dataclasses.asdict(config), 'iter_num': max_iters,
-                     'best_val_loss': math.inf, 'config': settings, 'run': run, 'meta': meta},
+                     'best_val_loss': math.inf, 'config': settings, 'meta': meta},
                     os.path.join(out_dir, 'ckpt.pt'))
-copies = step = pipeline_stages = None  # they hold the group, and with it gloo's threads
-disconnect()
+leave()

@@ -17,11 +17,14 @@ import timeit
 from pathlib import Path
 from types import SimpleNamespace
 
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
+import configurator  # noqa: F401 (a mistake is one line and exit code 2)
+
+# isort: split
 import torch
 from torch.distributed.pipelining import schedules
 
-root = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(root))
 from model import Block, GPTConfig, rope_table
 
 # how much longer than its work a step takes, by the papers: V3 table 2 (1F1B, and DualPipe, whose PP / 2 is P here and
@@ -92,13 +95,12 @@ def block_times():
 # the picture, and the measured times
 
 def draw(path):
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     P, M = 4, 10
     colours = {'F': ('#9ecae1', '#4292c6'), 'I': ('#fdd0a2', '#fd8d3c'), 'W': ('#c7e9c0', '#74c476')}
     colours['B'] = colours['I']
-    fig, axes = plt.subplots(len(BUBBLES), 1, figsize=(11, 7), layout='constrained')
+    fig = Figure(figsize=(11, 7), layout='constrained')
+    axes = fig.subplots(len(BUBBLES), 1)
     for ax, schedule in zip(axes, BUBBLES):
         step, spans = simulate(schedule, P, M, *block_times())
         for rank, kind, stage, m, start, end in spans:
@@ -128,7 +130,8 @@ def measure():
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--measure', action='store_true', help='time a block of the main run first')
     if parser.parse_args().measure:
         measure()

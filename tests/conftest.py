@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so do its children
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one process a core: threads beside it would only fight for it
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np

@@ -38,7 +38,7 @@ def test_every_way_to_the_loss_finds_the_same():
 
 
 def test_mistakes_are_one_line():
-    for args, words in (((), 'usage'), (('swim',), 'usage'), (('train', '--peer=nobody'), 'there are'),
+    for args, words in (((), 'usage'), (('swim',), 'usage'), (('train', '--peer=nobody'), 'must name some of'),
                         (('train', '--steps=0'), 'steps=0 must lie in'), (('loss', '--rows=0'), 'rows=0 must lie in'),
                         (('train', '--batch_size=-1'), 'batch_size=-1 must lie'), (('train', '--n_head=7'), 'divide'),
                         (('train', '--device=meta'), 'device'), (('train', '--dtype=int8'), 'dtype'),

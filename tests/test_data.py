@@ -1,5 +1,6 @@
 """The prepare scripts, through the real tiktoken, tokenizers and datasets, and a hub on this machine."""
 
+import hashlib
 import math
 import os
 import pickle
@@ -9,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, run_inside
+from conftest import run, run_inside
 
 TEXT = ''.join(f'{i} green bottles, standing on the wall; and if {i} more should fall...\n' for i in range(400))
 
@@ -173,12 +174,10 @@ def test_a_disk_that_is_full(clone, tmp_path):
     assert not list((clone / 'data/in').iterdir())
 
 
-@pytest.mark.parametrize('script, module, code', [
-    ('shakespeare_char', 'numpy', -signal.SIGINT), ('openwebtext', 'concurrent', -signal.SIGINT),
-    ('openwebtext', 'tiktoken', -signal.SIGINT), ('openwebtext', 'tqdm', 130),
-])
-def test_ctrl_c_at_any_time(clone, tmp_path, script, module, code, tiktoken_cache):
-    """The signal comes while the module is imported; tqdm is when the bins are open already."""
+@pytest.mark.parametrize('script, module', [('shakespeare_char', 'numpy'), ('openwebtext', 'torch'),
+                                            ('openwebtext', 'tiktoken')])
+def test_ctrl_c_during_imports(clone, tmp_path, script, module, tiktoken_cache):
+    """The signal comes while the module is imported."""
     (tmp_path / 'docs').mkdir()
     for name in 'ab':
         (tmp_path / f'docs/{name}.txt').write_text(TEXT)
@@ -195,15 +194,26 @@ def test_ctrl_c_at_any_time(clone, tmp_path, script, module, code, tiktoken_cach
     done = subprocess.run([sys.executable, f'data/{script}/prepare.py', f'--input={tmp_path}/docs'], cwd=clone,
                           stderr=subprocess.PIPE, text=True, timeout=60,
                           env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(tiktoken_cache), 'PYTHONPATH': str(tmp_path)})
-    assert (done.returncode, done.stderr) == (code, '')
+    assert (done.returncode, done.stderr) == (130, 'interrupted\n')
     assert not list((clone / 'data').glob('docs/*'))
 
 
-def test_importing_dataset_leaves_the_signals_alone():
-    script = ('import signal, sys; sys.path.insert(0, "data"); before = signal.getsignal(signal.SIGINT); '
-              'import dataset; print(signal.getsignal(signal.SIGINT) is before is not signal.SIG_DFL)')
-    assert run('-c', script, cwd=ROOT) == 'True\n'
-
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_while_it_writes(clone, tmp_path, number, code, tiktoken_cache):
+    """It waits for a document, which is a pipe. As a terminal's Ctrl-C does, the signal reaches its worker, too."""
+    (tmp_path / 'docs').mkdir()
+    (tmp_path / 'docs/a.txt').write_text(TEXT)
+    os.mkfifo(tmp_path / 'docs/b.txt')
+    process = subprocess.Popen([sys.executable, 'data/openwebtext/prepare.py', f'--input={tmp_path}/docs',
+                                '--num_proc=1'], cwd=clone, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(tiktoken_cache)})
+    with open(tmp_path / 'docs/b.txt', 'w'):
+        assert {path.name for path in (clone / 'data/docs').iterdir()} == {'train.bin.tmp', 'val.bin.tmp'}
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code and 'Traceback' not in said
+    assert said.endswith('\ninterrupted\n') == (number == signal.SIGINT)  # after the progress bar
+    assert not list((clone / 'data/docs').iterdir())
 
 
 # tokens of a tokenizer.json
@@ -223,7 +233,7 @@ def make_tokenizer(folder, size=300, begin='<s>', add_bos_token=True):
     bpe.save(str(folder / 'tokenizer.json'))
     settings = {'bos_token': begin, 'eos_token': '</s>', 'add_bos_token': add_bos_token}
     (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
-    import tokenizer
+    from extras import tokenizer
     return tokenizer.from_folder(folder)
 
 
@@ -249,6 +259,18 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
     assert meta_of(clone / 'data/web') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256}
 
 
+def test_data_keep_the_tokenizer_that_they_were_made_with(clone, tmp_path):
+    """Also if they are made again with another one, or with their own."""
+    (tmp_path / 'in.txt').write_text(TEXT)
+    make_tokenizer(tmp_path / 'small', size=280)
+    make_tokenizer(tmp_path / 'large', size=300)
+    for folder in (tmp_path / 'large', tmp_path / 'small', 'data/mine'):
+        code, _, said = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/in.txt', '--name=mine',
+                                   f'--tokenizer={folder}', cwd=clone)
+        kept = (clone / 'data/mine/tokenizer.json').read_bytes()
+        assert code == 0 and meta_of(clone / 'data/mine')['tokenizer'] == hashlib.sha256(kept).hexdigest(), said
+
+
 def test_a_large_tokenizer_is_written_as_uint32(clone, tmp_path):
     import json
     make_tokenizer(tmp_path / 'bpe')
@@ -270,6 +292,18 @@ def test_a_large_tokenizer_is_written_as_uint32(clone, tmp_path):
         assert (train + val).count(last) == 2 and val[-1] == last
 
 
+def test_a_text_without_tokens_in_a_worker_process(clone, tmp_path):
+    """The worker's Mistake comes back as one."""
+    import tokenizers
+    (tmp_path / 'words').mkdir()
+    (tmp_path / 'docs').mkdir()
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({'cat': 0})).save(str(tmp_path / 'words/tokenizer.json'))
+    for name, text in (('a', 'cat'), ('b', 'dog')):
+        (tmp_path / f'docs/{name}.txt').write_text(text)
+    said = fail('data/openwebtext/prepare.py', f'--input={tmp_path}/docs', f'--tokenizer={tmp_path}/words', cwd=clone)
+    assert "does not know all of 'dog'" in said and not list((clone / 'data/docs').iterdir())
+
+
 # corpora of documents
 
 DOCUMENTS = [f'Document {i}.\n\nIt says {i * i} in words.' for i in range(4500)]
@@ -284,7 +318,7 @@ def put(path, texts, **columns):
 
 
 def gpt2(texts):
-    import tokenizer
+    from extras import tokenizer
     bpe = tokenizer.gpt2()
     return [i for text in texts for i in bpe.encode(text) + [50256]]
 
@@ -397,7 +431,7 @@ def test_a_corpus_that_breaks_off_leaves_nothing(clone, fineweb):
     second = fineweb / 'sample/10BT/001_00000.parquet'
     second.write_bytes(second.read_bytes()[:2000])
     said = fail(*FINEWEB, cwd=clone)
-    assert 'broke off' in said and not list((clone / 'data/fineweb-edu').iterdir())
+    assert 'cannot be read' in said and not list((clone / 'data/fineweb-edu').iterdir())
 
 
 def test_a_folder_of_parquet_files_stands_for_the_hub(clone, tmp_path, tiktoken_cache):

@@ -17,8 +17,7 @@ from test_sample import write_tokenizer
 from torch.nn import functional as F
 
 import inside
-import tokenizer
-from extras import decode
+from extras import decode, tokenizer
 from model import MoE
 
 LETTERS = {chr(40 + i): i for i in range(61)}
@@ -332,11 +331,11 @@ def test_tokenizer_json_and_gpt2(tmp_path, tiktoken_cache, monkeypatch):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--text='], '--text=FILE'), (['--text=nowhere'], 'No such file'), (['--text=binary'], 'codec'),
-    (['--text=short'], 'it takes 4 at least'), (['--text=empty'], 'has 0 tokens'), (['--text=other'], 'does not know'),
+    (['--text='], "text='' must name the file"), (['--text=nowhere'], 'No such file'), (['--text=binary'], 'codec'),
+    (['--text=short'], 'must have 4 at least'), (['--text=empty'], 'has 0 tokens'), (['--text=other'], 'does not know'),
     (['--out=text.txt'], 'must end in .html'), (['--out=nowhere/a.html'], 'must end in .html'),
-    (['--out=folder.html'], 'cannot be written'), (['--out_dir=nowhere', '--out=a.html'], 'is missing'),
-    (['--out_dir='], '--out_dir=DIR'), (['--count_tokens=0'], 'positive'), (['--device=gpu'], 'cannot be used'),
+    (['--out=folder.html'], 'cannot be used: Is a dir'), (['--out_dir=nowhere', '--out=a.html'], 'is missing'),
+    (['--out_dir='], 'must name the folder'), (['--count_tokens=0'], 'positive'), (['--device=gpu'], 'cannot be used'),
     (['--map_bytes=0'], 'positive'), (['--tekst=a'], 'did you mean text'),
     (['--out_dir=nan', '--out=a.html'], 'finite'),
 ])

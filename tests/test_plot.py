@@ -1,6 +1,10 @@
 """plot.py and runs/positions.py: what is drawn, and what is refused."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import matplotlib
 import numpy as np
@@ -102,6 +106,13 @@ def test_where_it_cannot_be_drawn(log, out, words):
     assert [path.name for path in log.parent.iterdir()] == ['log.jsonl'] and log.read_bytes() == before
 
 
+@pytest.mark.parametrize('name, words', [('nowhere', 'No such file'), ('.', 'Is a directory'), ('bytes', 'no records')])
+def test_what_is_no_log(tmp_path, name, words):
+    (tmp_path / 'bytes').write_bytes(b'\xff\0\n{}\n')
+    code, _, said = run_inside(ROOT / 'plot.py', name, cwd=tmp_path)
+    assert code == 2 and words in said and len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize('line', ['{"loss": 1}', '{"loss": 1, "step": "a"}', '{"val_loss": 1, "step": 1.5}',
                                   '{"loss": 1, "step": %s}' % ('9' * 400), '{"reward": 1, "step": true}'])
 def test_a_record_without_its_step(log, line):
@@ -119,6 +130,20 @@ def test_odd_values_are_gaps(log, line):
     log.write_text(line + '\n' + good)
     code, out, said = run_inside(ROOT / 'plot.py', log, cwd=log.parent)
     assert code == 0 and not said and out.startswith('wrote')
+
+
+@pytest.mark.parametrize('when', ['imports', 'work'])
+def test_ctrl_c(tmp_path, when):
+    """While matplotlib is imported, or while the log, a pipe, is read. A matplotlib.py in its place reads it, too."""
+    os.mkfifo(tmp_path / 'log.jsonl')
+    if when == 'imports':
+        (tmp_path / 'matplotlib.py').write_text("open('log.jsonl').read()\n")
+    process = subprocess.Popen([sys.executable, ROOT / 'plot.py', 'log.jsonl'], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | {'PYTHONPATH': str(tmp_path)})
+    with open(tmp_path / 'log.jsonl', 'w'):
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said) == (130, b'', b'interrupted\n')
 
 
 def test_positions(tmp_path, clone):

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 import convert
-import tokenizer
+from extras import tokenizer
 
 FEW = ['--device=cpu', '--dtype=float32', '--num_samples=1', '--max_new_tokens=20', '--temperature=0', '--start=1+2']
 CHARS = {chr(i): i for i in range(61)}
@@ -106,11 +106,13 @@ def test_speculation_without_drafts_says_so(made, flag):
     (['--out_dir=plain', '--speculative=True'], 'needs MTP modules'),
     (['--out_dir=nanogpt'], 'this is a nanoGPT (GPT-2) checkpoint'),
     (['--out_dir=many'], 'a vocabulary of 60000 tokens is not GPT-2'),
-    (['--out_dir='], 'out_dir is empty'), (['--init_from='], "init_from='' must be"),
+    (['--out_dir='], 'name the folder of ckpt.pt'), (['--init_from='], "init_from='' must be"),
     (['--num_samples=1000000000', '--max_new_tokens=500'], 'GB of memory'),
     (['--num_samples=' + '9' * 30], 'GB of memory'), (['--max_new_tokens=1000000000000000'], 'GB of memory'),
-    (['--start=file:prompt.txt'], 'write FILE:prompt.txt'), (['--start=File:prompt.txt'], 'write FILE:prompt.txt'),
-    (['--seed=' + '1' * 23], 'must fit in 64 bits'), (['--device=meta'], "device='meta' cannot be used"),
+    (['--start=file:prompt.txt'], 'begin with FILE: in capitals'), (['--start=FILE:nowhere'], 'No such file'),
+    (['--start=FILE:out/ckpt.pt'], "can't decode byte"), (['--num_samples=0'], 'must be positive'),
+    (['--temperature=-1'], 'not be negative'), (['--seed=' + '1' * 23], 'must fit in 64 bits'),
+    (['--device=meta'], "device='meta' cannot be used"),
     (['--init_from=out'], 'config.json cannot be read'), (['--start=\udcff'], "characters '\\udcff'"),
     (['--init_from=hf', '--start=\udcff'], 'does not know all of'),
 ])
@@ -133,7 +135,7 @@ def test_damaged_files_of_a_folder(here, name, data, message):
 
 
 def test_a_prompt_that_fails_fails_before_the_weights_are_read(here, monkeypatch):
-    monkeypatch.setattr('convert.load_folder', lambda *_: pytest.fail('read'))
+    monkeypatch.setattr('extras.hf.from_pretrained', lambda *_: pytest.fail('read'))
     for flags in (['--start=é'], ['--start=FILE:nowhere'], ['--start='], ['--dtype=int8'], ['--temperature=-1']):
         ends(here, 'sample.py', *FEW, '--init_from=hf', *flags)
     (here / 'hf/tokenizer.json').unlink()
@@ -218,7 +220,9 @@ def test_a_reader_that_leaves(made):
     assert process.wait() == -signal.SIGPIPE and said == b''
 
 
-@pytest.mark.parametrize('args', [['sample.py', *FEW], ['convert.py', 'export', '--out_dir=out', '--hf_dir=new']])
+@pytest.mark.parametrize('args', [['sample.py', *FEW], ['convert.py', 'export', '--out_dir=out', '--hf_dir=new'],
+                                  ['inside.py', '--out_dir=out'], ['bench.py', 'loss'], ['runs/positions.py', 'out'],
+                                  ['runs/ablations.py', 'time'], ['scale/schedules.py']])
 def test_ctrl_c_in_the_first_seconds(made, tmp_path, args):
     """While torch is imported: a torch.py in its place says that it is, and waits."""
     (tmp_path / 'torch.py').write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
@@ -226,7 +230,7 @@ def test_ctrl_c_in_the_first_seconds(made, tmp_path, args):
     assert process.stdout.readline() == b'importing\n'
     process.send_signal(signal.SIGINT)
     out, said = process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGINT and said == b''
+    assert (process.returncode, out, said) == (130, b'', b'interrupted\n')
 
 
 def test_ctrl_c_while_converting_leaves_nothing_half_written(here, monkeypatch):
@@ -238,7 +242,7 @@ def test_ctrl_c_while_converting_leaves_nothing_half_written(here, monkeypatch):
     before = sorted(here.rglob('*'))
     for args in (['export', '--out_dir=out', '--hf_dir=new'], ['import', '--hf_dir=hf', '--out_dir=plain/new']):
         code, out, said = run_inside(str(ROOT / 'convert.py'), *args, cwd=here)
-        assert code == 130 and said == ''
+        assert code == 130 and said == 'interrupted\n'
     shutil.rmtree(here / 'plain/new')  # an empty folder
     assert sorted(here.rglob('*')) == before
 

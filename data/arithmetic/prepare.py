@@ -30,6 +30,7 @@ import sys
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 import dataset
+from dataset import need
 
 CHARS = sorted('\n +,-0123456789:<=>orst')  # of all tasks alike; the newline, the stop token, is number 0
 PROMPTS = {'train': 50000, 'val': 1000, 'test': 1000}
@@ -91,16 +92,11 @@ def make_questions(family, size):
 
 def read_traces(path, questions):
     """The lines of a file that grpo.py wrote: all must be of this task's training prompts."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            lines = f.read().splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as e:
-        dataset.stop(f'--traces={path} cannot be read as text: {e}')
+    lines = dataset.read_file(path).splitlines(keepends=True)
     for line in lines:
-        if line.partition('=')[0] + '=' not in questions or not set(line) <= set(CHARS) or not line.endswith('\n'):
-            dataset.stop(f'--traces={path}: {line!r} is no line about a training prompt of this task')
-    if not lines:
-        dataset.stop(f'--traces={path}: no lines in it')
+        need(line.partition('=')[0] + '=' in questions and set(line) <= set(CHARS) and line.endswith('\n'),
+             f'--traces={path}: {line!r} is no line about a training prompt of this task')
+    need(lines, f'--traces={path}: no lines in it')
     return lines
 
 
@@ -120,16 +116,13 @@ def main():
     parser.add_argument('--name', help='the folder in data/arithmetic (default: the task)')
     args = parser.parse_args()
     task = re.fullmatch(r'(add|sub|sort)([2-8])', args.task)
-    if not task:
-        dataset.stop(f'--task={args.task}: a family (add, sub, sort) and 2 to 8 digits, such as add3')
+    need(task, f'--task={args.task}: a family (add, sub, sort) and 2 to 8 digits, such as add3')
     name = args.task if args.name is None else args.name
-    if not re.fullmatch(r'[\w-]+', name):
-        dataset.stop(f'--name={name}: letters, digits, _ and - alone, and one at least')
-    if not 0 <= args.terse <= 1:
-        dataset.stop(f'--terse={args.terse} must lie in 0..1')
+    need(re.fullmatch(r'[\w-]+', name), f'--name={name}: letters, digits, _ and - alone, and one at least')
+    need(0 <= args.terse <= 1, f'--terse={args.terse} must lie in 0..1')
     questions = make_questions(task[1], int(task[2]))
-    if not 0 < args.examples <= len(questions['train']):
-        dataset.stop(f'--examples={args.examples} must lie in 1..{len(questions["train"])} for {args.task}')
+    need(0 < args.examples <= len(questions['train']),
+         f'--examples={args.examples} must lie in 1..{len(questions["train"])} for {args.task}')
 
     rng = random.Random(0)
     lines = {split: [f'{prompt}<{"" if rng.random() < args.terse else work(prompt)}>{answer}\n'
@@ -139,8 +132,7 @@ def main():
         lines['train'] = read_traces(args.traces, questions['train'])
     longest = max(map(len, lines['train'] + lines['val']))
     length = -(-longest // 8) * 8 if args.length is None else args.length
-    if not longest <= length <= 4096:
-        dataset.stop(f'--length={length} must lie in {longest}..4096')
+    need(longest <= length <= 4096, f'--length={length} must lie in {longest}..4096')
     itos = dict(enumerate(CHARS))
     stoi = {ch: i for i, ch in itos.items()}
     train, train_mask = dataset.rows(examples(lines['train']), stoi, length)

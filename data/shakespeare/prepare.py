@@ -20,12 +20,9 @@ args = dataset.parse(dataset.argument_parser(__doc__, tokens=True))
 folder = dataset.data_folder(here, args, "a tokenizer.json's tokens" if args.tokenizer else 'GPT-2 tokens')
 bpe = dataset.load_tokenizer(args.tokenizer)
 texts = dataset.read_texts(args) if args.input else [dataset.tiny_shakespeare(here)]
-try:
-    if args.tokenizer:
-        train, val = dataset.split_text([i for text in texts for i in dataset.document(bpe, text)])
-    else:
-        train, val = (bpe.encode(part) for part in dataset.split_text('\n'.join(texts)))
-except ValueError as e:
-    dataset.stop(e)
+if args.tokenizer:
+    train, val = dataset.split_text([i for text in texts for i in dataset.document(bpe, text)])
+else:
+    train, val = (bpe.encode(part) for part in dataset.split_text('\n'.join(texts)))
 dataset.write_splits(folder, train, val, bpe.vocab_size, dataset.token_meta(bpe.vocab_size, bpe.sha256))
 dataset.say_where(folder, args.tokenizer)

@@ -2,7 +2,7 @@
 What data parallelism holds and sends, by torch and the kernel: for test_scale.py, under torchrun in a network namespace
 of its own, whose one interface, lo, then carries nothing else.
 
-    torchrun ... tests/fakes/traffic.py SETTINGS        # those of a GPTConfig, as JSON; prints JSON
+    torchrun ... tests/fakes/traffic.py SETTINGS    # those of a GPTConfig, as JSON; prints JSON
 
 gloo's reduce-scatter is an all-reduce: it sends twice what a ring needs, and nccl's does not.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from extras import parallel
 from model import GPT, GPTConfig
 
