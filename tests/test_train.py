@@ -146,9 +146,8 @@ def test_wandb_offline(small):
     assert log(small)[0]['config']['wandb_run_name'] == 'a=b'
 
 
-def test_nanogpts_own_configurator_will_do(small):
-    """Its contract: sets globals by --key=literal, insists on the default's very type, exec()s the other arguments."""
-    (small / 'configurator.py').write_text('''
+# sets globals by --key=literal, insists on the default's very type, exec()s the other arguments
+NANOGPTS_CONFIGURATOR = '''
 import sys
 from ast import literal_eval
 for a in sys.argv[1:]:
@@ -162,9 +161,58 @@ for a in sys.argv[1:]:
             pass
         assert k in globals() and type(v) == type(globals()[k]), k
         globals()[k] = v
-''')
+'''
+NANOGPTS_SAMPLE = '''
+import os, pickle, torch
+from model import GPT, GPTConfig
+checkpoint = torch.load(os.path.join('out', 'ckpt.pt'), map_location='cpu')
+model = GPT(GPTConfig(**checkpoint['model_args']))
+state_dict = checkpoint['model']
+for k in list(state_dict):
+    if k.startswith('_orig_mod.'):
+        state_dict[k[len('_orig_mod.'):]] = state_dict.pop(k)
+model.load_state_dict(state_dict)
+model.eval()
+meta = pickle.load(open(os.path.join('data', checkpoint['config']['dataset'], 'meta.pkl'), 'rb'))
+x = torch.tensor([meta['stoi'][c] for c in '024'])[None, ...]
+with torch.no_grad():
+    y = model.generate(x, 20, temperature=0.8, top_k=200)
+print(''.join(meta['itos'][i] for i in y[0].tolist()))
+'''
+
+
+def test_nanogpts_own_configurator_will_do(small):
+    (small / 'configurator.py').write_text(NANOGPTS_CONFIGURATOR)
     train(small, '--kv_lora_rank=8', '--routed_scaling_factor=1.5', '--scoring_func=softmax')
     assert log(small)[0]['model_args']['kv_lora_rank'] == 8
+
+
+def test_the_two_files_alone(small, tmp_path):
+    """The drop-in: model.py and train.py in a folder with nothing of this project, and nanoGPT's commands there."""
+    clone = tmp_path / 'nanoGPT'
+    shutil.copytree(small / 'data/abc', clone / 'data/abc')
+    for name in ('model.py', 'train.py'):
+        shutil.copy(small / name, clone)
+    (clone / 'configurator.py').write_text(NANOGPTS_CONFIGURATOR)
+    (clone / 'sample.py').write_text(NANOGPTS_SAMPLE)
+    (clone / 'given.py').write_text('max_iters = 3\ngrad_clip = 0.5\n')
+    train_apart(clone, 'given.py')
+    train(small, '--max_iters=3', '--grad_clip=0.5')
+    assert losses(clone) == losses(small) and log(clone)[0]['config']['grad_clip'] == 0.5
+    flags = ['--init_from=resume', '--always_save_checkpoint=False', '--dropout=0.1', '--block_size=8', '--max_iters=5']
+    assert 'going on from out/ckpt.pt, iteration 3 of 5' in train_apart(clone, *flags)
+    code, printed = torchrun(clone, *flags[:-1])
+    assert code == 0 and re.search(r'going on from out/ckpt\S*.pt, iteration 5 of 6', printed), printed
+    sampled = run('sample.py', cwd=clone).splitlines()[-1]
+    assert len(sampled) == 23 and sampled.startswith('024')
+    names = sorted(path.name for path in clone.rglob('*') if '__pycache__' not in path.parts and path.is_file())
+    assert names == sorted(['ckpt.pt', 'ckpt_best.pt', 'ckpt_last.pt', 'configurator.py', 'given.py', 'log.jsonl',
+                            'meta.pkl', 'model.py', 'sample.py', 'train.bin', 'train.py', 'val.bin'])
+    for flag, line in (('--n_head=3', 'GPTConfig: n_head=3 must divide n_embd=32'),
+                       ('--shard=0', 'shard or expert_parallel needs extras/parallel.py: copy the folder extras/ to '
+                                     'where train.py is')):
+        code, _, said = run_inside('train.py', *SMALL, flag, cwd=clone)
+        assert code == 1 and said.splitlines()[-1] == f'model.Mistake: {line}'
 
 
 def test_it_runs_from_any_folder(small, tmp_path):
@@ -174,13 +222,6 @@ def test_it_runs_from_any_folder(small, tmp_path):
     assert (elsewhere / 'out/ckpt.pt').exists()
     sample = [small / 'sample.py', '--device=cpu', '--start=0', '--num_samples=1', '--max_new_tokens=4']
     assert '---' in run(*sample, cwd=elsewhere)
-
-
-def test_the_two_files_alone_suffice(small, tmp_path):
-    """The drop-in: nothing of this project but model.py, train.py and a configurator."""
-    for name in ('sample.py', 'plot.py', 'data/dataset.py', 'Makefile'):
-        (small / name).unlink()
-    train(small, '--max_iters=1')
 
 
 # sample.py and plot.py

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -115,12 +114,13 @@ def report(script, args):
     sys.argv = [script, *args]
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
-            runpy.run_path(os.path.abspath(script), run_name='__main__')
+            try:
+                runpy.run_path(os.path.abspath(script), run_name='__main__')
+            except Exception as e:  # as Python does with what nobody catches
+                code = 1
+                sys.excepthook(type(e), e, e.__traceback__)
         except SystemExit as e:
             code = e.code or 0
-        except Exception:
-            traceback.print_exc()
-            code = 1
     after = now()
     ctypes.c_void_p.in_dll(fake, 'fake_on_sync').value = None
     found = {'code': code, 'printed': printed.getvalue(), 'total': difference(before, after),
