@@ -92,7 +92,7 @@ has_extras = os.path.exists(os.path.join(here, 'extras'))
 
 def import_extra(name, flag):
     """-> the module extras/NAME.py, or Mistake. flag: the setting that needs it"""
-    if not has_extras:
+    if not os.path.exists(os.path.join(here, 'extras', name + '.py')):
         raise Mistake(f'{flag} needs extras/{name}.py: copy the folder extras/ to where train.py is')
     return importlib.import_module('extras.' + name)
 

@@ -604,7 +604,8 @@ def test_two_hosts_of_which_one_is_killed(small, hosts, flags):
 # mistakes
 
 @pytest.mark.parametrize('flags, ranks, message', [
-    (['--shard=3'], 4, 'groups of 3 ranks do not fit the 4'), (['--expert_parallel=3'], 4, 'groups of 3 ranks'),
+    (['--shard=3'], 4, 'shard=3: 3 must divide the number of ranks, 4'),
+    (['--expert_parallel=3'], 4, 'expert_parallel=3: 3 must divide'),
     (['--shard=4', '--expert_parallel=8'], 8, None),
     (['--shard=6', '--expert_parallel=4'], 12, 'does not divide the 6'),
     (['--shard=0', '--fp8=True'], 2, 'fp8=True goes with neither'),

@@ -16,7 +16,7 @@ from conftest import SMALL, load, log, losses, optimizer_of, run, run_inside, ti
 
 import model
 from extras import dcp, folder
-from model import GPT, Mistake
+from model import GPT
 
 RESUME = '--init_from=resume'
 EQUAL = dict(rtol=0, atol=0)
@@ -588,16 +588,6 @@ def test_torchrun_starts_again_from_what_this_run_has_saved(small, rendezvous, d
         code, printed = torchrun(small, '--max_iters=7', '--out_dir=whole')
         assert code == 0, printed
         assert_same(load(small), load(small, 'whole/ckpt.pt'))
-
-
-@pytest.mark.parametrize('odd', ['ckpt.pt', 'ckpt_best.pt'])
-@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
-def test_only_a_regular_file_is_written_over(tmp_path, make, odd):
-    """A checkpoint once took the place of /dev/full."""
-    make(tmp_path / odd)
-    with pytest.raises(Mistake, match=f'{odd} is no regular file: a checkpoint is not written over it'):
-        model.save_checkpoint({'step': 1}, tmp_path / 'ckpt.pt', tmp_path / 'ckpt_best.pt')
-    assert [path.name for path in tmp_path.iterdir()] == [odd] and not (tmp_path / odd).is_file()
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='the files of open descriptors are read there')
