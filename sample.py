@@ -54,14 +54,14 @@ guard.check_ranges(globals(), [
      'begin with FILE: in capitals if it names a file'),
 ])
 guard.check_device(device)
+if start.startswith('FILE:'):
+    start = scripts.read_text(start[5:])
 
-# the model and the prompt; a folder's weights may be large: its tokenizer and the prompt come first
+# the model and the prompt; a folder's tokenizer and the prompt come before its weights, which may be large
 if init_from == 'resume':
     model, checkpoint, tokenizer = scripts.load_checkpoint(out_dir, device)
 else:
     checkpoint, tokenizer = {}, of_checkpoint(init_from)
-if start.startswith('FILE:'):
-    start = scripts.read_text(start[5:])
 prompt = tokenizer.begin + tokenizer.encode(start)
 guard.need(prompt, 'start is an empty prompt: give it at least one token')
 if init_from != 'resume':
