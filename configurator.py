@@ -79,9 +79,11 @@ def _excepthook(kind, error, trace):
         except OSError:  # the reader, such as head, has left
             pass
     if ranks:
+        wandb = _sys.modules.get('wandb')
+        if wandb and wandb.run:
+            wandb.finish(code)  # which Python's end does elsewhere
         _os._exit(code)  # at once: gloo's threads may outlive Python and abort it (pytorch#190489)
-    if line is not None:
-        raise SystemExit(code)
+    _sys.exit(code)  # by the name that wandb watches
 
 
 _sys.excepthook = _excepthook

@@ -146,6 +146,14 @@ def test_wandb_offline(small):
     assert log(small)[0]['config']['wandb_run_name'] == 'a=b'
 
 
+def test_a_mistake_after_wandb_has_begun(small):
+    """wandb puts its own hook before the project's, and that prints a traceback."""
+    printed = run('train.py', *SMALL, '--wandb_log=True', '--out_dir=model.py/out', cwd=small, ok=False,
+                  WANDB_MODE='offline', WANDB_SILENT='true')
+    assert printed.splitlines()[-1] == "out_dir='model.py/out' cannot be written: Not a directory"
+    assert 'Traceback' not in printed and list((small / 'wandb').glob('offline-run-*'))
+
+
 def test_it_runs_from_any_folder(small, tmp_path):
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()
