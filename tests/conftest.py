@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,16 @@ def run(*args, cwd, ok=True, timeout=300, **env):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert (done.returncode == 0) == ok, done.stdout[-4000:]
     return done.stdout
+
+
+def writer_to(pipe, process):
+    """The writing end of a named pipe, open once the process reads the other one."""
+    while process.poll() is None:
+        try:
+            return open(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), 'w')
+        except OSError:  # nobody reads it yet
+            time.sleep(0.02)
+    raise AssertionError(process.communicate())
 
 
 def train(clone, *flags, code=0):

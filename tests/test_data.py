@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run, run_inside
+from conftest import run, run_inside, writer_to
 
 TEXT = ''.join(f'{i} green bottles, standing on the wall; and if {i} more should fall...\n' for i in range(400))
 
@@ -200,14 +200,15 @@ def test_ctrl_c_during_imports(clone, tmp_path, script, module, tiktoken_cache):
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_while_it_writes(clone, tmp_path, number, code, tiktoken_cache):
-    """It waits for a document, which is a pipe. As a terminal's Ctrl-C does, the signal reaches its worker, too."""
+    """While it waits for a document, which is a pipe. As a terminal's Ctrl-C does, the signal reaches its worker, too.
+    """
     (tmp_path / 'docs').mkdir()
     (tmp_path / 'docs/a.txt').write_text(TEXT)
     os.mkfifo(tmp_path / 'docs/b.txt')
     process = subprocess.Popen([sys.executable, 'data/openwebtext/prepare.py', f'--input={tmp_path}/docs',
                                 '--num_proc=1'], cwd=clone, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(tiktoken_cache)})
-    with open(tmp_path / 'docs/b.txt', 'w'):
+    with writer_to(tmp_path / 'docs/b.txt', process):
         assert {path.name for path in (clone / 'data/docs').iterdir()} == {'train.bin.tmp', 'val.bin.tmp'}
         os.killpg(process.pid, number)
         _, said = process.communicate(timeout=60)

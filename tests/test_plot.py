@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_inside, tiny_model
+from conftest import ROOT, run_inside, tiny_model, writer_to
 
 import plot
 
@@ -140,7 +140,7 @@ def test_ctrl_c(tmp_path, when):
         (tmp_path / 'matplotlib.py').write_text("open('log.jsonl').read()\n")
     process = subprocess.Popen([sys.executable, ROOT / 'plot.py', 'log.jsonl'], cwd=tmp_path, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env=os.environ | {'PYTHONPATH': str(tmp_path)})
-    with open(tmp_path / 'log.jsonl', 'w'):
+    with writer_to(tmp_path / 'log.jsonl', process):
         process.send_signal(signal.SIGINT)
         out, said = process.communicate(timeout=60)
     assert (process.returncode, out, said) == (130, b'', b'interrupted\n')
