@@ -60,7 +60,8 @@ def expect(clone, script, flags, message, run=run_inside):
     ('--vocab_size=20', 'beyond vocab_size'), ('--block_size=500', 'too few'), ('--block_size=100000', 'too few'),
     # where the run is written, or taken up
     ('--out_dir=model.py', 'cannot be written'), ('--out_dir=model.py/out', 'cannot be written'),
-    ('--out_dir=/proc/self', 'cannot be written'), (RESUME, 'is missing'),
+    ('--out_dir=/proc/self', 'cannot be written'),
+    (RESUME, 'out/ckpt.pt is missing: train a model first, or name the out_dir it is in'),
 ])
 def test_flags(small, flag, message):
     expect(small, 'train.py', [flag], message)
@@ -163,6 +164,11 @@ def flipped(trained):
     (trained / 'out/ckpt.pt').write_bytes(data)
 
 
+def state_of_0(**entries):
+    """Of the first parameter, in the optimizer. A fused step reads past the end of one that is too small."""
+    return checkpoint(lambda c: c['optimizer']['state'][0].update(entries))
+
+
 def gpt2(saved):
     """What nanoGPT saves."""
     return {'model': {'transformer.wpe.weight': torch.zeros(16, 32)}, 'optimizer': {}, 'iter_num': 1, 'config': {},
@@ -190,6 +196,8 @@ def other_characters(trained):
     (checkpoint(lambda c: c['optimizer']['param_groups'].pop() and None), RESUME,
      'does not fit: resume with the --optimizer of its run'),
     (checkpoint(lambda c: c.update(optimizer='none')), RESUME, 'does not fit: resume with the --optimizer of its run'),
+    (state_of_0(exp_avg=torch.zeros(2)), RESUME, 'out/ckpt.pt does not fit: resume with the --optimizer of its run'),
+    (state_of_0(exp_avg_sq='none'), RESUME, 'out/ckpt.pt does not fit: resume with the --optimizer of its run'),
     (other_characters, RESUME, 'another vocabulary'), (no_meta, RESUME, 'another vocabulary'),
     (lambda trained: None, '--optimizer=muon', 'does not fit: resume with the --optimizer of its run'),
     (lambda trained: None, '--block_size=32', 'is longer than the 16 of the checkpoint'),
