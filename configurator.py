@@ -87,6 +87,8 @@ def _excepthook(kind, error, trace):
 
 
 _sys.excepthook = _excepthook
+if hasattr(_sys.stdout, 'reconfigure'):
+    _sys.stdout.reconfigure(line_buffering=True)  # into a pipe too: tee and grep see each line at once
 
 
 def mistake(text):
@@ -145,12 +147,13 @@ def _read_config(path):
 def _help():
     """Print the script's docstring, and each setting with its default and the comment on its line; then exit."""
     comments, folder = {}, _os.path.dirname(_os.path.abspath(__file__))
-    for path in (_os.path.join(folder, 'model.py'), __file__):  # GPTConfig's fields; the script's own settings win
+    # GPTConfig's fields, and the script's own settings, which stand at the left margin before it runs this file
+    for path, line in ((_os.path.join(folder, 'model.py'), r' {4}(\w+): \w+'), (__file__, r'(\w+)')):
         with open(path, encoding='utf-8') as f:
             source = f.read()
-        comments |= _re.findall(r'^ *(\w+)(?:: \w+)? = [^#\n]+  # (.+)$', source, _re.M)
-    lines = [f'  --{key}={value}' + (f'  # {comments[key]}' if key in comments else '')
-             for key, value in _settings(globals()).items()]
+        comments |= _re.findall(rf'^{line} = [^#\n]+  # (.+)$', source.partition('exec(open(')[0], _re.M)
+    lines = [f'  --{key}={value if str(value).isprintable() else repr(value)}'
+             + (f'  # {comments[key]}' if key in comments else '') for key, value in _settings(globals()).items()]
     doc = _ast.get_docstring(_ast.parse(source)) or ''
     try:
         _print('\n'.join([doc, '', 'Settings, each with its default:', *lines]))

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from extras import folder, guard, scripts
 from extras.decode import Decoder
 from extras.scripts import all_reduce, autocast
-from model import Mistake, MoE, first_line, save_checkpoint
+from model import Mistake, MoE, balance_and_load, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -113,11 +113,8 @@ def sample_responses(decoder, prompts, max_new_tokens, temperature):
 
 
 def pack(prompts, responses, stop_token, device):
-    """Rows (B, T + 1): prompt, response, stop tokens as filling. mask (B, T): True for a target in the response. All
-    ranks' rows have one length, because the experts see the filling: it moves the balance bias.
-    """
-    T = torch.tensor(max((len(p) + len(r) for p, r in zip(prompts, responses)), default=2) - 1, device=device)
-    T = int(all_reduce(T, dist.ReduceOp.MAX))
+    """Rows (B, T + 1): prompt, response, stop tokens as filling. mask (B, T): True for a target in the response."""
+    T = max((len(p) + len(r) for p, r in zip(prompts, responses)), default=2) - 1
     rows = torch.full((len(prompts), T + 1), stop_token)
     mask = torch.zeros(len(prompts), T, dtype=torch.bool)
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
@@ -127,12 +124,11 @@ def pack(prompts, responses, stop_token, device):
 
 
 def log_probs(model, rows, temperature):
-    """Rows (B, T + 1) -> log pi(token | tokens before it) (B, T), the policy's entropy (B, T), tokens per expert."""
+    """Rows (B, T + 1) -> log pi(token | tokens before it) (B, T), the policy's entropy (B, T), and its routing"""
     h, routing = model.main_stack(rows[:, :-1])                                         # (B, T, C)
     logp = (model.lm_head(h).float() / temperature).log_softmax(dim=-1)                 # (B, T, V)
     entropy = -(logp.detach().exp() * logp.detach()).sum(dim=-1)
-    load = torch.stack([load for _, load in routing]) if routing else None              # (MoE layers, E)
-    return logp.gather(-1, rows[:, 1:].unsqueeze(-1)).squeeze(-1), entropy, load
+    return logp.gather(-1, rows[:, 1:].unsqueeze(-1)).squeeze(-1), entropy, routing
 
 
 def group_advantages(rewards, normalise_std=True):
@@ -193,7 +189,7 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
         for k, part in enumerate(parts):
             uncounted = ~mask[part]  # a weight of 0 would not undo an overflow in an exp
             with context:
-                logp, entropy, load = log_probs(model, rows[part], temperature)
+                logp, entropy, routing = log_probs(model, rows[part], temperature)
             logp = logp.masked_fill(uncounted, 0.0)
             if step == 0:  # the weights are still those that sampled
                 old_logp[k] = logp.detach()
@@ -206,8 +202,8 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
             loss.backward()
             counted = torch.stack([torch.ones_like(kl), kl.detach(), clipped, entropy])  # (4, B, T)
             sums += (counted * mask[part]).sum(dim=(1, 2))
-            if load is not None:
-                loads += load
+            if routing:  # the tokens that fill a row move no balance bias
+                loads += balance_and_load(routing, mask[part])[1]
         for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have no rows
             all_reduce(p.grad)

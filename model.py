@@ -16,7 +16,6 @@ import contextlib
 import math
 import os
 import pickle
-import zipfile
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -235,17 +234,14 @@ class MoE(nn.Module):
         self.experts_fn = sorted_experts  # extras/experts.py, kernels.py and fp8.py replace it
 
     def forward(self, x):
-        """(B, T, C) -> (B, T, C), and in training (balance loss (scalar), load (E,)), else None"""
+        """(B, T, C) -> (B, T, C), and in training its scores (B, T, E) and chosen experts (B, T, K), else None."""
         B, T, C = x.shape
         flat = x.view(-1, C)                                                # (N, C)
         scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
         out = self.routed(flat, gates, experts).view(B, T, C)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)                              # eq. 12
-        if not self.training:
-            return out, None
-        load = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, experts, True).sum(dim=0)
-        return out, (self.balance_loss(scores.view(B, T, -1)), load)
+        return out, (scores.view(B, T, -1), experts.view(B, T, -1)) if self.training else None
 
     def route(self, x):
         """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
@@ -253,10 +249,10 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.gate.weight.float())
         scores = logits.sigmoid() if cfg.scoring_func == 'sigmoid' else logits.softmax(dim=-1)   # eq. 15
-        choice = scores.detach() + self.e_score_correction_bias
+        biased = scores.detach() + self.e_score_correction_bias
         if cfg.n_group > 1:
-            choice = keep_best_groups(choice, cfg.n_group, cfg.topk_group, cfg.scoring_func)
-        experts = choice.topk(K, dim=-1, sorted=False).indices                                   # eq. 16
+            biased = keep_best_groups(biased, cfg.n_group, cfg.topk_group, cfg.scoring_func)
+        experts = biased.topk(K, dim=-1, sorted=False).indices                                   # eq. 16
         gates = scores.gather(1, experts)  # without b
         if cfg.norm_topk_prob and K > 1:  # with K = 1 the gate would always be 1, without a gradient
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)                            # eq. 13
@@ -265,14 +261,6 @@ class MoE(nn.Module):
     def routed(self, x, gates, experts):
         """The sum over the chosen experts in eq. 12: x (N, C), gates and experts (N, K) -> (N, C)"""
         return self.experts_fn(x, gates, experts, self.experts_gate_up, self.experts_down)
-
-    def balance_loss(self, scores):
-        """The sequence-wise balance loss without its weight alpha (eq. 17-20); 1 at balance. scores: (B, T, E)"""
-        E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
-        kth = scores.topk(K, dim=-1).values[..., -1:]
-        f = (scores >= kth).float().mean(dim=1) * (E / K)                                        # eq. 18: (B, E)
-        p = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)                              # eq. 19-20
-        return (f * p).sum(dim=-1).mean()
 
 
 def sorted_experts(x, gates, experts, gate_up, down):
@@ -294,7 +282,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None, pos=0):
-        """(B, T, C) -> (B, T, C), and in training an MoE block's (balance loss, load), else None"""
+        """(B, T, C) -> (B, T, C), and from an MoE block in training (scores, experts) as MoE.forward(), else None."""
         x = x + self.attn(self.input_layernorm(x), cos, sin, cache, pos)
         y = self.mlp(self.post_attention_layernorm(x))
         y, routing = y if isinstance(self.mlp, MoE) else (y, None)
@@ -320,7 +308,7 @@ class MTP(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. Its initialisation follows nanoGPT; a parameter that you add keeps its own initial values:
+    """The model. Its initialisation follows nanoGPT; an nn.Parameter that you add keeps its values:
 
     | parameter                                           | distribution | std or value                        |
     |-----------------------------------------------------|--------------|-------------------------------------|
@@ -350,82 +338,84 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             self.initialise(name, p)
 
-    def run(self, blocks, x, cache, pos):
-        """Run x (B, T, C) through blocks -> (B, T, C), and in training each MoE block's (balance loss, load)"""
+    def run_blocks(self, blocks, x, cache, pos):
+        """x (B, T, C) through the blocks -> (B, T, C), and (scores, experts) of each MoE block in training."""
         cos, sin = (table[pos:pos + x.size(1)] for table in (self.rope_cos, self.rope_sin))
         routing = []
         for i, block in enumerate(blocks):
-            x, balance_and_load = block(x, cos, sin, None if cache is None else cache[i], pos)
-            if balance_and_load is not None:
-                routing.append(balance_and_load)
+            x, scores_and_experts = block(x, cos, sin, None if cache is None else cache[i], pos)
+            if scores_and_experts is not None:
+                routing.append(scores_and_experts)
         return x, routing
 
     def main_stack(self, idx, cache=None, pos=0):
-        """idx (B, T) at positions pos.. -> the state after the final norm (B, T, C), and the routing from run()"""
-        x, routing = self.run(self.transformer.h, self.transformer.drop(self.transformer.wte(idx)), cache, pos)
+        """idx (B, T) at positions pos.. -> the state after the final norm (B, T, C), and its routing"""
+        x, routing = self.run_blocks(self.transformer.h, self.transformer.drop(self.transformer.wte(idx)), cache, pos)
         return self.transformer.ln_f(x), routing
 
     def mtp_module(self, module, token, h, cache=None, pos=0):
-        """eq. 21-22: token t_{i+k} (B, T), h_{k-1} (B, T, C) -> h_k (B, T, C), and the routing from run()"""
+        """eq. 21-22: token t_{i+k} (B, T), h_{k-1} (B, T, C) -> h_k (B, T, C), and the routing from run_blocks()"""
         x = module.combine(self.transformer.drop(self.transformer.wte(token)), h)
-        x, routing = self.run(module.h, x, cache, pos)
+        x, routing = self.run_blocks(module.h, x, cache, pos)
         return module.norm(x), routing
 
-    def forward(self, idx, targets=None, cache=None, pos=0, return_logits=True, mtp_lambda=None):
+    def forward(self, idx, targets=None, cache=None, pos=0, return_logits=True, mtp_lambda=None, label_counts=None):
         """idx (B, T), targets (B, T; -1: no target) or None -> logits, loss
 
         without targets      the logits (B, 1, V) of the last position, and None
         targets in eval      the logits (B, T, V), or None if not return_logits, and the main next-token loss
-        targets in training  None, because memory never holds all logits, and training_loss()
+        targets in training  None (memory never holds all logits), and the loss of training_loss()
         cache: from make_cache(). idx are the tokens at positions pos..pos+T-1, and forward writes them into the cache.
         """
         end = pos + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f'{end} tokens do not fit in block_size={self.config.block_size}')
-        if pos > 0 and cache is None:
-            raise ValueError(f'pos={pos} needs the cache that holds the positions before it')
         h, routing = self.main_stack(idx, cache, pos)                       # (B, T, C)
         if targets is None:
             return self.lm_head(h[:, -1:]), None
         if self.training:
-            return None, self.training_loss(h, routing, idx, targets, mtp_lambda)
-        if not return_logits:
-            return None, self.loss_of_heads([h], [targets], [1.0])[0]
-        logits = self.lm_head(h)                                            # (B, T, V)
-        total = F.cross_entropy(logits.float().flatten(0, 1), targets.reshape(-1), ignore_index=-1, reduction='sum')
-        return logits, total / (targets >= 0).sum().clamp(min=1)
+            return None, self.training_loss(h, routing, idx, targets, mtp_lambda, label_counts)
+        logits = self.lm_head(h) if return_logits else None                 # (B, T, V)
+        return logits, self.loss_of_heads([h], targets.unsqueeze(0), [1.0])[0]
 
-    def training_loss(self, h, routing, idx, targets, mtp_lambda=None):
-        """The loss to minimise: main + MTP + balance. h (B, T, C) and routing: from main_stack()
+    def training_loss(self, h, routing, idx, targets, mtp_lambda=None, label_counts=None):
+        """The loss to minimise: main + MTP + balance. h (B, T, C), routing: main_stack()'s.
 
-        Sets `stats`, tensors: `losses` (1 + modules), the main head's and each MTP module's; `balance`, the mean over
-        MoE layers; `load` (MoE layers, E), the number of tokens that each expert got.
+        label_counts (1 + modules): by what each head's summed loss is divided; None: its labels here. The training loop
+        gives the mean over micro-batches and ranks, so that each label of an iteration weighs the same.
+        Leaves tensors in `stats`: `losses` (1 + modules), of the main head and each MTP module; `balance`, the mean
+        over MoE layers; `load` (MoE layers, E), the tokens of each expert.
         """
-        # At position i, module k sees t_{i+k} and predicts t_{i+k+1}. The sequence keeps its length T, so the last k
-        # positions have no label. Others have none if the label of module k-1 is missing (-1) or ends a document.
-        T, D = idx.size(1), len(self.mtp)
-        states, labels = [h], [targets]
+        D, states = len(self.mtp), [h]
         for k, module in enumerate(self.mtp, start=1):
-            token = F.pad(idx[:, k:], (0, min(k, T)))                       # t_{i+k}
+            token = F.pad(idx[:, k:], (0, min(k, idx.size(1))))             # t_{i+k}; the padded end has no label
             h, more = self.mtp_module(module, token, h)
             routing += more
-            beyond = (labels[-1] < 0) | (labels[-1] == self.config.eos_token_id)
-            label = torch.where(beyond, -1, F.pad(targets[:, k:], (0, min(k, T)), value=-1))  # t_{i+k+1}
             states.append(h)
-            labels.append(label)
-        weight = self.config.mtp_lambda if mtp_lambda is None else mtp_lambda
-        loss, losses = self.loss_of_heads(states, labels, [1.0] + [weight / max(D, 1)] * D)   # eq. 24-25
+        weight = (self.config.mtp_lambda if mtp_lambda is None else mtp_lambda) / max(D, 1)   # eq. 24-25
+        loss, losses = self.loss_of_heads(states, self.labels(targets), [1.0] + [weight] * D, label_counts)
         self.stats = {'losses': losses}
         if routing:
-            balance = torch.stack([balance for balance, _ in routing])      # (MoE layers,)
-            loss = loss + self.config.aux_loss_alpha * balance.sum()
-            self.stats |= {'balance': balance.detach().mean(), 'load': torch.stack([load for _, load in routing])}
+            balance, load = balance_and_load(routing, targets >= 0)
+            if self.config.aux_loss_alpha > 0:
+                loss = loss + self.config.aux_loss_alpha * balance.sum()
+            self.stats |= {'balance': balance.detach().mean(), 'load': load}
         return loss
+
+    def labels(self, targets):
+        """targets (B, T; -1: none) -> what each head predicts (1 + modules, B, T): module k at position i t_{i+k+1}.
+        The last k positions have no label, nor have those with a missing target or a document's end before the label.
+        """
+        labels = [targets]
+        for k in range(1, 1 + len(self.mtp)):
+            beyond = (labels[-1] < 0) | (labels[-1] == self.config.eos_token_id)
+            ahead = F.pad(targets[:, k:], (0, min(k, targets.size(1))), value=-1)             # t_{i+k+1}
+            labels.append(torch.where(beyond, -1, ahead))
+        return torch.stack(labels)
 
     @torch.no_grad()
     def update_balance(self, load):
         """Loss-free balancing: raise b of experts below their layer's mean load, lower b of experts above it.
-
         Call it once after each optimizer step. load (MoE layers, E): tokens of each expert in the step, over all
         micro-batches and ranks. A layer without load keeps its b. b is re-centred: equal shifts change no choice.
         """
@@ -468,7 +458,6 @@ class GPT(nn.Module):
 
     # =================================================================================================================
     # The machinery: first the rest of GPT's methods, then the functions that the model above calls.
-
     def initialise(self, name, p):
         """Initialise one parameter by GPT's table."""
         module = self.get_submodule(name.rpartition('.')[0])
@@ -494,17 +483,18 @@ class GPT(nn.Module):
         return torch.zeros(cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
                            dtype=compute_dtype(w), device=w.device)
 
-    def loss_of_heads(self, states, labels, weights):
-        """Apply the shared head to states, a list of (B, T, C), with labels (B, T; -1: none) -> the weighted sum of
-        the mean losses, and the mean losses (len(states),) without a gradient.
+    def loss_of_heads(self, states, labels, weights, counts=None):
+        """States (B, T, C) through the shared head, against labels (heads, B, T; -1: none) -> the weighted sum of their
+        mean losses, and these means (heads,) without a gradient. counts (heads,): see training_loss()
         """
-        labels = torch.stack(labels).flatten(1)                             # (1+D, B*T)
+        labels = labels.flatten(1)                                          # (heads, B*T)
         valid = labels >= 0
-        mean = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)          # each loss averages over its own labels
+        counts = valid.sum(dim=1) if counts is None else counts
+        share = valid / counts.unsqueeze(1).clamp(min=1e-9)                 # of a label in its head's mean
         loss, row_losses = LinearCrossEntropy.apply(
             torch.stack(states).flatten(0, 2), self.lm_head.weight, labels.flatten(),
-            torch.cat([w * m for w, m in zip(weights, mean)]), self.rows_fn, torch.is_grad_enabled())
-        return loss, (row_losses.view(len(states), -1) * mean).sum(dim=1)
+            torch.cat([w * s for w, s in zip(weights, share)]), self.rows_fn, torch.is_grad_enabled())
+        return loss, (row_losses.view(len(states), -1) * share).sum(dim=1)
 
     def compile(self, **kwargs):
         """Compile the loss and each block; equal blocks share one graph."""
@@ -517,7 +507,6 @@ class GPT(nn.Module):
         """Keep only each block's input; the backward recomputes the rest."""
         def recomputed(forward):  # torch.compile traces through a function that calls checkpoint(), but not a partial
             return lambda *args: torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
-
         for block in self.blocks():
             block.forward = recomputed(block.forward)
 
@@ -562,9 +551,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). "
-                      'With the folder extras/, --init_from=FOLDER loads a DeepSeek-V2 or V3 family checkpoint in '
-                      'the format of Hugging Face')
+        raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). With "
+                      'the folder extras/, --init_from=FOLDER loads a DeepSeek-V2 or V3 family checkpoint')
 
     @classmethod
     def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):
@@ -572,18 +560,13 @@ class GPT(nn.Module):
         model uses the file's own tensors, in their dtypes, and reads them from the disk when it needs them.
         """
         try:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True,
-                                    mmap=assign and zipfile.is_zipfile(path))
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=assign)
             weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
             args = {'rope_original_max_position_embeddings': checkpoint['model_args']['block_size']}
             config = GPTConfig(**(args | checkpoint['model_args']))
-        except FileNotFoundError:
-            raise Mistake(f'{path} is missing: train a model first, or name the out_dir it is in') from None
-        except EOFError:
-            raise Mistake(f'{path} is no checkpoint of this model: it is empty, or cut short') from None
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as e:  # a damaged file, or another program's
+        except Exception as e:  # no file, a damaged one, or another program's
+            if is_out_of_memory(e):
+                raise
             raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
         if 'transformer.wpe.weight' in weights:
             raise Mistake(f'{path}: this is a nanoGPT (GPT-2) checkpoint: it does not fit MLA and MoE; train a model')
@@ -646,6 +629,24 @@ def check_config(config):
                 raise Mistake(f'GPTConfig: {name}={value!r} {words.format(**vars(config))}')
 
 
+def balance_and_load(routing, has_label):
+    """-> the sequence-wise balance loss of each MoE layer without its weight alpha (layers,), 1 at balance (eq. 17-20),
+    and its load (layers, E), the number of tokens that each expert got. routing: run_blocks()'s; has_label: (B, T)
+    """
+    scores, experts = (torch.stack(x) for x in zip(*routing))               # (L, B, T, E), (L, B, T, K)
+    E, K = scores.size(-1), experts.size(-1)
+    # tokens behind a row's last label only fill the row, and do not count
+    counted = has_label.flip(1).cumsum(dim=1).flip(1).unsqueeze(-1) > 0     # (B, T, 1)
+    T = counted.sum(dim=1).clamp(min=1)                                     # (B, 1)
+    none = torch.zeros_like(scores, dtype=torch.bool)
+    best = none.scatter(-1, scores.topk(K, dim=-1).indices, True)           # K experts, also if scores are equal
+    f = (best & counted).sum(dim=2) / T * (E / K)                                                # eq. 18: (L, B, E)
+    share = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)                           # eq. 19
+    p = (share * counted).sum(dim=2) / T                                                         # eq. 20: (L, B, E)
+    load = (none.scatter(-1, experts, True) & counted).sum(dim=(1, 2))
+    return (f * p).sum(dim=-1).mean(dim=1), load                                                 # eq. 17
+
+
 def compute_dtype(x):
     """autocast's dtype if enabled, else x.dtype"""
     device = x.device.type
@@ -695,9 +696,9 @@ def keep_best_groups(choice, n_group, topk_group, scoring_func):
 def sort_by_expert(experts, gates, n_experts):
     """Sort the N*K choices (experts, gates: (N, K)) by expert, into M rows -> each row's token (M,), each choice's row
     (N, K), each row's gate (M, 1), and where each expert's rows end (E,). No loop, no host sync, no shape that depends
-    on the data. Padding rows (token 0, gate 0) align each expert's first row, so that kernels see few shapes.
+    on the data. Padding rows (token N: zeros; gate 0) align each expert's first row, so that kernels meet few shapes.
     """
-    K = experts.size(1)
+    N, K = experts.shape
     align = row_alignment(experts.numel(), n_experts)
     expert, order = experts.view(-1).sort(stable=True)                      # (N*K,)
     ends = torch.searchsorted(expert, torch.arange(n_experts, device=expert.device), right=True)
@@ -708,7 +709,7 @@ def sort_by_expert(experts, gates, n_experts):
     position = torch.arange(order.numel(), device=order.device)
     place = torch.empty_like(order).scatter_(0, order, position + shift[expert])  # (N*K,)
     M = order.numel() + n_experts * (align - 1)                             # enough rows for any load
-    token = place.new_zeros(M).scatter_(0, place, position // K)            # (M,)
+    token = place.new_full((M,), N).scatter_(0, place, position // K)       # (M,)
     row_gates = gates.new_zeros(M).scatter(0, place, gates.view(-1))        # (M,)
     return token, place.view(-1, K), row_gates.unsqueeze(-1), offsets.int()
 
@@ -719,15 +720,16 @@ def row_alignment(n, n_experts):
 
 
 class Gather(torch.autograd.Function):
-    """x[index], summed over K if index is (N, K). The gradient is a Gather by the inverse index: the gradient of plain
-    indexing would add with atomics, which are slower and have no fixed order.
+    """x[index]; rows summed over K if index is (N, K); zeros where an index (M,) points behind the last row. `inverse`
+    is the gradient's index, a Gather too. A plain x[index] adds its gradient with atomics, slowly and in any order.
     """
 
     @staticmethod
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(index, inverse)
-        y = x.index_select(0, index.flatten())
-        return y if index.dim() == 1 else y.view(*index.shape, -1).sum(dim=1)
+        if index.dim() == 1:
+            return F.pad(x, (0, 0, 0, 1)).index_select(0, index)
+        return x.index_select(0, index.flatten()).view(*index.shape, -1).sum(dim=1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -837,9 +839,8 @@ def peak_tflops(name):
 
 
 def save_checkpoint(checkpoint, path, best_path=None):
-    """Write a temporary file, force it to the disk, rename it to path: a kill at any instant leaves a whole one. The
-    file gets the name best_path first: a run that is killed between the two resumes from the older path, repeats its
-    steps, and writes the best one again. Mistake if the disk refuses.
+    """Write a temporary file, force it to the disk, rename it: a kill at any instant leaves a whole one. The name
+    best_path comes first: a run killed between the two repeats the steps since path, and writes the best one again.
     """
     new, new_best = f'{path}.tmp', f'{best_path}.tmp'
 
@@ -849,8 +850,12 @@ def save_checkpoint(checkpoint, path, best_path=None):
             f.flush()
             os.fsync(f.fileno())
 
+    def remove():
+        for name in filter(os.path.lexists, (new, new_best)):
+            os.remove(name)
+
     try:
-        remove(new, new_best)  # a kill may have left them as links to the best checkpoint, which must stay
+        remove()  # a kill may have left them as links to the best checkpoint, which must stay
         write(new)
         if best_path:
             try:
@@ -862,14 +867,9 @@ def save_checkpoint(checkpoint, path, best_path=None):
         sync_folder(os.path.dirname(path) or '.')
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
-            remove(new, new_best)
+            remove()
         cause = e if isinstance(e, OSError) else e.__context__ or e  # torch's own error hides the system's
         raise Mistake(f'{path} could not be written, what was saved before is whole: {first_line(cause)}') from None
-
-
-def remove(*paths):
-    for path in filter(os.path.lexists, paths):
-        os.remove(path)
 
 
 def sync_folder(folder):

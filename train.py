@@ -189,20 +189,20 @@ if guard and init_from == 'resume':
 torch.manual_seed(seed)
 parallel = import_extra('parallel', 'shard or expert_parallel') if sharded else None
 build = parallel.layout(config, device) if sharded else GPT  # both build and load a model by the same calls
-found = {}  # the checkpoint
+loaded = {}  # the checkpoint, on resume
 if init_from == 'scratch':
     args = {name: config[name] for name in fields} | {'vocab_size': vocab_size or meta.get('vocab_size', 50304)}
     raw_model = build(GPTConfig(**args))
 elif init_from == 'resume':
-    reader = import_extra('dcp', resume_path) if resume_path.endswith('.dcp') and not sharded else build
-    raw_model, found = reader.from_checkpoint(resume_path, device, **overrides)
+    source = import_extra('dcp', resume_path) if resume_path.endswith('.dcp') and not sharded else build
+    raw_model, loaded = source.from_checkpoint(resume_path, device, **overrides)
 else:
-    reader = build if sharded or not has_extras else import_extra('hf', 'init_from')
-    raw_model = reader.from_pretrained(init_from, overrides)
+    source = build if sharded or not has_extras else import_extra('hf', 'init_from')
+    raw_model = source.from_pretrained(init_from, overrides)
 raw_model.to(device)
 if guard:
     guard.check_tokens(data, raw_model.config, config, meta, max_over_ranks)
-    guard.check_fit(init_from, resume_path, raw_model, found, config, overrides, meta, max_over_ranks)
+    guard.check_fit(init_from, resume_path, raw_model, loaded, config, overrides, meta, max_over_ranks)
 
 # -----------------------------------------------------------------------------
 # optimizer, compile, DDP
@@ -220,17 +220,18 @@ opt = make(raw_model, weight_decay, learning_rate, (beta1, beta2), device_type)
 if bf16_moments:
     opt = import_extra('optim', 'bf16_moments=True').AdamW16(opt.param_groups, fused=True)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-if found.get('optimizer'):  # a converted checkpoint has none
+if loaded.get('optimizer'):  # a converted checkpoint has none
     if guard:
-        guard.check_optimizer(resume_path, found['optimizer'], opt)
-    opt.load_state_dict(parallel.optimizer_state(found['optimizer'], opt) if sharded else found['optimizer'])
+        guard.check_optimizer(resume_path, loaded['optimizer'], opt)
+    opt.load_state_dict(parallel.optimizer_state(loaded['optimizer'], opt) if sharded else loaded['optimizer'])
     for group in opt.param_groups:
         group['fused'] = opt.defaults['fused']  # this device decides, not the checkpoint
-    if found.get('scaler'):
-        scaler.load_state_dict(found['scaler'])
-iter_num = found.get('iter_num', 0)
-best_val_loss = found.get('best_val_loss', math.inf)
-found = {}  # free the memory
+    if loaded.get('scaler'):
+        scaler.load_state_dict(loaded['scaler'])
+iter_num = loaded.get('iter_num', 0)
+seen = loaded.get('micro_batches', iter_num * gradient_accumulation_steps)  # by all ranks, also before a resume
+best_val_loss = loaded.get('best_val_loss', math.inf)
+loaded = {}  # free the memory
 
 if recompute:
     raw_model.recompute()
@@ -257,13 +258,16 @@ def estimate_loss():
     raw_model.eval()
     out = {}
     for split in ('train', 'val'):
-        total = torch.zeros((), device=device)
+        total = torch.zeros(2, device=device)  # the sum of the losses, and how many they are
         for k in range(rank, math.ceil(eval_iters / world) * world, world):  # shards need equally many on each rank
             with ctx:
-                loss = raw_model(*get_batch(split, 1, k), return_logits=False)[1]
+                x, y = get_batch(split, 1, k)
+                loss = raw_model(x, y, return_logits=False)[1]
             if k < eval_iters:
-                total += loss
-        out[split] = all_reduce(total).item() / eval_iters
+                n = (y >= 0).sum()
+                total += torch.stack((loss * n, n))
+        loss, n = all_reduce(total).tolist()
+        out[split] = loss / max(n, 1)
     raw_model.train()
     return out
 
@@ -291,7 +295,7 @@ def save(best):
         return
     best = best or best_val_loss == math.inf
     save_checkpoint({'model': raw_model.state_dict(), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
-                     'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num,
+                     'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num, 'micro_batches': seen,
                      'best_val_loss': best_val_loss, 'config': config,
                      'meta': meta},  # a character set's table, for sample.py
                     last_path, best_path if best else None)
@@ -379,18 +383,22 @@ while True:
     if iter_num >= max_iters or eval_only:
         break
 
-    # forward and backward, over the micro-batches
+    # this rank's micro-batches, and how many labels each head (1 + modules) has in those of all ranks. A head's loss is
+    # sum / (labels / micro-batches) below, and then the mean over micro-batches and ranks: in all sum / labels
+    micro_batches = range(seen + rank, seen + gradient_accumulation_steps, world)
+    batches = [get_batch('train', 0, number) for number in micro_batches]
+    label_counts = all_reduce(sum((raw_model.labels(y) >= 0).sum(dim=(1, 2)) for _, y in batches))
+
+    # forward and backward
     stats = {}
-    for micro_step in range(accumulation):
-        number = iter_num * gradient_accumulation_steps + micro_step * world + rank
+    for micro_step, (number, (x, y)) in enumerate(zip(micro_batches, batches)):
         torch.manual_seed((seed + number) % 2**32)
-        x, y = get_batch('train', 0, number)
         if sharded:  # copies of the model exchange gradients only in the last micro-batch
             model.set_requires_all_reduce(micro_step == accumulation - 1)
         elif ddp:  # and so do the copies of DDP
             model.require_backward_grad_sync = micro_step == accumulation - 1
         with ctx:
-            _, loss = model(x, y, mtp_lambda=mtp_weight)
+            _, loss = model(x, y, mtp_lambda=mtp_weight, label_counts=label_counts / gradient_accumulation_steps)
         scaler.scale(loss / accumulation).backward()
         for k, v in raw_model.stats.items():
             stats[k] = stats[k] + v if k in stats else v
@@ -401,9 +409,9 @@ while True:
     means = {k: all_reduce(stats[k]) / (accumulation * world) for k in ('losses', 'balance') if k in stats}
     bad = ~(norm + means['losses'].sum()).isfinite()
     if opt.defaults['fused']:
-        opt.found_inf = bad.float()  # 1: a fused step changes neither weights nor moments
+        opt.found_inf = bad.float()  # as scaler.step() would, but without a host sync: 1 changes nothing
         opt.step()
-    elif not bad:  # on MPS, with a host sync
+    elif not bad:  # MPS has no fused step; this waits for the device
         opt.step()
     scaler.update()
     opt.zero_grad(set_to_none=True)
@@ -451,6 +459,7 @@ while True:
             raise Mistake(f'{int(numbers["in_a_row"])} iterations in a row had a loss or a gradient that is not '
                           'finite; try a smaller learning_rate, with --init_from=resume if there is a checkpoint')
     iter_num += 1
+    seen += gradient_accumulation_steps
 
     # after a signal to any rank, all ranks leave after the same step
     if max_over_ranks(signalled):

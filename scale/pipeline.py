@@ -34,7 +34,7 @@ sys.path.insert(0, str(root))
 from extras.folder import take
 from extras.guard import RANGES, check_device, check_files, check_ranges, need
 from extras.scripts import all_reduce, autocast, connect, default_device, leave, open_log
-from model import GPT, GPTConfig, load_meta, save_checkpoint
+from model import GPT, GPTConfig, balance_and_load, load_meta, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the model's settings: every field of GPTConfig
@@ -135,7 +135,7 @@ class Stage(nn.Module):
         self.ln_f = model.transformer.ln_f if last else nn.Identity()
         # what the loss multiplies with is the last stage's too: the weights' gradients are computed stage by stage
         self.used_by_loss = nn.ModuleList([model.mtp, model.lm_head, model.transformer.wte] if last else [])
-        self.run = model.run
+        self.run = model.run_blocks
         self.load = 0  # of this iteration: (MoE layers, E)
 
     def forward(self, x):
@@ -143,9 +143,9 @@ class Stage(nn.Module):
             x, routing = self.run(self.blocks, self.embed(x), None, 0)
             x = self.ln_f(x)
         if routing:
-            balance = torch.stack([balance for balance, _ in routing]).sum()
-            x = AddLoss.apply(x, config.aux_loss_alpha * balance / micro_batches)
-            self.load = self.load + torch.stack([load for _, load in routing])
+            balance, load = balance_and_load(routing, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+            x = AddLoss.apply(x, config.aux_loss_alpha * balance.sum() / micro_batches)
+            self.load = self.load + load
         return x
 
 
@@ -181,6 +181,7 @@ pipeline_stages = [PipelineStage(stage, s, n_stages, torch.device(device), outpu
 torch.manual_seed(seed + rank)  # dropout differs from rank to rank
 
 losses = mtp_load = 0  # of this iteration
+label_counts = None  # ... the mean over its micro-batches, see GPT.training_loss()
 
 
 def loss_of(h, xy):
@@ -188,7 +189,7 @@ def loss_of(h, xy):
     global losses, mtp_load
     x, y = xy.unbind(1)
     with autocast(device_type, dtype):
-        loss = model.training_loss(h, [], x, y, get_mtp_lambda(iter_num))
+        loss = model.training_loss(h, [], x, y, get_mtp_lambda(iter_num), label_counts)
     losses = losses + model.stats['losses'] / micro_batches
     mtp_load = mtp_load + model.stats.get('load', 0)
     return loss / micro_batches
@@ -259,6 +260,7 @@ for iter_num in range(max_iters):
     for group in optimizer.param_groups:
         group['lr'] = get_lr(iter_num) if decay_lr else learning_rate
     x, y = get_batch(iter_num)
+    label_counts = (model.labels(y) >= 0).sum(dim=(1, 2)) / micro_batches
     step(*([x] if first else []), target=torch.stack((x, y), dim=1) if last else None, return_outputs=False)
     norm = clip()
     optimizer.step()

@@ -139,7 +139,7 @@ def test_two_ranks_are_as_one(nanogpt):
     ('--init_from=gpt2', "'gpt2' cannot be loaded: GPT-2's weights do not fit this architecture"),
     ('--shard=0', 'shard or expert_parallel needs extras/parallel.py: copy the folder extras/'),
     ('--optimizer=muon', 'optimizer=muon needs extras/optim.py: copy the folder extras/'),
-    ('--init_from=resume', 'out/ckpt.pt is missing: train a model first'),
+    ('--init_from=resume', 'out/ckpt.pt is no checkpoint of this model: FileNotFoundError'),
 ])
 def test_a_mistake_ends_in_a_line_that_says_what_is_wrong(nanogpt, flag, message):
     assert message in train(nanogpt, flag, code=1).splitlines()[-1]
