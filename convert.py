@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from extras.folder import TOKENIZER_FILES, copy_tokenizer, elsewhere, last_checkpoint
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
 from extras.tokenizer import of_checkpoint
-from model import GPT, Mistake, first_line, remove, save_checkpoint
+from model import GPT, Mistake, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the tokenizer
@@ -278,7 +278,8 @@ def import_folder(hf_dir, out_dir):
         copy_tokenizer(hf_dir, out_dir)
         save_checkpoint(checkpoint, path)
     except BaseException as e:  # Ctrl-C too
-        remove(f'{path}.tmp', *tokenizer_files)
+        for name in filter(os.path.lexists, (f'{path}.tmp', *tokenizer_files)):
+            os.remove(name)
         if isinstance(e, OSError):
             raise Mistake(f'{out_dir} cannot be written: {first_line(e)}') from None
         raise

@@ -384,7 +384,7 @@ if __name__ == '__main__':
     if master:
         if wandb_log:
             import wandb
-            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+            scripts.start_wandb(project=wandb_project, name=wandb_run_name, config=config)
         if not eval_only:
             folder.take(out_dir, None if resume else source)
         log_path = os.path.join(out_dir, 'eval.jsonl' if eval_only else 'log.jsonl')

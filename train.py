@@ -321,7 +321,7 @@ def to_host(tensors):
 
 if wandb_log and master:
     import wandb
-    wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+    (scripts.start_wandb if scripts else wandb.init)(project=wandb_project, name=wandb_run_name, config=config)
 if guard:  # lock out_dir, and keep an earlier run
     guard.begin(config, init_from, data_dir, master, max_over_ranks)
 if master:
@@ -387,7 +387,8 @@ while True:
     # sum / (labels / micro-batches) below, and then the mean over micro-batches and ranks: in all sum / labels
     micro_batches = range(seen + rank, seen + gradient_accumulation_steps, world)
     batches = [get_batch('train', 0, number) for number in micro_batches]
-    label_counts = all_reduce(sum((raw_model.labels(y) >= 0).sum(dim=(1, 2)) for _, y in batches))
+    labels = sum((raw_model.labels(y) >= 0).sum(dim=(1, 2)) for _, y in batches)
+    label_counts = all_reduce(labels) / gradient_accumulation_steps
 
     # forward and backward
     stats = {}
@@ -398,7 +399,7 @@ while True:
         elif ddp:  # and so do the copies of DDP
             model.require_backward_grad_sync = micro_step == accumulation - 1
         with ctx:
-            _, loss = model(x, y, mtp_lambda=mtp_weight, label_counts=label_counts / gradient_accumulation_steps)
+            _, loss = model(x, y, mtp_lambda=mtp_weight, label_counts=label_counts)
         scaler.scale(loss / accumulation).backward()
         for k, v in raw_model.stats.items():
             stats[k] = stats[k] + v if k in stats else v

@@ -120,6 +120,16 @@ def header(model, config):
             'hardware': hardware, 'git_commit': commit or None}
 
 
+def start_wandb(**settings):
+    """Begin a run of wandb. wandb puts a hook before the project's that prints a traceback: it goes again."""
+    import wandb
+    hook = sys.excepthook
+    try:
+        wandb.init(**settings)
+    finally:
+        sys.excepthook = hook
+
+
 def open_log(path, header):
     """A run's log, to append lines to; the header is one, in JSON. A Mistake if it cannot be written."""
     try:

@@ -108,6 +108,7 @@ def run_inside(script, *args, cwd):
     for name in ('configurator', 'dataset'):  # the import installs the hook
         sys.modules.pop(name, None)
     sys.argv = [script, *map(str, args)]
+    sys.excepthook = sys.__excepthook__  # an earlier import may have installed the project's
     os._exit, sys.__stderr__ = sys.exit, err  # which a script uses under torchrun: this process must not end
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

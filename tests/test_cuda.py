@@ -192,7 +192,7 @@ def test_the_training_loop_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(
     assert grouped == 3 * 2 * 2 * (2 * 3)
 
 
-FORWARD = '_, loss = model(x, y, mtp_lambda=mtp_weight)'
+FORWARD = '_, loss = model(x, y, mtp_lambda=mtp_weight, label_counts=label_counts)'
 
 
 @pytest.mark.parametrize('planted, after', [

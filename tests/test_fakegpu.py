@@ -109,7 +109,7 @@ def test_out_of_memory_says_what_to_try_until_it_fits(on_gpu):
     assert 12 < found['reserved'] < 24
 
 
-BUDGETS = {'eager': (1150, 112), 'compiled': (620, 112)}  # of GROUPED: kernels and GEMMs of two micro-batches
+BUDGETS = {'eager': (1150, 112), 'compiled': (670, 112)}  # of GROUPED: kernels and GEMMs of two micro-batches
 
 
 @pytest.mark.parametrize('sm, mode', [
@@ -120,7 +120,7 @@ def test_grouped_experts(on_gpu, sm, mode):
     assert faults(found, *BUDGETS[mode], mode == 'compiled') == []
 
 
-FORWARD = '            _, loss = model(x, y, mtp_lambda=mtp_weight)\n'
+FORWARD = '            _, loss = model(x, y, mtp_lambda=mtp_weight, label_counts=label_counts)\n'
 SECOND = 'GroupedLinear.apply(y * row_gates.to(dtype), down.to(dtype), offsets)'
 BLOCK = '        x = x + self.attn('
 
@@ -202,7 +202,7 @@ def test_a_planted_sync_of_decoding_is_seen(on_gpu, trained):
 
 # GRPO
 
-SYNCS_OF_GRPO = 18  # of an iteration, beside the looks of its rollouts: docs/gpu.md names the lines
+SYNCS_OF_GRPO = 16  # of an iteration, beside the looks of its rollouts: docs/gpu.md names the lines
 
 
 def iteration_of_grpo(on_gpu, clone, *flags):

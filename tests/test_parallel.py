@@ -374,7 +374,7 @@ def test_what_is_not_a_checkpoint_of_ours_stays(small):
             for name in ('ckpt.dcp', 'ckpt.dcp.old', 'ckpt-good.dcp')]
     assert kept == [2, 1, 1]
     assert len(list((small / 'copied').glob('ckpt-[0-9]*.dcp'))) == 1
-    assert 'python -m extras.dcp copied makes it' in run_inside('sample.py', '--out_dir=copied', cwd=small)[2]
+    assert 'convert it with python -m extras.dcp copied' in run_inside('sample.py', '--out_dir=copied', cwd=small)[2]
 
 
 def test_a_malicious_sharded_checkpoint_runs_nothing(small):

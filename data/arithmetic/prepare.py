@@ -92,6 +92,7 @@ def make_questions(family, size):
 
 def read_traces(path, questions):
     """The lines of a file that grpo.py wrote: all must be of this task's training prompts."""
+    need(path, '--traces= is empty: name a file')
     lines = dataset.read_file(path).splitlines(keepends=True)
     for line in lines:
         need(line.partition('=')[0] + '=' in questions and set(line) <= set(CHARS) and line.endswith('\n'),
