@@ -9,7 +9,11 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from model import Mistake, first_line
+
+def mistake(text, error=''):
+    """A model.Mistake. model.py imports torch, which takes seconds: the prepare scripts do without it."""
+    from model import Mistake, first_line
+    return Mistake(text + (first_line(error) if error else ''))
 
 
 class Tokenizer(NamedTuple):
@@ -27,7 +31,7 @@ def characters(stoi, itos):
     def encode(text):
         unknown = sorted(set(text) - set(stoi))
         if unknown:
-            raise Mistake(f'this model does not know the characters {"".join(unknown)!r}')
+            raise mistake(f'this model does not know the characters {"".join(unknown)!r}')
         return [stoi[ch] for ch in text]
 
     def decode(ids):
@@ -45,7 +49,7 @@ def gpt2(special=True):
     try:
         bpe = tiktoken.get_encoding('gpt2')
     except Exception as e:  # requests has errors of its own
-        raise Mistake(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}): it downloads it once. By '
+        raise mistake(f'tiktoken could not load the GPT-2 tokenizer ({type(e).__name__}): it downloads it once. By '
                       'hand: run it where there is a network, with TIKTOKEN_CACHE_DIR=DIR, and copy DIR') from None
 
     def encode(text):
@@ -65,7 +69,7 @@ def read_table(path):
         if type(table) is not dict:
             raise ValueError('it holds no table')
     except (OSError, ValueError, RecursionError) as e:
-        raise Mistake(f'{path} cannot be read: {first_line(e)}') from None
+        raise mistake(f'{path} cannot be read: ', e) from None
     return table
 
 
@@ -86,7 +90,7 @@ def from_folder(folder):
         bpe.no_padding()
         added = bpe.encode('').ids
     except Exception as e:  # tokenizers raises plain Exceptions
-        raise Mistake(f'{path} cannot be read: {first_line(e)}') from None
+        raise mistake(f'{path} cannot be read: ', e) from None
 
     def special(name):
         """The id of a special token, given as a string or as a table with its content."""
@@ -98,7 +102,7 @@ def from_folder(folder):
         try:
             return bpe.encode(text, add_special_tokens=False).ids
         except Exception as e:  # a text that it has no tokens for
-            raise Mistake(f'{path} does not know all of {text[:80]!r}: {first_line(e)}') from None
+            raise mistake(f'{path} does not know all of {text[:80]!r}: ', e) from None
 
     begin, end = special('bos_token'), special('eos_token')
     if added and added[-1] == end and (len(added) > 1 or begin != end):  # a template that ends texts too
@@ -117,7 +121,7 @@ def of_checkpoint(folder, meta=None, vocab_size=None):
     stoi, itos = (meta.get(key, {}) for key in ('stoi', 'itos')) if type(meta) is dict else (None, None)
     tables = type(stoi) is type(itos) is dict and bool(stoi) == bool(itos)
     if not tables or {(type(ch), type(i)) for ch, i in [*stoi.items(), *zip(itos.values(), itos)]} - {(str, int)}:
-        raise Mistake(f'{folder} holds no checkpoint of this model: its characters are no tables')
+        raise mistake(f'{folder} holds no checkpoint of this model: its characters are no tables')
     if stoi:
         return characters(stoi, itos)
     if os.path.exists(os.path.join(folder, 'tokenizer.json')):
@@ -128,5 +132,5 @@ def of_checkpoint(folder, meta=None, vocab_size=None):
         return gpt2()
     other = next((name for name in ('tiktoken.model', 'tokenizer.model', 'vocab.json')
                   if os.path.exists(os.path.join(folder, name))), None)
-    raise Mistake(f"{folder} has no tokenizer.json{f' (its {other} is not read here)' if other else ''}, and a "
+    raise mistake(f"{folder} has no tokenizer.json{f' (its {other} is not read here)' if other else ''}, and a "
                   f"vocabulary of {vocab_size} tokens is not GPT-2's: put the tokenizer.json of its model there")

@@ -28,14 +28,16 @@ from concurrent.futures.process import BrokenProcessPool
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
 import dataset
-from dataset import need
+from dataset import mistake, need
 
 # isort: split
 import numpy as np
 
-from model import Mistake, first_line
-
 load_tokenizer = functools.cache(dataset.load_tokenizer)  # once in each worker process
+
+
+def said(error):
+    return ' '.join(str(error).split())[:200].rstrip('.') or type(error).__name__
 
 
 def tokenize(folder, texts):
@@ -65,7 +67,7 @@ def open_corpus(hub, config, split, column):
         first = next(batches, {})
         need(column in first, f'it has no column {column!r}, but {", ".join(first) or "no row"}: say --column=NAME')
     except Exception as e:  # datasets, huggingface_hub, fsspec and pyarrow have no common class
-        raise Mistake(f'--hub={hub}: {first_line(e).rstrip(".")}. Other ways: --hub=HuggingFaceFW/fineweb-edu '
+        raise mistake(f'--hub={hub}: {said(e)}. Other ways: --hub=HuggingFaceFW/fineweb-edu '
                       '--config=sample-10BT, --hub=FOLDER with parquet files, --input=FOLDER with text files') from None
     splits = corpus.info.splits or {}
     n = splits[split].num_examples if split in splits else None
@@ -79,7 +81,7 @@ def read_corpus(hub, batches, column):
                  f'its column {column!r} is no text: say --column=NAME')
             yield batch[column]
     except Exception as e:
-        raise Mistake(f'--hub={hub} cannot be read: {first_line(e)}') from None
+        raise mistake(f'--hub={hub} cannot be read: {said(e)}') from None
 
 
 def is_validation(n):
@@ -145,7 +147,7 @@ def main():
                     out[f'{split}.bin'].write(ids.tobytes())
                     count[split] += len(ids)
             except BrokenProcessPool:
-                raise Mistake('a worker process died, for want of memory perhaps: try a smaller --num_proc') from None
+                raise mistake('a worker process died, for want of memory perhaps: try a smaller --num_proc') from None
             need(all(count.values()),
                  f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
             if meta:
