@@ -54,6 +54,7 @@ steps = 5  # timed ones, after two more
 prompt_tokens = 960  # decode: tokens in the context before the first that is timed
 new_tokens = 60  # decode: tokens that are timed
 rows = 6144  # loss: tokens
+gemm_size = 0  # side of the reference product's matrices; 0: 8192 on a GPU, 2048 elsewhere
 device = scripts.default_device()
 dtype = 'bfloat16'  # or 'float32', which a CPU without native bf16 needs
 compile = what == 'train'  # torch.compile: here blocks and loss, or the decoding step; training peers whole
@@ -67,6 +68,7 @@ guard.check_ranges(globals(), [
     ('new_tokens', lambda x: 2 <= x <= 2**20, 'lie in 2..2**20: a time is that between two tokens'),
     ('steps', lambda x: 1 <= x <= 10**6, 'lie in 1..10**6'),
     ('rows', lambda x: 1 <= x <= 2**31, 'lie in 1..2**31'),
+    ('gemm_size', lambda x: 0 <= x <= 2**16, 'lie in 0..2**16'),
     ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
     ('dtype', lambda x: x in guard.DTYPES, "be 'float32', 'bfloat16' or 'float16'"),
 ])
@@ -95,14 +97,14 @@ def median_time(f, n=steps, warm=2):
 
 def gemm_flops():
     """FLOP/s of a dense matrix product in the dtype of the run."""
-    n = 8192 if device_type == 'cuda' else 2048
+    n = gemm_size or (8192 if device_type == 'cuda' else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     return 2 * n ** 3 / median_time(lambda: a @ b, n=7)[0]
 
 
 def weight_bandwidth():
     """Bytes/s at which matrix-vector products read weights that no cache holds."""
-    n = 2048
+    n = gemm_size or 2048
     weights = torch.randn(64, n, n, device=device).to(getattr(torch, dtype))
     x = torch.randn(1, n, device=device).to(weights.dtype)
 
