@@ -11,7 +11,8 @@ from conftest import run_inside
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=64', '--q_lora_rank=8',
        '--kv_lora_rank=8', '--qk_nope_head_dim=4', '--qk_rope_head_dim=4', '--v_head_dim=8', '--n_routed_experts=4',
-       '--num_experts_per_tok=2', '--moe_intermediate_size=8', '--mtp_n_layer=1', '--compile=False', '--dtype=float32', '--gemm_size=64']
+       '--num_experts_per_tok=2', '--moe_intermediate_size=8', '--mtp_n_layer=1', '--compile=False', '--dtype=float32',
+       '--gemm_size=64']
 
 
 def bench(*args):
