@@ -16,7 +16,8 @@ TOY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_s
 
 
 def bench(*args):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'bench.py'), *args], capture_output=True, text=True)
+    return subprocess.run([sys.executable, os.path.join(ROOT, 'bench.py'), *args], capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
 @pytest.mark.parametrize('what, args', [('train', ['--peer=ours,transformers', '--steps=1']),

@@ -174,8 +174,7 @@ def test_a_disk_that_is_full(clone, tmp_path):
     assert not list((clone / 'data/in').iterdir())
 
 
-@pytest.mark.parametrize('script, module', [('shakespeare_char', 'numpy'), ('openwebtext', 'torch'),
-                                            ('openwebtext', 'tiktoken')])
+@pytest.mark.parametrize('script, module', [('shakespeare_char', 'numpy'), ('openwebtext', 'tiktoken')])
 def test_ctrl_c_during_imports(clone, tmp_path, script, module, tiktoken_cache):
     """The signal comes while the module is imported."""
     (tmp_path / 'docs').mkdir()

@@ -82,7 +82,8 @@ def test_the_main_run(on_gpu, sm, mode):
     assert 'numbers = torch.cat(' in logged[0] and logged[1] == 1
 
 
-@pytest.mark.parametrize('mode', ['eager', pytest.param('compiled', marks=slow)])
+@slow
+@pytest.mark.parametrize('mode', ['eager', 'compiled'])
 def test_the_main_run_on_a_t4(on_gpu, mode):
     """In float16, with a GradScaler, in 15 GB. It has no bfloat16, and Triton no tensor cores for its products."""
     found = on_gpu(75, 'train.py', *MAIN, '--dtype=', '--batch_size=8', f'--compile={mode == "compiled"}')
@@ -113,8 +114,8 @@ BUDGETS = {'eager': (1150, 112), 'compiled': (670, 112)}  # of GROUPED: kernels 
 
 
 @pytest.mark.parametrize('sm, mode', [
-    (80, 'eager'), (90, 'eager'), (80, 'compiled'), pytest.param(89, 'eager', marks=slow),
-    pytest.param(89, 'compiled', marks=slow), pytest.param(90, 'compiled', marks=slow)])
+    (80, 'eager'), (90, 'eager'), *(pytest.param(*case, marks=slow) for case in (
+        (89, 'eager'), (80, 'compiled'), (89, 'compiled'), (90, 'compiled')))])
 def test_grouped_experts(on_gpu, sm, mode):
     found = on_gpu(sm, 'train.py', *GROUPED, f'--compile={mode == "compiled"}')
     assert faults(found, *BUDGETS[mode], mode == 'compiled') == []
@@ -127,9 +128,9 @@ BLOCK = '        x = x + self.attn('
 
 @pytest.mark.parametrize('file, line, planted, compiled, seen', [
     ('train.py', FORWARD, FORWARD + '            loss.item()\n', False, ['host syncs: .*loss.item']),
-    ('train.py', FORWARD, 2 * FORWARD, False, ['kernels', 'GEMMs']),
-    ('extras/kernels.py', SECOND, 'model_file.grouped_linear(y.float() * row_gates, down, offsets)', False,
-     ['host syncs: .*ends = offsets.tolist', 'kernels']),
+    pytest.param('train.py', FORWARD, 2 * FORWARD, False, ['kernels', 'GEMMs'], marks=slow),
+    pytest.param('extras/kernels.py', SECOND, 'model_file.grouped_linear(y.float() * row_gates, down, offsets)', False,
+                 ['host syncs: .*ends = offsets.tolist', 'kernels'], marks=slow),
     ('model.py', 'block.compile(**kwargs)', 'block.compile(backend=lambda *args: 1 / 0)', True,
      ['kernels', 'going on without torch.compile', 'eager'])],
     ids=['item', 'two forwards', 'grouped product in fp32', 'no compiler'])

@@ -668,8 +668,13 @@ runpy.run_path('train.py', run_name='__main__')
 """
 
 
-@pytest.mark.parametrize('place', ['configure_optimizers', 'update_balance'])  # before the loop, and in it
-@pytest.mark.parametrize('error, code', [("model.Mistake('rank 1 alone; do this')", 2), ("KeyError('a bug')", 1)])
+MISTAKE, BUG = ("model.Mistake('rank 1 alone; do this')", 2), ("KeyError('a bug')", 1)
+
+
+@pytest.mark.parametrize('place, error, code', [  # before the loop, and in it
+    ('configure_optimizers', *MISTAKE), ('update_balance', *BUG),
+    pytest.param('configure_optimizers', *BUG, marks=pytest.mark.slow),
+    pytest.param('update_balance', *MISTAKE, marks=pytest.mark.slow)])
 def test_what_one_rank_alone_meets(small, place, error, code):
     """It is said once: in a line, or with its traceback. The other rank says no more than that it is alone."""
     (small / 'script.py').write_text(RANK_1.replace('ERROR', error).replace('PLACE', place))

@@ -569,7 +569,8 @@ runpy.run_path('train.py', run_name='__main__')
 
 
 @pytest.mark.parametrize('rendezvous, deaths, renamed', [
-    ('--standalone', '0 2 5 -1', ['out.old1', 'out.old2']), ('--master_port=29653', '5 -1', ['out.old1'])])
+    pytest.param('--standalone', '0 2 5 -1', ['out.old1', 'out.old2'], marks=pytest.mark.slow),
+    ('--master_port=29653', '5 -1', ['out.old1'])])
 def test_torchrun_starts_again_from_what_this_run_has_saved(small, rendezvous, deaths, renamed):
     """Over a finished run. An attempt that dies before it has renamed that, and one that dies before its first
     checkpoint, start from scratch again; one that dies in its fifth step goes on from the checkpoint before the fourth.
