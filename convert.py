@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from extras.folder import TOKENIZER_FILES, copy_tokenizer, elsewhere, last_checkpoint
+from extras.folder import TOKENIZER_FILES, copy_tokenizer, last_checkpoint, missing
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
 from extras.tokenizer import of_checkpoint
 from model import GPT, Mistake, first_line, save_checkpoint
@@ -200,7 +200,7 @@ def export_folder(out_dir, hf_dir, fp8=False):
         raise Mistake(f'{hf_dir} exists already: remove it, or name another')
     path = os.path.join(out_dir, 'ckpt.pt')
     if not os.path.exists(path):
-        raise Mistake(f'{path} is missing: train a model first, or name the out_dir it is in{elsewhere(path)}')
+        raise Mistake(missing(path))
     with torch.device('meta'):  # its parameters are the checkpoint's tensors
         model, checkpoint = GPT.from_checkpoint(path, assign=True)
     config, state = model.config, model.state_dict()

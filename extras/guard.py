@@ -10,7 +10,7 @@ import socket
 import numpy as np
 import torch
 
-from extras.folder import begin, elsewhere, last_checkpoint  # noqa: F401 (train.py calls guard.begin)
+from extras.folder import begin, last_checkpoint, missing  # noqa: F401 (train.py calls guard.begin)
 from model import Mistake, first_line, is_out_of_memory
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -146,10 +146,10 @@ def check_tokens(data, model_config, config, meta, max_over_ranks):
 
 def check_path(path, max_over_ranks):
     """Mistake on all ranks if a machine lacks the checkpoint: the others would wait long for it."""
-    here, missing = max_over_ranks(os.path.exists(path)), max_over_ranks(not os.path.exists(path))
-    need(not (here and missing), f'{path} is missing on some machines: {os.path.dirname(path)} must be one folder for '
+    here, absent = max_over_ranks(os.path.exists(path)), max_over_ranks(not os.path.exists(path))
+    need(not (here and absent), f'{path} is missing on some machines: {os.path.dirname(path)} must be one folder for '
          'all of them')
-    need(here, f'{path} is missing: train a model first, or name the out_dir it is in{elsewhere(path)}')
+    need(here, missing(path))
 
 
 def check_fit(init_from, path, model, found, config, overrides, meta, max_over_ranks):

@@ -44,7 +44,7 @@ def load_checkpoint(out_dir, device, **overrides):
     """The model of a run's folder on the device, the checkpoint itself, and its tokenizer."""
     path = os.path.join(out_dir, 'ckpt.pt')
     if not os.path.exists(path):
-        raise Mistake(f'{path} is missing: train a model first, or name the out_dir it is in{folder.elsewhere(path)}')
+        raise Mistake(folder.missing(path))
     model, checkpoint = GPT.from_checkpoint(path, device, **overrides)
     config = checkpoint.get('config') or {}
     guard.need(type(config) is dict and (config.get('dtype') or 'float32') in guard.DTYPES,
