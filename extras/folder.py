@@ -33,11 +33,10 @@ def last_checkpoint(out_dir):
 def missing(path):
     """The message for a checkpoint that is not at `path`, with a hint where it may be."""
     out_dir, sharded = os.path.dirname(path) or '.', path.removesuffix('.pt') + '.dcp'
-    message = f'{path} is missing: train a model first, or name the out_dir it is in'
-    if os.path.exists(sharded):
-        return f'{message}. There is {sharded}: convert it with python -m extras.dcp {out_dir}'
     kept = sorted(map(os.path.relpath, glob.glob(f'{glob.escape(os.path.realpath(out_dir))}.old*')))
-    return message + f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
+    hint = f'. There is {sharded}: convert it with python -m extras.dcp {out_dir}' if os.path.exists(sharded) else \
+        f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
+    return f'{path} is missing: train a model first, or name the out_dir it is in{hint}'
 
 
 def copy_tokenizer(source, target):
