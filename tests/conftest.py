@@ -35,6 +35,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """A test that runs train.py in this process leaves no handler of its own to the next one."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for n, handler in before.items():
+        signal.signal(n, handler)
+
+
 def tiny_model(std=0.2, **overrides):
     """A model whose logits are far from flat, so that a wrong path cannot hide in their noise."""
     return GPT(GPTConfig(**{**TINY, 'initializer_range': std, **overrides}))
