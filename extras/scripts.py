@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -78,7 +79,11 @@ def use_kernels(model):
 def connect(backend, device_type):
     """Join torchrun's ranks -> the store that outlives its restarts."""
     guard.need('MASTER_ADDR' in os.environ, 'the ranks cannot be connected: start them with torchrun')
-    store, rank, world = next(dist.rendezvous('env://'))
+    # torchrun serves its store before it starts a rank; without torchrun the first rank does, whenever it starts
+    served = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    patience = timedelta(seconds=30) if served else dist.constants.default_pg_timeout
+    store, rank, world = next(dist.rendezvous('env://', timeout=patience))
+    store.set_timeout(dist.constants.default_pg_timeout)  # for what it is asked
     # the store still holds the addresses of lost ranks: each attempt gets its own part
     attempt = dist.PrefixStore('attempt' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
     guard.check_ranks(attempt, device_type)

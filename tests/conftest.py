@@ -7,7 +7,6 @@ import pickle
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so do its children
 if 'PYTEST_XDIST_WORKER' in os.environ:  # one process a core: threads beside it would only fight for it
     os.environ.setdefault('OMP_NUM_THREADS', '1')
+import forks
 import numpy as np
 import torch
 
@@ -144,13 +144,23 @@ def run_inside(script, *args, cwd):
     return code, out.getvalue(), err.getvalue()
 
 
-def run(*args, cwd, ok=True, timeout=300, **env):
-    """Run a Python script as a user would; returns what it printed, both streams."""
+def pytest_configure(config):
+    if 'or' in config.option.markexpr:  # make test-all
+        forks.run, forks.torchrun = forks.run_anew, forks.torchrun_anew
+
+
+def run_outside(*args, cwd, timeout=300, anew=False, **env):
+    """Run a Python script as a user would: its exit code, standard output and error. anew: by a Python of its own"""
     env = {**os.environ, 'OMP_NUM_THREADS': '1', **{k: str(v) for k, v in env.items()}}
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, timeout=timeout,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert (done.returncode == 0) == ok, done.stdout[-4000:]
-    return done.stdout
+    start = forks.run_anew if anew or not str(args[0]).endswith('.py') else forks.run
+    return start(args, cwd, env, timeout)
+
+
+def run(*args, cwd, ok=True, **kwargs):
+    """The same; returns what it printed, standard error after standard output."""
+    code, printed, said = run_outside(*args, cwd=cwd, **kwargs)
+    assert (code == 0) == ok, (printed + said)[-4000:]
+    return printed + said
 
 
 def writer_to(pipe, process):
@@ -171,12 +181,10 @@ def train(clone, *flags, code=0):
 
 
 def torchrun(clone, *flags, n=2, script='train.py', python=(), **env):
-    """train.py, or a script that wraps it, on n ranks: the exit code, and what it printed."""
-    command = [sys.executable, '-m', 'torch.distributed.run', *(python or ['--standalone']), f'--nproc_per_node={n}']
-    done = subprocess.run([*command, script, *SMALL, *flags], cwd=clone, timeout=600, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', **env}, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    return done.returncode, done.stdout
+    """train.py, or a script that wraps it, on n ranks: the exit code, and what it printed. python: torchrun's flags"""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}
+    args = [script, *SMALL, *flags]
+    return forks.torchrun_anew(args, clone, env, n, python) if python else forks.torchrun(args, clone, env, n)
 
 
 def load(clone, name='out/ckpt.pt'):

@@ -4,14 +4,12 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, run_inside
+from conftest import SMALL, run_inside, run_outside
 
 RESUME = '--init_from=resume'
 
@@ -259,11 +257,6 @@ def test_the_other_scripts(trained, script, flags, message):
     (trained / 'short.txt').write_text('short')
     (trained / 'data/abc/train.bin').write_bytes(b'\xff\xfe' * 50)
     expect(trained, script, flags, message)
-
-
-def run_outside(*args, cwd):
-    done = subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_as_processes(small):

@@ -1,14 +1,10 @@
 """bench.py as a user runs it, at toy sizes, with the real peers."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from conftest import run_inside
+from conftest import ROOT, run_inside, run_outside
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=64', '--q_lora_rank=8',
        '--kv_lora_rank=8', '--qk_nope_head_dim=4', '--qk_rope_head_dim=4', '--v_head_dim=8', '--n_routed_experts=4',
        '--num_experts_per_tok=2', '--moe_intermediate_size=8', '--mtp_n_layer=1', '--compile=False', '--dtype=float32',
@@ -16,25 +12,22 @@ TOY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_s
 
 
 def bench(*args):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'bench.py'), *args], capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    code, printed, said = run_outside(ROOT / 'bench.py', *args, cwd=ROOT)
+    assert code == 0, said
+    return json.loads(printed)
 
 
 @pytest.mark.parametrize('what, args', [('train', ['--peer=ours,transformers', '--steps=1']),
                                         ('decode', ['--peer=ours,gpt2', '--prompt_tokens=4', '--new_tokens=2'])])
 def test_every_row_is_measured(what, args):
-    done = bench(what, '--json', *TOY, *args)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = bench(what, '--json', *TOY, *args)
     assert [row['peer'] for row in rows] == args[0].removeprefix('--peer=').split(',')
     for row in rows:
         assert 'missing' not in row and row['tokens/s'] > 0 and row['peak GiB'] > 0
 
 
 def test_every_way_to_the_loss_finds_the_same():
-    done = bench('loss', '--json', *TOY, '--rows=32', '--steps=1')
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = bench('loss', '--json', *TOY, '--rows=32', '--steps=1')
     assert [row['peer'] for row in rows] == ['ours', 'plain', 'torch']
     assert all(row['loss'] == pytest.approx(rows[1]['loss'], abs=1e-5) for row in rows)
 

@@ -160,7 +160,11 @@ def test_an_interrupt_before_the_loop_is_one_line(small):
     (small / 'stuck.py').write_text('''
 import runpy, sys, time
 import model
-model.GPT.configure_optimizers = lambda *_: print('stuck', flush=True) or time.sleep(60)
+def stuck(*_):
+    print('stuck', flush=True)
+    while True:
+        time.sleep(0.1)
+model.GPT.configure_optimizers = stuck
 runpy.run_path('train.py', run_name='__main__')
 ''')
     process = subprocess.Popen([sys.executable, 'stuck.py', *SMALL], cwd=small, stdout=subprocess.PIPE,

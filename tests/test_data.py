@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run, run_inside, writer_to
+from conftest import run, run_inside, run_outside, writer_to
 
 TEXT = ''.join(f'{i} green bottles, standing on the wall; and if {i} more should fall...\n' for i in range(400))
 
@@ -29,12 +29,11 @@ def meta_of(folder):
 
 def fail(*args, cwd, **env):
     """Run a prepare script that must stop: the one line that it says. No bins are there, whole or half-written."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **{k: str(v) for k, v in env.items()}})
-    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    code, _, said = run_outside(*args, cwd=cwd, **env)
+    assert code == 2 and 'Traceback' not in said, said
     assert not list((cwd / 'data').rglob('*.bin')) and not list((cwd / 'data').rglob('*.tmp'))
-    assert done.stderr.count('\n') == 1 or 'documents' in done.stderr, done.stderr  # a progress bar may stand before
-    return done.stderr
+    assert said.count('\n') == 1 or 'documents' in said, said  # a progress bar may stand before
+    return said
 
 
 def test_pydocs_needs_no_network(clone):
@@ -210,7 +209,7 @@ def test_signals_while_it_writes(clone, tmp_path, number, code, tiktoken_cache):
     with writer_to(tmp_path / 'docs/b.txt', process):
         assert {path.name for path in (clone / 'data/docs').iterdir()} == {'train.bin.tmp', 'val.bin.tmp'}
         os.killpg(process.pid, number)
-        _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)  # the pipe is closed: a read that began after the signal ends, too
     assert process.returncode == code and 'Traceback' not in said
     assert said.endswith('\ninterrupted\n') == (number == signal.SIGINT)  # after the progress bar
     assert not list((clone / 'data/docs').iterdir())

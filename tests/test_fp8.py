@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import SMALL, run, run_inside, tiny_model
+from conftest import SMALL, run, run_inside, tiny_model, torchrun
 from test_cuda import needs_cuda_build, on_fake_cuda
 from test_model import main_config
 from torch.nn.functional import ScalingType as S
@@ -440,8 +440,7 @@ def test_two_ranks_learn_what_one_does(small):
     """But for the tiles along the rows, which end with a rank's rows."""
     flags = [*SMALL, '--fp8=True', '--batch_size=8', '--log_interval=1']
     run('train.py', *flags, '--out_dir=one', cwd=small)
-    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', *flags, '--out_dir=two',
-        cwd=small)
+    torchrun(small, *flags, '--out_dir=two')
     one, two = (torch.load(small / out / 'ckpt.pt', weights_only=True)['model'] for out in ('one', 'two'))
     for k in one:
         torch.testing.assert_close(two[k], one[k], atol=1e-3, rtol=1e-2, msg=lambda m, k=k: f'{k}: {m}')

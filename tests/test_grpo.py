@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+import forks
 import pytest
 import torch
 from conftest import ROOT, copy_project, run, run_inside, tiny_model
@@ -277,9 +278,11 @@ GRPO = ['config/grpo_arithmetic.py', '--init_from=out-sft', '--out_dir=out-rl', 
         '--eval_prompts=8', '--prompts_per_iter=4', '--group_size=4', '--warmup_iters=0']
 
 
-def torchrun(*args, ranks=2, restarts=0, **kwargs):
-    return run('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}',
-               f'--max-restarts={restarts}', *args, **kwargs)
+def torchrun(*args, cwd, ok=True, **env):
+    env = os.environ | {'OMP_NUM_THREADS': '1'} | {k: str(v) for k, v in env.items()}
+    code, printed = forks.torchrun(args, cwd, env, 2)
+    assert (code == 0) == ok, printed
+    return printed
 
 
 @contextlib.contextmanager
@@ -490,7 +493,9 @@ def reward(prompt, response, answer):
         os._exit(9)
     return sum(map(ord, response)) % 2, 1
 ''')
-    said = torchrun('grpo.py', *flags, '--reward_file=dies.py', ranks=1, restarts=2, cwd=workshop)
+    code, said = forks.torchrun_anew(['grpo.py', *flags, '--reward_file=dies.py'], workshop, dict(os.environ), 1,
+                                     ['--standalone', '--max-restarts=2'])
+    assert code == 0, said
     assert said.count('the earlier run in') == 1 and (workshop / f'{out.name}.old1/ckpt.pt').read_bytes() == earlier
     assert said.count('going on from') == 1 and f'going on from {out.name}/ckpt.pt, iteration 2' in said
     again = records(workshop, out.name)

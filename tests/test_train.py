@@ -116,7 +116,8 @@ def test_uint32_tokens_are_read_as_such(small):
 
 
 def test_compile_falls_back_to_eager_in_one_line(small):
-    printed = train_apart(small, '--compile=True', CXX='/nonexistent/compiler', TORCHINDUCTOR_FORCE_DISABLE_CACHES=1)
+    printed = train_apart(small, '--compile=True', anew=True, CXX='/nonexistent/compiler',
+                          TORCHINDUCTOR_FORCE_DISABLE_CACHES=1)
     assert 'going on without torch.compile' in printed
     train(small, '--out_dir=eager')
     assert losses(small) == losses(small, 'eager')
@@ -224,7 +225,7 @@ def test_nanogpts_laptop_command(tmp_path, clone):
     shutil.copy(text, clone / 'data/shakespeare_char/input.txt')
     run('data/shakespeare_char/prepare.py', cwd=clone)
     command = next(p for p in (ROOT / 'README.md').read_text().replace('\\\n', ' ').splitlines() if '--n_embd=128' in p)
-    printed = run(*command.split()[1:], cwd=clone, timeout=1200, OMP_NUM_THREADS=os.cpu_count())
+    printed = run(*command.split()[1:], cwd=clone, timeout=1200, anew=True, OMP_NUM_THREADS=os.cpu_count())
     assert min(float(v) for v in re.findall(r'val loss (\S+)', printed)) <= 1.80
 
 

@@ -1,17 +1,14 @@
 """The drop-in: model.py and train.py in an empty folder, as in a nanoGPT clone, without and with extras/."""
 
 import json
-import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_inside
+from conftest import ROOT, run_inside, run_outside
 
 # nanoGPT's contract: sets globals by --key=literal, insists on the default's very type, exec()s the other arguments
 CONFIGURATOR = '''
@@ -85,10 +82,9 @@ def nanogpt(tmp_path):
 
 def python(folder, *args, code=0):
     """What a command prints, standard error after standard output."""
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    got, printed, said = run_outside(*args, cwd=folder, PYTHONPATH='')
+    assert got == code, printed + said
+    return printed + said
 
 
 def train(folder, *flags, code=0):

@@ -21,6 +21,9 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # for a call by hand
+import forks
+
 COUNTERS = ('launches', 'triton', 'gemms', 'recorded', 'recordings', 'replays', 'syncs', 'mallocs')
 
 
@@ -69,10 +72,8 @@ def run(library, sm, script, *args, cwd, timeout=600):
            'TORCHINDUCTOR_COMPILE_THREADS': '1', 'TORCHINDUCTOR_CACHE_DIR': f'{library}/inductor{sm}',
            'TRITON_CACHE_DIR': f'{library}/triton{sm}', 'PYTHONPATH': str(cwd)}
     path = Path(library) / f'report{os.getpid()}.json'
-    command = [sys.executable, HERE / 'fakegpu.py', 'inside', path, script, *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=env, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    code, printed, said = forks.run([HERE / 'fakegpu.py', 'inside', path, script, *args], cwd, env, timeout)
+    assert code == 0, (printed + said)[-4000:]
     return json.loads(path.read_text())
 
 
