@@ -40,7 +40,7 @@ eval_iters = 200
 eval_only = False  # evaluate once and stop
 always_save_checkpoint = True  # True: last ckpt.pt, best ckpt_best.pt; False: best ckpt.pt, last ckpt_last.pt
 checkpoint = 'whole'  # or 'dcp': ckpt.dcp, a folder of shards, written while training goes on; needs extras/dcp.py
-init_from = 'scratch'  # or 'resume', or the path of a DeepSeek checkpoint in Hugging Face's format
+init_from = 'scratch'  # or 'resume', another run's out_dir, or a DeepSeek checkpoint in Hugging Face's format
 # wandb logging
 wandb_log = False
 wandb_project = 'owt'
@@ -169,7 +169,7 @@ def max_over_ranks(x):
 
 
 # -----------------------------------------------------------------------------
-# the model: new, from a checkpoint, or from a folder in Hugging Face's format
+# the model: new, from this run's or another run's checkpoint, or from a folder in Hugging Face's format
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 # settings that a resume may change (always / only if given); the checkpoint decides all others
 always_free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size')
@@ -180,29 +180,32 @@ overrides = {name: config[name] for name in (*always_free, *given)}
 # the last checkpoint: guard finds every kind and compares iterations, two files alone compare times
 paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_last.pt')]
 newest = max(filter(os.path.exists, paths), key=os.path.getmtime, default=paths[0])
-resume_path = guard.last_checkpoint(out_dir) if guard else newest
-if ddp and scripts and store.check(['begun']) and max_over_ranks(os.path.exists(resume_path)):
+path = guard.last_checkpoint(out_dir) if guard else newest
+if ddp and scripts and store.check(['begun']) and max_over_ranks(os.path.exists(path)):
     init_from = 'resume'  # torchrun lost a rank and has restarted all ranks
-if guard and init_from == 'resume':
-    guard.check_path(resume_path, max_over_ranks)
+if init_from != 'resume':  # another run's checkpoint, the one that sample.py reads
+    path = guard.last_checkpoint(init_from, ['ckpt']) if guard else os.path.join(init_from, 'ckpt.pt')
+elif guard:
+    guard.check_path(path, max_over_ranks)
 
 torch.manual_seed(seed)
 parallel = import_extra('parallel', 'shard or expert_parallel') if sharded else None
 build = parallel.layout(config, device) if sharded else GPT  # both build and load a model by the same calls
-loaded = {}  # the checkpoint, on resume
+loaded = {}  # the checkpoint
 if init_from == 'scratch':
     args = {name: config[name] for name in fields} | {'vocab_size': vocab_size or meta.get('vocab_size', 50304)}
     raw_model = build(GPTConfig(**args))
-elif init_from == 'resume':
-    source = import_extra('dcp', resume_path) if resume_path.endswith('.dcp') and not sharded else build
-    raw_model, loaded = source.from_checkpoint(resume_path, device, **overrides)
+elif init_from == 'resume' or os.path.exists(path):
+    source = import_extra('dcp', path) if path.endswith('.dcp') and not sharded else build
+    raw_model, loaded = source.from_checkpoint(path, device, **overrides)
 else:
     source = build if sharded or not has_extras else import_extra('hf', 'init_from')
     raw_model = source.from_pretrained(init_from, overrides)
 raw_model.to(device)
 if guard:
     guard.check_tokens(data, raw_model.config, config, meta, max_over_ranks)
-    guard.check_fit(init_from, resume_path, raw_model, loaded, config, overrides, meta, max_over_ranks)
+    guard.check_fit(init_from, path, raw_model, loaded, config, overrides, meta, max_over_ranks)
+loaded = loaded if init_from == 'resume' else {}  # a new run takes the weights alone
 
 # -----------------------------------------------------------------------------
 # optimizer, compile, DDP
@@ -222,7 +225,7 @@ if bf16_moments:
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if loaded.get('optimizer'):  # a converted checkpoint has none
     if guard:
-        guard.check_optimizer(resume_path, loaded['optimizer'], opt)
+        guard.check_optimizer(path, loaded['optimizer'], opt)
     opt.load_state_dict(parallel.optimizer_state(loaded['optimizer'], opt) if sharded else loaded['optimizer'])
     for group in opt.param_groups:
         group['fused'] = opt.defaults['fused']  # this device decides, not the checkpoint
@@ -247,7 +250,6 @@ if ddp and not sharded:
 clip_grad_norm_ = parallel.clip_grad_norm_ if sharded else torch.nn.utils.clip_grad_norm_
 accumulation = gradient_accumulation_steps // world  # micro-batches per iteration and rank
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-
 
 # -----------------------------------------------------------------------------
 # evaluation and learning rate
@@ -280,7 +282,6 @@ def get_lr(it):
     ratio = (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (learning_rate - min_lr)
 
-
 # -----------------------------------------------------------------------------
 # checkpoint and log
 dcp = import_extra('dcp', 'checkpoint=dcp') if checkpoint == 'dcp' else None
@@ -296,8 +297,7 @@ def save(best):
     best = best or best_val_loss == math.inf
     save_checkpoint({'model': raw_model.state_dict(), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
                      'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num, 'micro_batches': seen,
-                     'best_val_loss': best_val_loss, 'config': config,
-                     'meta': meta},  # a character set's table, for sample.py
+                     'best_val_loss': best_val_loss, 'config': config, 'meta': meta},  # meta: for sample.py
                     last_path, best_path if best else None)
 
 
@@ -334,7 +334,7 @@ if master:
     print(f'parameters without embedding and head: {parameters / 1e6:.2f}M; a token uses {active / 1e6:.2f}M')
     print(f'tokens per iteration: {tokens_per_iter:,}; device: {device}, {dtype}')
     if init_from == 'resume':
-        print(f'going on from {resume_path}, iteration {iter_num} of {max_iters}')
+        print(f'going on from {path}, iteration {iter_num} of {max_iters}')
 if ddp and scripts:
     max_over_ranks(0)  # a barrier: all ranks are ready
     store.set('begun', '')  # from now on a restart resumes

@@ -14,7 +14,7 @@ TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_ma
 locks = []  # open files, because closing a file ends its lock
 
 
-def last_checkpoint(out_dir):
+def last_checkpoint(out_dir, last=('ckpt', 'ckpt_last')):
     """The path of the last checkpoint by iteration, else of the best one, else out_dir/ckpt.pt"""
     def iteration(path):
         try:
@@ -23,7 +23,7 @@ def last_checkpoint(out_dir):
         except Exception:  # damaged, or another program's: the error comes when it is opened
             return math.inf
 
-    for names in (('ckpt', 'ckpt_last'), ('ckpt_best',)):
+    for names in (last, ('ckpt_best',)):
         paths = [os.path.join(out_dir, name + end) for name in names for end in ('.pt', '.dcp')]
         if any(map(os.path.exists, paths)):
             return max(filter(os.path.exists, paths), key=iteration)

@@ -29,8 +29,8 @@ RANGES = [  # settings, a test that their values must pass, and the test in word
     ('fp8_scaling', lambda x: x in ('tile', 'row', 'tensor'), "be 'tile', 'row' or 'tensor'"),
     ('fp8_grad', lambda x: x in ('e4m3', 'e5m2'), "be 'e4m3' or 'e5m2'"),
     ('init_from', lambda x: x in ('scratch', 'resume') or os.path.isdir(x),
-     "be 'scratch', 'resume' or a folder with a DeepSeek-V2 or V3 family checkpoint: GPT-2's weights do not fit this "
-     'architecture'),
+     "be 'scratch', 'resume', another run's out_dir or a folder with a DeepSeek-V2 or V3 family checkpoint: GPT-2's "
+     'weights do not fit this architecture'),
     ('out_dir', lambda x: x != '', 'name a folder'),
 ]
 
@@ -156,18 +156,18 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
     """Mistake if the checkpoint `found` at `path`, or the folder init_from, does not fit the settings or the data."""
     if init_from == 'scratch':
         return
-    if init_from == 'resume':
+    if found:
         number, best, trained_on = (found.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
         need((type(number), type(best), type(trained_on or {})) == (int, float, dict) and number >= 0,
              f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta has a wrong type')
-        need(max_over_ranks(number) == -max_over_ranks(-number),
-             f'the ranks hold checkpoints of different iterations: {config["out_dir"]} must be one folder for all')
+        need(max_over_ranks(number) == -max_over_ranks(-number), 'the ranks hold checkpoints of different iterations: '
+             f'{os.path.dirname(path)} must be one folder for all')
         need(not found.get('optimizer') or all((trained_on or {}).get(k) == meta.get(k) for k in ('stoi', 'tokenizer')),
-             f'dataset={config["dataset"]} has another vocabulary than {path} was trained on: resume with its dataset, '
-             'or restore its meta.pkl')
-    if init_from != 'resume' or not found.get('optimizer'):  # from Hugging Face, perhaps by convert.py
+             f'dataset={config["dataset"]} has another vocabulary than {path} was trained on: use the same dataset, or '
+             'restore its meta.pkl')
+    if not found.get('optimizer'):  # from Hugging Face, perhaps by convert.py
         from extras.hf import check_vocabulary
-        check_vocabulary(os.path.dirname(path) if init_from == 'resume' else init_from, meta, config['dataset'])
+        check_vocabulary(os.path.dirname(path), meta, config['dataset'])
     defaults = type(model.config)()
     ignored = [f'{name}={config[name]}' for name, value in vars(model.config).items()
                if name not in overrides and name != 'vocab_size' and config[name] not in (-1, value)

@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT, SMALL, log, losses, run, run_inside, torchrun, train
 
 import model
+from extras import dcp
+from model import GPT
 
 
 def train_apart(clone, *flags, **env):
@@ -344,3 +346,24 @@ def test_a_run_ends_with_an_evaluation_and_a_checkpoint(small):
     assert code == 0, said
     assert [r['step'] for r in log(small) if 'val_loss' in r] == [0, 3, 5]
     assert torch.load(small / 'out/ckpt.pt', weights_only=True)['iter_num'] == 5
+
+
+@pytest.mark.parametrize('form', ['whole', 'dcp'])
+def test_a_new_run_begins_with_another_runs_weights(small, form):
+    """At iteration 0, with a new optimizer, in a folder of its own."""
+    train(small, f'--checkpoint={form}', '--max_iters=3', '--n_layer=1')
+    end = '.pt' if form == 'whole' else '.dcp'
+    before = (GPT if form == 'whole' else dcp).from_checkpoint(str(small / f'out/ckpt{end}'))[0].state_dict()
+    still = ['--init_from=out', '--out_dir=tuned', '--learning_rate=0', '--min_lr=0', '--bias_update_speed=0.0']
+    assert 'going on from' not in train(small, *still, '--max_iters=2')
+    after = torch.load(small / 'tuned/ckpt.pt', weights_only=True)
+    assert log(small, 'tuned')[1]['step'] == 0 and after['iter_num'] == 2
+    assert after['optimizer']['state'][0]['step'] == 2 and after['model_args']['n_layer'] == 1
+    for name, tensor in before.items():
+        assert torch.equal(after['model'][name], tensor), name
+
+    chars = ''.join(chr(80 + i) for i in range(40))
+    meta = {'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps(meta))
+    said = train(small, *still, code=2)
+    assert f'another vocabulary than out/ckpt{end} was trained on' in said and not (small / 'tuned.old1').exists()
