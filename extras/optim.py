@@ -30,6 +30,11 @@ def orthogonalise(G, steps=5):
     return X.to(G.dtype)
 
 
+def like(x, p):
+    """x, spread over the ranks as the parameter p is: the products above may have gathered or cut it otherwise."""
+    return x.redistribute(p.device_mesh, p.placements) if hasattr(p, 'placements') else x
+
+
 class Muon(torch.optim.AdamW):
     """Muon (kellerjordan.github.io/posts/muon) for the groups marked muon=True, AdamW for the others.
 
@@ -73,7 +78,8 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
             nesterov = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
             update = orthogonalise(torch.cat([g.view(-1, m, n) for g in nesterov])) * keep    # (matrices, m, n)
-            updates = [u.view_as(p) for u, p in zip(update.split([p.numel() // (m * n) for p in params]), params)]
+            updates = update.split([p.numel() // (m * n) for p in params])
+            updates = [like(u.view_as(p), p) for u, p in zip(updates, params)]
             torch._foreach_mul_(params, decay)
             torch._foreach_add_(params, updates, alpha=-group['lr'] * 0.2 * math.sqrt(max(m, n)))
 

@@ -105,6 +105,16 @@ def test_fsdp_goes_on_from_one_process_and_back(small):
     assert_same_run(small, 'two')
 
 
+def test_muon_where_a_weight_has_fewer_rows_than_ranks(small):
+    """Some ranks hold nothing of it. torch then gave its update to all ranks whole, which no shard can add."""
+    flags = ['--optimizer=muon', '--q_lora_rank=1', '--n_routed_experts=2', '--num_experts_per_tok=1',
+             '--gradient_accumulation_steps=3', '--max_iters=3']
+    train(small, *flags, '--out_dir=one')
+    code, printed = torchrun(small, *flags, '--shard=0', '--out_dir=two', n=3)
+    assert code == 0, printed[-4000:]
+    assert_same_run(small, 'two')
+
+
 def test_recompute_runs_the_blocks_again(small, monkeypatch):
     calls, forward = [], MLA.forward
     monkeypatch.setattr(MLA, 'forward', lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args))
