@@ -199,7 +199,8 @@ def say_where(folder, tokenizer_folder=None):
     if tokenizer_folder and not os.path.samefile(tokenizer_folder, folder):
         from extras.folder import copy_tokenizer
         copy_tokenizer(tokenizer_folder, folder)
-    start = f'--init_from={tokenizer_folder} ' if tokenizer_folder else ''
+    has_model = tokenizer_folder and os.path.exists(os.path.join(tokenizer_folder, 'config.json'))
+    start = f'--init_from={tokenizer_folder} ' if has_model else ''
     name = os.path.basename(folder)
     print(f'into {os.path.relpath(folder)}. To train on it: python train.py {start}--dataset={name}')
 

@@ -98,11 +98,23 @@ def from_folder(folder):
         token = token.get('content') if isinstance(token, dict) else token
         return bpe.token_to_id(token) if isinstance(token, str) else None
 
+    def knows(text):
+        try:
+            return bpe.encode(text, add_special_tokens=False) is not None
+        except Exception:
+            return False
+
     def encode(text):
         try:
             return bpe.encode(text, add_special_tokens=False).ids
         except Exception as e:  # a text that it has no tokens for
-            raise mistake(f'{path} does not know all of {text[:80]!r}: ', e) from None
+            characters = sorted(set(text))
+            unknown = [ch for ch in characters if not knows(ch)]
+            if 0 < len(unknown) < len(characters):  # a tokenizer of words knows no character
+                what = f'the characters {"".join(unknown)[:80]!r}'
+            else:
+                what = f'all of {text[:80]!r}'
+            raise mistake(f'{path} does not know {what}: ', e) from None
 
     begin, end = special('bos_token'), special('eos_token')
     if added and added[-1] == end and (len(added) > 1 or begin != end):  # a template that ends texts too

@@ -538,7 +538,9 @@ def test_sample_speaks_with_the_tokenizer_that_travels_along(exported, script):
                          '--device=cpu', '--dtype=float32', *where)
         said.append(printed[printed.index('1 + 2', printed.rindex('Overriding')):printed.index('-----')])
     assert said[0] == said[1] == said[2] and len(said[0]) == 5 + 20 + 1
-    assert 'does not know' in script('sample.py', '--init_from=hf', '--device=cpu', '--start=é', ok=False)
+    for start, unknown in (('é', "all of 'é'"), ('1 + ü + é', "the characters 'éü'")):
+        said = script('sample.py', '--init_from=hf', '--device=cpu', f'--start={start}', ok=False)
+        assert f'hf/tokenizer.json does not know {unknown}' in said
     assert "GPT-2's weights" in script('sample.py', '--init_from=gpt2', ok=False)
 
 

@@ -249,7 +249,11 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
     train, val = both(clone / 'data/docs')
     assert code == 0 and train + val == expected and len(train) == int(0.9 * len(expected))
     assert meta_of(clone / 'data/docs') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256}
-    assert f'--init_from={tmp_path}/bpe --dataset=docs' in printed
+    assert printed.endswith('python train.py --dataset=docs\n')             # the folder has no weights to begin with
+    (tmp_path / 'bpe/config.json').write_text('{}')                         # now it has
+    code, printed, _ = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/docs',
+                                  f'--tokenizer={tmp_path}/bpe', cwd=clone)
+    assert printed.endswith(f'python train.py --init_from={tmp_path}/bpe --dataset=docs\n')
 
     run('data/openwebtext/prepare.py', f'--input={tmp_path}/docs', f'--tokenizer={tmp_path}/bpe', '--name=web',
         '--num_proc=1', cwd=clone)
