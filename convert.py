@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from extras.folder import TOKENIZER_FILES, copy_tokenizer, last_checkpoint, missing
+from extras.folder import copy_tokenizer, last_checkpoint, missing
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
-from extras.tokenizer import of_checkpoint
+from extras.tokenizer import TOKENIZER_FILES, of_checkpoint
 from model import GPT, Mistake, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------

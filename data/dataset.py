@@ -148,6 +148,26 @@ def token_meta(vocab_size, sha256=''):
     return meta
 
 
+def tokenizer_files(folder):
+    """{name: bytes} of the folder that --tokenizer names, if any. They go with the data, and train.py copies them to
+    the checkpoint.
+    """
+    from extras.tokenizer import TOKENIZER_FILES
+    found = {}
+    for name in TOKENIZER_FILES if folder else ():
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), 'rb') as f:
+            found[name] = f.read()
+    return found
+
+
+def remove_others(folder, names):
+    """Remove what an earlier data set in the folder has and the new one has not."""
+    from extras.tokenizer import TOKENIZER_FILES
+    for name in {'meta.pkl', 'train_mask.bin', 'val_mask.bin', *TOKENIZER_FILES} - set(names):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+
+
 @contextlib.contextmanager
 def written(folder, names):
     """Files to write to, beside those names: they get the names when all are whole. Nothing is left of a failure."""
@@ -159,6 +179,8 @@ def written(folder, names):
         yield files
         for file in files.values():
             file.close()
+        if 'train.bin' in files:
+            remove_others(folder, files)
         for name, file in files.items():
             os.replace(file.name, os.path.join(folder, name))
     except OSError as e:
@@ -178,14 +200,16 @@ def write_files(folder, files):
             out[name].write(data)
 
 
-def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
+def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenizer=None):
     """train.bin and val.bin from lists of token ids, and meta.pkl where train.py or sample.py needs one.
 
+    tokenizer: the folder whose tokenizer.json made the tokens, if one did.
     masks: {'train': list of 0 and 1, 'val': ...}, as long as the tokens: 0 where a token is no target.
     """
     dtype = token_dtype(vocab_size)
     meta = (meta or {}) | token_meta(vocab_size)
     files = {'train.bin': np.asarray(train, dtype=dtype).tobytes(), 'val.bin': np.asarray(val, dtype=dtype).tobytes()}
+    files |= tokenizer_files(tokenizer)
     if meta:
         files['meta.pkl'] = pickle.dumps(meta)
     for split, mask in (masks or {}).items():
@@ -195,10 +219,7 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None):
 
 
 def say_where(folder, tokenizer_folder=None):
-    """The last line of a prepare script. A tokenizer goes with its data: train.py copies it to the checkpoint."""
-    if tokenizer_folder and not os.path.samefile(tokenizer_folder, folder):
-        from extras.folder import copy_tokenizer
-        copy_tokenizer(tokenizer_folder, folder)
+    """The last line of a prepare script."""
     has_model = tokenizer_folder and os.path.exists(os.path.join(tokenizer_folder, 'config.json'))
     start = f'--init_from={tokenizer_folder} ' if has_model else ''
     name = os.path.basename(folder)

@@ -8,9 +8,9 @@ import shutil
 
 import torch
 
+from extras.tokenizer import TOKENIZER_FILES
 from model import Mistake
 
-TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
 locks = []  # open files, because closing a file ends its lock
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from extras.folder import begin, last_checkpoint, missing  # noqa: F401 (train.py calls guard.begin)
+from extras.tokenizer import check_data
 from model import Mistake, first_line, is_out_of_memory
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -116,6 +117,7 @@ def check_files(data_dir, meta, block_size):
         need(type(meta.get(name, kind())) is kind and (name != 'row_length' or meta.get(name, 1) > 0),
              f'{data_dir}/meta.pkl cannot be used: its {name} must be {kind.__name__}' + ' > 0' * (name == 'row_length')
              + ': run prepare.py again')
+    check_data(data_dir, meta)
     size_of = np.dtype(meta.get('dtype', 'uint16')).itemsize
     for split in ('train', 'val'):
         path, mask = (os.path.join(data_dir, f'{split}{end}.bin') for end in ('', '_mask'))

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+
 
 def mistake(text, error=''):
     """A model.Mistake. model.py imports torch, which takes seconds: the prepare scripts do without it."""
@@ -73,6 +75,11 @@ def read_table(path):
     return table
 
 
+def sha256_of(path):
+    with open(path, 'rb') as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
 def from_folder(folder):
     """The tokenizer.json of a folder, with the BOS that it puts before a text, or that tokenizer_config.json asks for.
 
@@ -83,8 +90,7 @@ def from_folder(folder):
     settings = read_table(settings_path) if os.path.exists(settings_path) else {}
     import tokenizers
     try:
-        with open(path, 'rb') as f:
-            sha256 = hashlib.sha256(f.read()).hexdigest()
+        sha256 = sha256_of(path)
         bpe = tokenizers.Tokenizer.from_file(path)
         bpe.no_truncation()
         bpe.no_padding()
@@ -124,6 +130,27 @@ def from_folder(folder):
     return Tokenizer(path, encode, bpe.decode, bpe.get_vocab_size(), added, end, sha256)
 
 
+def check_same(folder, meta, tokens):
+    """A Mistake if `tokens` (words for data or a model), by their meta.pkl, are not the folder's tokenizer.json's."""
+    path = os.path.join(folder, 'tokenizer.json')
+    if meta.get('stoi'):
+        same = read_table(path).get('model', {}).get('vocab') == meta['stoi']
+    elif 'tokenizer' in meta:
+        same = os.path.exists(path) and sha256_of(path) == meta['tokenizer']
+    else:
+        same = from_folder(folder).encode('<|endoftext|>') == [50256]  # GPT-2's
+    if not same:
+        raise mistake(f'{tokens} has other tokens than {path}: put the tokenizer.json of its tokens there, or prepare '
+                      'the data again with --tokenizer=DIR, the folder of this one')
+
+
+def check_data(folder, meta):
+    """A Mistake if a data set's folder holds a tokenizer.json of other tokens."""
+    known = not meta or 'tokenizer' in meta
+    if known and os.path.exists(os.path.join(folder, 'tokenizer.json')):
+        check_same(folder, meta, folder)
+
+
 def of_checkpoint(folder, meta=None, vocab_size=None):
     """The tokenizer of the checkpoint in a folder, by the meta and the vocab_size that were saved with it.
 
@@ -136,6 +163,8 @@ def of_checkpoint(folder, meta=None, vocab_size=None):
         raise mistake(f'{folder} holds no checkpoint of this model: its characters are no tables')
     if stoi:
         return characters(stoi, itos)
+    if 'tokenizer' in meta:
+        check_same(folder, meta, f'the checkpoint in {folder}')
     if os.path.exists(os.path.join(folder, 'tokenizer.json')):
         return from_folder(folder)
     if vocab_size is None:

@@ -4,13 +4,14 @@ import hashlib
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import run, run_inside, run_outside, writer_to
+from conftest import SMALL, run, run_inside, run_outside, writer_to
 
 TEXT = ''.join(f'{i} green bottles, standing on the wall; and if {i} more should fall...\n' for i in range(400))
 
@@ -272,6 +273,55 @@ def test_data_keep_the_tokenizer_that_they_were_made_with(clone, tmp_path):
                                    f'--tokenizer={folder}', cwd=clone)
         kept = (clone / 'data/mine/tokenizer.json').read_bytes()
         assert code == 0 and meta_of(clone / 'data/mine')['tokenizer'] == hashlib.sha256(kept).hexdigest(), said
+
+
+def test_data_made_again_keep_nothing_of_the_earlier_tokenizer(clone, tmp_path, tiktoken_cache, monkeypatch):
+    """An old tokenizer.json would travel to the checkpoint, and sample.py would print garbage."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))
+    (tmp_path / 'in.txt').write_text(TEXT)
+    make_tokenizer(tmp_path / 'small', size=280)
+    make_tokenizer(tmp_path / 'plain', size=300)
+    (tmp_path / 'plain/tokenizer_config.json').unlink()
+    for name, kept in (('small', {'tokenizer.json', 'tokenizer_config.json', 'meta.pkl'}),
+                       ('plain', {'tokenizer.json', 'meta.pkl'}), (None, set())):
+        flags = [f'--tokenizer={tmp_path}/{name}'] if name else []
+        if not name:                                                        # another kind: first remove, as it says
+            (clone / 'data/mine/train.bin').unlink()
+        code, _, said = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/in.txt', '--name=mine', *flags,
+                                   cwd=clone)
+        names = {path.name for path in (clone / 'data/mine').iterdir()}
+        assert code == 0 and names == {'train.bin', 'val.bin', *kept}, said
+
+
+def test_a_tokenizer_that_is_not_the_datas_is_refused_by_every_script(clone, tmp_path):
+    (tmp_path / 'in.txt').write_text(TEXT)
+    make_tokenizer(tmp_path / 'right', size=280)
+    make_tokenizer(tmp_path / 'wrong', size=270)
+    prepare = f'--input={tmp_path}/in.txt', f'--tokenizer={tmp_path}/right', '--name=mine'
+    assert run_inside('data/shakespeare/prepare.py', *prepare, cwd=clone)[0] == 0
+    flags = [flag for flag in SMALL if 'dataset' not in flag] + ['--dataset=mine', '--max_iters=1', '--eval_iters=1']
+    assert run_inside('train.py', *flags, cwd=clone)[0] == 0
+
+    def use(name):
+        for folder in (clone / 'data/mine', clone / 'out'):
+            shutil.copy(tmp_path / name / 'tokenizer.json', folder / 'tokenizer.json')
+
+    (clone / 'text.txt').write_text(TEXT)
+    scripts = [('train.py', *flags, '--out_dir=out2'),
+               ('sample.py', '--device=cpu', '--num_samples=1', '--max_new_tokens=2', '--start=The'),
+               ('inside.py', '--out_dir=out', '--text=text.txt', '--device=cpu', '--count_tokens=100'),
+               ('convert.py', 'export', '--out_dir=out', '--hf_dir=hf'),
+               ('grpo.py', '--init_from=out', '--out_dir=out3', '--device=cpu')]
+    use('wrong')
+    for script in scripts:
+        code, _, said = run_inside(*script, cwd=clone)
+        assert code == 2 and 'has other tokens than' in said and said.count('\n') == 1, (script, said)
+    use('right')
+    for script in scripts[:4]:
+        code, _, said = run_inside(*script, cwd=clone)
+        assert code == 0, (script, said)
+    (clone / 'out/tokenizer.json').unlink()
+    assert 'has other tokens than out/tokenizer.json' in run_inside(*scripts[1], cwd=clone)[2]
 
 
 def test_a_large_tokenizer_is_written_as_uint32(clone, tmp_path):

@@ -141,7 +141,8 @@ def main():
             batches, n = open_corpus(args.hub or 'Skylion007/openwebtext', args.config, args.split, args.column)
 
         count = {'train': 0, 'val': 0}
-        with dataset.written(folder, ['train.bin', 'val.bin'] + ['meta.pkl'] * bool(meta)) as out:
+        with_it = dataset.tokenizer_files(args.tokenizer)
+        with dataset.written(folder, ['train.bin', 'val.bin', *['meta.pkl'] * bool(meta), *with_it]) as out:
             try:
                 for split, ids in tokens(pool, args.tokenizer, batches, n, 4 * args.num_proc):
                     out[f'{split}.bin'].write(ids.tobytes())
@@ -152,6 +153,8 @@ def main():
                  f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
             if meta:
                 pickle.dump(meta, out['meta.pkl'])
+            for name, data in with_it.items():
+                out[name].write(data)
     print(f'train: {count["train"]:,} tokens\nval: {count["val"]:,} tokens')
     dataset.say_where(folder, args.tokenizer)
 

@@ -24,5 +24,6 @@ if args.tokenizer:
     train, val = dataset.split_text([i for text in texts for i in dataset.document(bpe, text)])
 else:
     train, val = (bpe.encode(part) for part in dataset.split_text('\n'.join(texts)))
-dataset.write_splits(folder, train, val, bpe.vocab_size, dataset.token_meta(bpe.vocab_size, bpe.sha256))
+meta = dataset.token_meta(bpe.vocab_size, bpe.sha256)
+dataset.write_splits(folder, train, val, bpe.vocab_size, meta, tokenizer=args.tokenizer)
 dataset.say_where(folder, args.tokenizer)
