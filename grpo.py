@@ -324,8 +324,7 @@ if __name__ == '__main__':
         config['reference'] = reference or (checkpoint.get('config') or {}).get('reference')
         guard.need((type(iter_num), type(seconds), type(config['reference'])) == (int, float, str) and iter_num >= 0,
                    f'{path} was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
-        guard.check_optimizer(path, checkpoint.get('optimizer'), optimizer)
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        guard.load_optimizer(optimizer, checkpoint.get('optimizer'), path)
     ends = all_reduce(torch.tensor([iter_num, -iter_num], device=device), dist.ReduceOp.MAX)
     guard.need(ends.sum() == 0, f'the ranks hold different checkpoints: {out_dir} must be one folder for all')
     meta, frozen = checkpoint.get('meta') or {}, None

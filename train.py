@@ -225,10 +225,11 @@ if bf16_moments:
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if loaded.get('optimizer'):  # a converted checkpoint has none
     if guard:
-        guard.check_optimizer(path, loaded['optimizer'], opt)
-    opt.load_state_dict(parallel.optimizer_state(loaded['optimizer'], opt) if sharded else loaded['optimizer'])
-    for group in opt.param_groups:
-        group['fused'] = opt.defaults['fused']  # this device decides, not the checkpoint
+        guard.load_optimizer(opt, loaded['optimizer'], path, max_over_ranks, parallel and parallel.optimizer_state)
+    else:  # the flags decide the settings, not the checkpoint; a state too small for a fused step is refused
+        opt.load_state_dict(loaded['optimizer'] | {'param_groups': opt.state_dict()['param_groups']})
+        if any(x.shape != p.shape for p, state in opt.state.items() for name, x in state.items() if name != 'step'):
+            raise Mistake(f'the optimizer in {path} does not fit')
     if loaded.get('scaler'):
         scaler.load_state_dict(loaded['scaler'])
 iter_num = loaded.get('iter_num', 0)
@@ -452,8 +453,7 @@ while True:
             line += ''.join(f', mtp{k} {v:.4f}' for k, v in enumerate(record['mtp_losses'], start=1))
             if 'max_vio' in record:
                 line += f', maxvio {max(record["max_vio"]):.2f}'
-            if record['skipped']:
-                line += f', skipped {record["skipped"]}'
+            line += f', skipped {record["skipped"]}' * (record['skipped'] > 0)
             print(line)
             log(record)
         if numbers['in_a_row'] >= max_skipped_iters:

@@ -155,11 +155,11 @@ def load_optimizer(state, params=None):
     """What from_checkpoint() left of the optimizer's state dict -> the state dict, in shards like the params."""
     tensors = {}
     for name, about in Reader(state['folder']).read_metadata().state_dict_metadata.items():
-        if name.startswith('optimizer.'):
+        if re.fullmatch(r'optimizer\.\d+\.\w+', name):
             i, dtype = int(name.split('.')[1]), about.properties.dtype
             if params and (i >= len(params) or about.size not in (params[i].shape, ())):  # (): a step
-                raise Mistake(f'the optimizer in {state["folder"]} does not fit: resume with the --optimizer of its '
-                              'run')
+                raise Mistake(f'the optimizer in {state["folder"]} is damaged, or does not fit: resume with the '
+                              '--optimizer of its run')
             tensors[name] = torch.zeros_like(params[i].detach(), dtype=dtype) if params and about.size else \
                 torch.zeros(about.size, dtype=dtype)
     load_tensors(state['folder'], tensors)

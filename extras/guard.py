@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from extras.folder import begin, last_checkpoint, missing  # noqa: F401 (train.py calls guard.begin)
+from extras.optim import load_optimizer  # noqa: F401 (train.py and grpo.py call guard.load_optimizer)
 from extras.tokenizer import check_data
 from model import Mistake, first_line, is_out_of_memory
 
@@ -180,18 +181,6 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
     need(config['block_size'] <= factor * original, f'block_size={config["block_size"]} is longer than the '
          f'{int(factor * original)} of the checkpoint: resume with the config file and the flags of its run, or extend '
          f'it with --rope_factor={math.ceil(config["block_size"] / original)}')
-
-
-def check_optimizer(path, state, opt):
-    """Mistake if the optimizer state does not fit: a fused step would read past the end of a smaller state."""
-    params = [p for group in opt.param_groups for p in group['params']]
-    try:
-        fits = [len(g['params']) for g in state['param_groups']] == [len(g['params']) for g in opt.param_groups]
-        fits = fits and all(x.dim() == 0 or x.shape == params[i].shape
-                            for i, entries in state.get('state', {}).items() for x in entries.values())
-    except (KeyError, TypeError, AttributeError, IndexError):  # not an optimizer's state at all
-        fits = False
-    need(fits, f'the optimizer in {path} does not fit: resume with the --optimizer of its run')
 
 
 # -----------------------------------------------------------------------------

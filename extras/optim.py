@@ -1,8 +1,12 @@
-"""Optimizers other than AdamW: Muon (train.py --optimizer=muon) and AdamW with bf16 moments (--bf16_moments=True)."""
+"""Optimizers other than AdamW: Muon (train.py --optimizer=muon) and AdamW with bf16 moments (--bf16_moments=True).
+And what a resume does before it trusts the state of any optimizer."""
 
 import math
+import os
 
 import torch
+
+from model import Mistake
 
 
 def muon(model, weight_decay, learning_rate, betas, device_type):
@@ -113,3 +117,37 @@ class AdamW16(torch.optim.AdamW):
                 p *= 1 - group['lr'] * group['weight_decay'] * keep
                 p -= m / (1 - beta1 ** steps) / denominator * (group['lr'] * keep)
                 state['exp_avg'], state['exp_avg_sq'] = m.bfloat16(), v.bfloat16()
+
+
+def load_optimizer(opt, found, path, max_over_ranks=int, shards=None):
+    """opt.load_state_dict() of the state dict found at `path`, with the settings of the flags, not of the file. Mistake
+    if a state does not fit its parameter: a fused step reads past the end of a smaller one. shards: the function that
+    cuts whole states into this rank's shards
+    """
+    params = [p for group in opt.param_groups for p in group['params']]
+    moments = [{'momentum_buffer'} if group.get('muon') else {'exp_avg', 'exp_avg_sq'}
+               for group in opt.param_groups for _ in group['params']]
+
+    def fits(name, x, p):
+        if x.shape != (() if name == 'step' else p.shape) or x.is_meta:
+            return False
+        if not (x.is_floating_point() and x.is_contiguous()):
+            return False
+        x = x.to_local() if hasattr(x, 'to_local') else x
+        return bool((x.isfinite() & ((x >= 0) | (name not in ('step', 'exp_avg_sq')))).all())
+
+    try:
+        found = shards(found, opt) if shards else found
+        states = found['state']
+        lengths = [[len(group['params']) for group in groups] for groups in (found['param_groups'], opt.param_groups)]
+        fit = lengths[0] == lengths[1] and all(
+            state.keys() == {'step', *moments[i]} and all(fits(name, x, params[i]) for name, x in state.items())
+            for i, state in states.items())
+    except (KeyError, TypeError, AttributeError, IndexError):  # not an optimizer's state at all
+        fit = False
+    if max_over_ranks(not fit):
+        raise Mistake(f'the optimizer in {path} is damaged, or does not fit: resume with the --optimizer of its run')
+    if len(states) < len(params) and os.environ.get('RANK', '0') == '0':
+        print(f'note: {path} has the optimizer state of {len(states)} of {len(params)} parameters; the '
+              'others begin anew')
+    opt.load_state_dict({'state': states, 'param_groups': opt.state_dict()['param_groups']})

@@ -1,5 +1,6 @@
 """Bad input of every kind: exit code 2, one line on standard error that says what is wrong, and nothing written."""
 
+import math
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import torch
 from conftest import SMALL, run_inside, run_outside
 
 RESUME = '--init_from=resume'
+NO_FIT = 'the optimizer in out/ckpt.pt is damaged, or does not fit: resume with the --optimizer of its run'
 
 
 def contents(folder):
@@ -167,6 +169,14 @@ def state_of_0(**entries):
     return checkpoint(lambda c: c['optimizer']['state'][0].update(entries))
 
 
+def every_state(change):
+    """Both moments of all parameters."""
+    def write(saved):
+        for state in saved['optimizer']['state'].values():
+            state.update(exp_avg=change(state['exp_avg']), exp_avg_sq=change(state['exp_avg_sq']))
+    return checkpoint(write)
+
+
 def gpt2(saved):
     """What nanoGPT saves."""
     return {'model': {'transformer.wpe.weight': torch.zeros(16, 32)}, 'optimizer': {}, 'iter_num': 1, 'config': {},
@@ -191,18 +201,44 @@ def other_characters(trained):
     (checkpoint(lambda c: c.update(iter_num=-1)), RESUME, 'iter_num'),
     (checkpoint(lambda c: c.pop('best_val_loss') and None), RESUME, 'best_val_loss'),
     (checkpoint(lambda c: c.update(meta=[1])), RESUME, 'meta has a wrong type'),
-    (checkpoint(lambda c: c['optimizer']['param_groups'].pop() and None), RESUME,
-     'does not fit: resume with the --optimizer of its run'),
-    (checkpoint(lambda c: c.update(optimizer='none')), RESUME, 'does not fit: resume with the --optimizer of its run'),
-    (state_of_0(exp_avg=torch.zeros(2)), RESUME, 'out/ckpt.pt does not fit: resume with the --optimizer of its run'),
-    (state_of_0(exp_avg_sq='none'), RESUME, 'out/ckpt.pt does not fit: resume with the --optimizer of its run'),
+    (checkpoint(lambda c: c['optimizer']['param_groups'].pop() and None), RESUME, NO_FIT),
+    (checkpoint(lambda c: c.update(optimizer='none')), RESUME, NO_FIT),
+    (checkpoint(lambda c: c.update(optimizer={'param_groups': c['optimizer']['param_groups']})), RESUME, NO_FIT),
+    (checkpoint(lambda c: c['optimizer']['state'].update({99: c['optimizer']['state'][0]})), RESUME, NO_FIT),
+    (every_state(lambda x: torch.ones(3)), RESUME, NO_FIT), (every_state(lambda x: torch.ones(())), RESUME, NO_FIT),
+    (every_state(lambda x: torch.ones(1).expand(x.shape)), RESUME, NO_FIT),
+    (every_state(lambda x: x.long()), RESUME, NO_FIT), (every_state(lambda x: -x.abs()), RESUME, NO_FIT),
+    (state_of_0(exp_avg=torch.zeros(2)), RESUME, NO_FIT), (state_of_0(exp_avg_sq='none'), RESUME, NO_FIT),
+    (state_of_0(exp_avg=torch.full((40, 32), math.nan)), RESUME, NO_FIT),
+    (state_of_0(step=torch.tensor(-1.0)), RESUME, NO_FIT), (state_of_0(step=torch.ones(40, 32)), RESUME, NO_FIT),
+    (state_of_0(more=torch.zeros(40, 32)), RESUME, NO_FIT),
+    (checkpoint(lambda c: c['optimizer']['state'][0].pop('exp_avg') is None), RESUME, NO_FIT),
     (other_characters, RESUME, 'another vocabulary'), (no_meta, RESUME, 'another vocabulary'),
-    (lambda trained: None, '--optimizer=muon', 'does not fit: resume with the --optimizer of its run'),
+    (lambda trained: None, '--optimizer=muon', NO_FIT),
     (lambda trained: None, '--block_size=32', 'is longer than the 16 of the checkpoint'),
 ])
 def test_checkpoints(trained, spoil, flag, message):
     spoil(trained)
     expect(trained, 'train.py', [RESUME, flag], message)
+
+
+def test_what_a_checkpoint_says_of_the_optimizers_settings_is_not_used(trained):
+    """The flags say it. A state that is missing is told."""
+    def spoil(saved):
+        for group in saved['optimizer']['param_groups']:
+            del group['eps'], group['weight_decay']
+            group.update(betas='0.5', amsgrad=True, fused=False, lr=[1])
+        del saved['optimizer']['state'][3], saved['optimizer']['state'][4]
+
+    parameters = len(torch.load(trained / 'out/ckpt.pt')['optimizer']['state'])
+    checkpoint(spoil)(trained)
+    code, printed, said = run_inside('train.py', *SMALL, RESUME, '--max_iters=3', '--beta2=0.7', cwd=trained)
+    told = f'has the optimizer state of {parameters - 2} of {parameters} parameters; the others begin anew\n'
+    assert code == 0 and 'note: out/ckpt.pt ' + told in printed, said
+    saved = torch.load(trained / 'out/ckpt.pt')['optimizer']
+    assert [(g['betas'], g['weight_decay'], g['amsgrad'], g['fused']) for g in saved['param_groups']] == \
+        [((0.9, 0.7), 0.1, False, True), ((0.9, 0.7), 0.0, False, True)]
+    assert [saved['state'][i]['step'] for i in (2, 3, 4)] == [3, 2, 2]
 
 
 @pytest.mark.parametrize('environment, flags, message', [

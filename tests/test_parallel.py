@@ -1,6 +1,7 @@
 """train.py in shards (FSDP2, HSDP, expert parallelism) and its sharded checkpoints: on gloo, by torchrun."""
 
 import json
+import math
 import os
 import pickle
 import random
@@ -485,8 +486,22 @@ def test_an_optimizer_that_does_not_fit_the_shards(small):
     params = [whole[i]['exp_avg'] for i in sorted(whole)]
     torch.testing.assert_close(dcp.load_optimizer(state, params)['state'], whole)
     for wrong in (params[:-1], [params[0][1:], *params[1:]]):
-        with pytest.raises(Mistake, match='out/ckpt.dcp does not fit: resume with the --optimizer of its run'):
+        with pytest.raises(Mistake, match='out/ckpt.dcp is damaged, or does not fit: resume with the --optimizer'):
             dcp.load_optimizer(state, wrong)
+
+
+def test_a_number_that_is_not_finite_in_the_shard_of_one_rank(small):
+    """All ranks end, in one line."""
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    path = str(small / 'out/ckpt.dcp')
+    model, saved = dcp.from_checkpoint(path)
+    saved['optimizer']['state'][0]['exp_avg'][-1, -1] = math.nan
+    dcp.save_checkpoint(saved | {'model': model.state_dict(), 'iter_num': 2}, path)
+    dcp.finish()
+    message = 'the optimizer in out/ckpt.dcp is damaged, or does not fit: resume with the --optimizer of its run\n'
+    assert train(small, RESUME, code=2).endswith(message)
+    code, printed = torchrun(small, RESUME, '--shard=0')
+    assert code == 1 and printed.count(message) == 1 and 'Traceback' not in printed, printed
 
 
 def begin(clone, *flags, restarts=0, **kwargs):

@@ -122,6 +122,21 @@ def test_train_sample_and_resume(nanogpt):
     assert (args['block_size'], args['dropout'], args['n_embd']) == (8, 0.1, 32)
 
 
+def test_an_optimizer_that_does_not_fit_is_refused(nanogpt):
+    """A fused step reads past the end of a state that is too small. The flags decide the settings, not the file."""
+    train(nanogpt, '--max_iters=1')
+    saved = torch.load(nanogpt / 'out/ckpt.pt')
+    saved['optimizer']['param_groups'] = []
+    torch.save(saved, nanogpt / 'out/ckpt.pt')
+    train(nanogpt, '--max_iters=2', '--init_from=resume')
+    for size in ((3,), ()):
+        for state in saved['optimizer']['state'].values():
+            state.update(exp_avg=torch.ones(size), exp_avg_sq=torch.ones(size))
+        torch.save(saved, nanogpt / 'out/ckpt.pt')
+        said = train(nanogpt, '--max_iters=3', '--init_from=resume', code=1).splitlines()[-1]
+        assert said == 'model.Mistake: the optimizer in out/ckpt.pt does not fit'
+
+
 def test_two_ranks_are_as_one(nanogpt):
     train(nanogpt, '--out_dir=one')
     python(nanogpt, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', 'config/abc.py',
