@@ -12,6 +12,7 @@ its traceback. A script with its own arguments writes `import configurator` befo
 """
 
 import ast as _ast
+import builtins as _builtins
 import difflib as _difflib
 import errno as _errno
 import os as _os
@@ -20,6 +21,7 @@ import signal as _signal
 import sys as _sys
 import textwrap as _textwrap
 import time as _time
+import traceback as _traceback
 import types as _types
 
 _DISK = (_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG, _errno.EIO, _errno.EROFS)  # full, failing, read-only
@@ -120,6 +122,18 @@ def _fit(key, value, kind, where):
     raise mistake(f'{where}: {key} must be {kind.__name__}, not {value!r}')
 
 
+def _failed_at(error, path):
+    """', line N' of the Python file at path, where the error left it; a SyntaxError says it itself"""
+    lines = [frame.lineno for frame in _traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f', line {lines[-1]}' if lines else ''
+
+
+def _set_at(key, source):
+    """', line N' of a config file's text, where a line begins with the key"""
+    found = _re.search(rf'^{_re.escape(key)}\b', source, _re.M)
+    return f', line {source.count(chr(10), 0, found.start()) + 1}' if found else ''
+
+
 def _read_config(path):
     try:
         with open(path, encoding='utf-8') as f:
@@ -131,14 +145,15 @@ def _read_config(path):
     names = dict(globals())  # a config file may read the defaults
     before = dict(names)
     try:
-        exec(source, names)
+        exec(_builtins.compile(source, path, 'exec'), names)  # compile is a setting of train.py
     except (Exception, SystemExit) as e:
-        raise mistake(f'{path}: {type(e).__name__}: {e}') from None
+        raise mistake(f'{path}{_failed_at(e, path)}: {type(e).__name__}: {e}') from None
     found = {}
     for key, value in names.items():
         passing = key.startswith('_') or isinstance(value, (_types.ModuleType, _types.FunctionType, type))
         if not passing and not (key in before and before[key] is value):
-            found[key] = _fit(key, value, _check_key(key, path), path)
+            where = path + _set_at(key, source)
+            found[key] = _fit(key, value, _check_key(key, where), where)
     _print(_textwrap.fill(f'Overriding config with {path}: ' + ', '.join(f'{k} = {v!r}' for k, v in found.items()),
                           width=120, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False))
     return found

@@ -253,15 +253,15 @@ def load_reward(path):
     try:
         reward = runpy.run_path(path)['reward']
     except (Exception, SystemExit) as e:
-        raise Mistake(f'reward_file={path} must define reward(prompt, response, answer): {type(e).__name__}: '
-                      f'{first_line(e)}') from None
+        raise Mistake(f'reward_file={path}{scripts.failed_at(e, path)} must define reward(prompt, response, answer): '
+                      f'{type(e).__name__}: {first_line(e)}') from None
 
     def checked(prompt, response, answer):
         call = f'{path}: reward({prompt!r}, {response!r}, {answer!r})'
         try:
             accuracy, form = map(float, reward(prompt, response, answer))
         except (Exception, SystemExit) as e:
-            raise Mistake(f'{call}: {type(e).__name__}: {first_line(e)}') from None
+            raise Mistake(f'{call}{scripts.failed_at(e, path)}: {type(e).__name__}: {first_line(e)}') from None
         guard.need(math.isfinite(accuracy + form), f'{call} is {accuracy}, {form}: not finite')
         return accuracy, form
 

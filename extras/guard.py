@@ -129,7 +129,8 @@ def check_files(data_dir, meta, block_size):
                           f'{", ".join(sets) or "there is none yet"}')
         size = os.path.getsize(path)
         need(size % size_of == 0, f'{path} is cut short, or has another dtype: run prepare.py again')
-        need(size > block_size * size_of, f'{path} holds too few tokens for block_size={block_size}')
+        need(size > block_size * size_of,
+             f'{path} holds {size // size_of} tokens, too few: block_size={block_size} needs {block_size + 1}')
         need(not os.path.exists(mask) or os.path.getsize(mask) == size // size_of,
              f'{mask} must hold a byte for each token of {split}.bin: run prepare.py again')
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import traceback
 from datetime import timedelta
 
 import numpy as np
@@ -26,6 +27,12 @@ def read_text(path, newline=None):
             return f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise Mistake(f'{path} cannot be read: {first_line(e)}') from None
+
+
+def failed_at(error, path):
+    """', line N' of the Python file at path, where the error left it; a SyntaxError says it itself"""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f', line {lines[-1]}' if lines else ''
 
 
 # -----------------------------------------------------------------------------

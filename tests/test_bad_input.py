@@ -108,7 +108,8 @@ ONE_TOO_LARGE = np.append(TEN, 40).astype(np.uint16)
 
 @pytest.mark.parametrize('spoil, message', [
     (tokens(train=None), 'is missing'), (tokens(val=None), 'is missing'), (folder_for_tokens, 'is missing'),
-    (tokens(train=b''), 'too few'), (tokens(val=b''), 'too few'), (tokens(val=TEN[:16].astype(np.uint16)), 'too few'),
+    (tokens(train=b''), 'too few'), (tokens(val=b''), 'too few'),
+    (tokens(val=TEN[:16].astype(np.uint16)), 'val.bin holds 16 tokens, too few: block_size=16 needs 17'),
     (tokens(train=TEN.astype(np.uint16).tobytes()[:-1]), 'cut short'),
     (tokens(train=TEN.astype(np.float64)), 'beyond vocab_size'), (tokens(train=ONE_TOO_LARGE), 'token 40, beyond'),
     (tokens(val=ONE_TOO_LARGE), 'val.bin holds the token 40'), (tokens(val=b'words, not numbers ' * 99), 'beyond'),

@@ -59,8 +59,9 @@ def test_files_and_flags_in_order(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('rtae = 1', 'did you mean rate'), ('rate = "fast"', 'rate must be float'), ('rate = = 1', 'SyntaxError'),
-    ('rate = 1 / 0', 'ZeroDivisionError'),
+    ('\nrtae = 1', "a.py, line 2: unknown key 'rtae'; did you mean rate"),
+    ('steps = 1\nrate = "fast"', 'a.py, line 2: rate must be float'), ('\nrate = = 1', '(a.py, line 2)'),
+    ('def f():\n    return 1 / 0\n\nrate = f()', 'a.py, line 2: ZeroDivisionError'),
 ])
 def test_mistakes_in_a_file(monkeypatch, tmp_path, capsys, text, message):
     file = tmp_path / 'a.py'
@@ -102,7 +103,7 @@ def test_a_config_file_that_leaves(monkeypatch, tmp_path, capsys):
     file.write_text('import sys; sys.exit("bye")')
     with pytest.raises(SystemExit) as error:
         configure(monkeypatch, file, **DEFAULTS)
-    assert error.value.code == 2 and capsys.readouterr().err == f'{file}: SystemExit: bye\n'
+    assert error.value.code == 2 and capsys.readouterr().err == f'{file}, line 1: SystemExit: bye\n'
 
 
 # how a script ends

@@ -618,12 +618,13 @@ def test_ranges(monkeypatch):
 
 
 BAD_REWARDS = {
-    'raises.py': ('def reward(p, r, a):\n    raise KeyError("oh")\n', 'KeyError'),
+    'raises.py': ('def reward(p, r, a):\n    raise KeyError("oh")\n', "raises.py: reward('"),
+    'line.py': ('def reward(p, r, a):\n    raise KeyError("oh")\n', ', line 2: KeyError'),
     'nan.py': ('def reward(p, r, a):\n    return float("nan"), 1\n', 'not finite'),
     'shape.py': ('def reward(p, r, a):\n    return 1\n', 'TypeError'),
     'none.py': ('x = 1\n', 'must define reward'),
     'exits.py': ('import sys\ndef reward(p, r, a):\n    sys.exit(0)\n', 'SystemExit: 0'),
-    'leaves.py': ('import sys\nsys.exit(0)\n', 'must define reward'),
+    'leaves.py': ('import sys\nsys.exit(0)\n', 'leaves.py, line 2 must define reward'),
     'imports.py': ('import nothing_of_this_name\n', 'ModuleNotFoundError'),
 }
 BAD_FLAGS = {
