@@ -399,7 +399,8 @@ if __name__ == '__main__':
     options = {k: config[k] for k in ('mu', 'clip_low', 'clip_high', 'kl_coef', 'length_norm', 'max_new_tokens',
                                       'temperature', 'batch_size', 'grad_clip')}
     while iter_num < max_iters and not eval_only:
-        torch.manual_seed((seed + iter_num) * world + rank)  # whatever is random in this iteration
+        # whatever is random in this iteration
+        torch.manual_seed(np.random.default_rng((seed, iter_num, 1, rank)).integers(2**63))
         t0 = time.time()
         lr = learning_rate * min((iter_num + 1) / (warmup_iters + 1), 1 - iter_num / max_iters if decay_lr else 1)
         for group in optimizer.param_groups:

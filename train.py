@@ -144,9 +144,9 @@ for split in ('train', 'val'):
 
 
 def get_batch(split, stream, index):
-    """Micro-batch number `index` of a random stream (0: training, 1: evaluation) -> x, y (batch_size, block_size)"""
+    """Micro-batch `index` of a stream (0: training; 1: evaluation, equal for all seeds) -> x, y (batch_size, T)"""
     tokens, mask = data[split], masks[split]
-    rng = np.random.default_rng((seed, {'train': 0, 'val': 1}[split], stream, index))
+    rng = np.random.default_rng((1337 if stream else seed, {'train': 0, 'val': 1}[split], stream, index))
     step = meta.get('row_length', 1)  # if the data are rows, a sequence starts where a row starts
     starts = step * rng.integers((len(tokens) - block_size - 1) // step + 1, size=batch_size)
     places = starts[:, None] + np.arange(block_size + 1)
@@ -394,7 +394,7 @@ while True:
     # forward and backward
     stats = {}
     for micro_step, (number, (x, y)) in enumerate(zip(micro_batches, batches)):
-        torch.manual_seed((seed + number) % 2**32)
+        torch.manual_seed(np.random.default_rng((seed, 2, number)).integers(2**63))  # hashed: seeds do not overlap
         if sharded:  # copies of the model exchange gradients only in the last micro-batch
             model.set_requires_all_reduce(micro_step == accumulation - 1)
         elif ddp:  # and so do the copies of DDP

@@ -178,7 +178,7 @@ pipeline_stages = [PipelineStage(stage, s, n_stages, torch.device(device), outpu
                                  input_args=example_tokens if s == 0 else example,
                                  dw_builder=(lambda: lambda: None) if s == n_stages - 1 else None)
                    for stage, s in zip(stages, indices)]
-torch.manual_seed(seed + rank)  # dropout differs from rank to rank
+torch.manual_seed(np.random.default_rng((seed, 2, rank)).integers(2**63))  # dropout differs from rank to rank
 
 losses = mtp_load = 0  # of this iteration
 label_counts = None  # ... the mean over its micro-batches, see GPT.training_loss()

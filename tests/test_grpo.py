@@ -517,6 +517,16 @@ def test_ranks_with_different_checkpoints(workshop):
     assert 'the ranks hold different checkpoints: out-rank0 must be one folder for all\n' in said
 
 
+def test_two_seeds_share_no_iteration(workshop, monkeypatch):
+    """Once, iteration 1 of a seed was iteration 0 of the next one."""
+    manual_seed, begun = torch.manual_seed, []
+    monkeypatch.setattr(torch, 'manual_seed', lambda n: begun.append(int(n)) or manual_seed(n))
+    for seed in (1, 2):
+        flags = [*GRPO, '--reward_file=odd.py', '--out_dir=out-seeds', '--max_iters=3', f'--seed={seed}']
+        inside('grpo.py', *flags, cwd=workshop)
+    assert len(begun) == len(set(begun)) == 2 * 3
+
+
 def test_checkpoints_that_no_run_of_grpo_wrote(workshop):
     """Each is one line. A fused step would read past the end of an optimizer's state that is too small."""
     flags = [*GRPO, '--reward_file=odd.py', '--out_dir=out-resumed', '--max_iters=2']

@@ -283,9 +283,22 @@ def test_each_micro_batch_has_randomness_of_its_own(small, monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(model.GPT, 'forward', spy)
-    code, _, said = run_inside('train.py', *SMALL, cwd=small)
-    assert code == 0, said
-    assert len(drawn) == 1 + 12 and len(set(drawn[1:])) == 12        # the first forward is before the loop
+    seen = set()
+    for seed in (1337, 1338):                                        # two seeds share none of it
+        train(small, f'--seed={seed}')
+        seen |= set(drawn[1:])                                       # the first forward is before the loop
+        assert len(drawn) == 1 + 12
+        drawn.clear()
+    assert len(seen) == 2 * 12
+
+
+def test_runs_of_all_seeds_are_evaluated_on_the_same_rows(small):
+    train(small, '--max_iters=1')
+    seen = []
+    for seed in (1337, 1):
+        train(small, '--init_from=resume', '--eval_only=True', f'--seed={seed}')
+        seen.append([(r['train_loss'], r['val_loss']) for r in log(small) if 'val_loss' in r][-1])
+    assert seen[0] == seen[1]
 
 
 def test_each_split_is_evaluated_on_its_own_data(small):
