@@ -106,11 +106,11 @@ def watch(model, idx, caches=None):
 
 def score_parts(model, attn, x):
     """x (1, T, C) -> the two parts of the attention scores, before the softmax: nope and rope (H, T, T). V3 eq. 10"""
-    cfg, T = attn.config, x.size(1)
-    q_nope, q_rope, c_kv, k_rope = attn.project(x, model.rope_cos[:T], model.rope_sin[:T])
-    kv = attn.kv_b_proj(c_kv).unflatten(-1, (cfg.n_head, -1)).transpose(1, 2)          # (1, H, T, n+v)
-    nope = q_nope @ kv[..., :cfg.qk_nope_head_dim].transpose(-1, -2)                   # (1, H, T, T)
-    rope = q_rope @ k_rope.unsqueeze(1).transpose(-1, -2)
+    T, n = x.size(1), attn.config.qk_nope_head_dim
+    q, latent = attn.project(x, model.rope_cos[:T], model.rope_sin[:T])
+    k, _ = attn.expand(latent)                                                         # (1, H, T, n+r), as q
+    nope = q[..., :n] @ k[..., :n].transpose(-1, -2)                                   # (1, H, T, T)
+    rope = q[..., n:] @ k[..., n:].transpose(-1, -2)
     return attn.scale * nope[0], attn.scale * rope[0]
 
 
@@ -291,10 +291,9 @@ def training_of(path, n_moe_layers, n_experts, most=100):
 def cache_of(model, dtype):
     """Bytes per token in the main stack's blocks: of the latent cache, and of keys and values of all heads."""
     cfg, size = model.config, getattr(torch, dtype).itemsize
-    latent = cfg.kv_lora_rank + cfg.qk_rope_head_dim
     heads = cfg.n_head * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
-    return {'latent': cfg.n_layer * latent * size, 'mha': cfg.n_layer * heads * size, 'dtype': dtype,
-            'layers': cfg.n_layer, 'latent_numbers': latent, 'mha_numbers': heads}
+    return {'latent': cfg.n_layer * cfg.cache_width * size, 'mha': cfg.n_layer * heads * size, 'dtype': dtype,
+            'layers': cfg.n_layer, 'latent_numbers': cfg.cache_width, 'mha_numbers': heads}
 
 
 @torch.no_grad()

@@ -92,6 +92,10 @@ class GPTConfig:
         derive('routed_scaling_factor', math.sqrt(K))             # a mean of K outputs is sqrt(K) times smaller
         derive('mtp_n_layer', 2 if self.n_layer >= 8 else 1)
 
+    @property
+    def cache_width(self):  # numbers cached per token and layer: MLA.project()'s latent
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -113,91 +117,96 @@ def apply_rope(x, cos, sin):
 
 class MLA(nn.Module):
     """Multi-head Latent Attention (V2 section 2.1, V3 eq. 1-11)."""
+    absorb = True  # False: decode by expand(), like training; needed if keys or values are not linear in the latent
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        C, H = config.n_embd, config.n_head
-        qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        self.scale = qk_head_dim ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
-
+        C, H, n, r = config.n_embd, config.n_head, config.qk_nope_head_dim, config.qk_rope_head_dim
+        c, v_dim = config.kv_lora_rank, config.v_head_dim
+        self.sizes = n, r, c, v_dim
+        self.scale = (n + r) ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
         # all released models use 1e-6 in the norms of the latents, whatever their rms_norm_eps is
         if config.q_lora_rank > 0:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, H * qk_head_dim, bias=False)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, H * (n + r), bias=False)
         else:
-            self.q_proj = nn.Linear(C, H * qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(C, config.kv_lora_rank + config.qk_rope_head_dim, bias=config.bias)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(H * config.v_head_dim, C, bias=config.bias)
+            self.q_proj = nn.Linear(C, H * (n + r), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(C, c + r, bias=config.bias)
+        self.kv_a_layernorm = RMSNorm(c, 1e-6)
+        self.kv_b_proj = nn.Linear(c, H * (n + v_dim), bias=False)
+        self.o_proj = nn.Linear(H * v_dim, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None, pos=0):
         """x: (B, T, C) at positions pos..pos+T-1; cache: (B, S_max, c + r) or None, written in place."""
-        T, S = x.size(1), pos + x.size(1)
-        q_nope, q_rope, c_kv, k_rope = self.project(x, cos, sin)
-        if cache is not None:  # per token and layer: the normed latent and the rotated key, nothing per head
-            cache[:, pos:S] = torch.cat((c_kv, k_rope), dim=-1)
-        if pos == 0:
-            y = self.attend_materialised(q_nope, q_rope, c_kv, k_rope)
-        else:
+        T, S, seen = x.size(1), pos + x.size(1), None
+        q, latent = self.project(x, cos, sin)
+        if cache is not None:
+            cache[:, pos:S] = latent
+        if pos > 0:
+            latent = cache[:, :S]
             seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(pos)       # the queries are the last T
-            y = self.attend_absorbed(q_nope, q_rope, cache[:, :S], seen)
-        return self.resid_dropout(self.o_proj(y))                                      # eq. 11: (B, T, C)
+        return self.resid_dropout(self.o_proj(self.attend(q, latent, seen)))           # eq. 11: (B, T, C)
 
     def project(self, x, cos, sin):
-        """x (B, T, C) -> q_nope (B, H, T, n), q_rope (B, H, T, r), c_kv (B, T, c), k_rope (B, T, r)
-        cos, sin: (T, r/2), or (B, T, r/2) if each row has its own positions
+        """x (B, T, C) -> q (B, H, T, n + r), and what the cache holds: the normed latent and the rotated key, which
+        all heads share, (B, T, c + r). cos, sin: (T, r/2), or (B, T, r/2) if each row has its own positions
         """
-        cfg = self.config
-        n, r, c = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.kv_lora_rank
+        n, r, c, _ = self.sizes
         q, kv = self.latents(x)
-        if cfg.q_lora_rank > 0:
+        if self.config.q_lora_rank > 0:
             q = self.q_b_proj(self.q_a_layernorm(q))                                   # eq. 7
-        q_nope, q_rope = q.unflatten(-1, (cfg.n_head, n + r)).transpose(1, 2).split((n, r), dim=-1)
+        q_nope, q_rope = q.unflatten(-1, (-1, n + r)).transpose(1, 2).split((n, r), dim=-1)
         c_kv, k_rope = kv.split((c, r), dim=-1)
         q_rope = apply_rope(q_rope, cos.unsqueeze(-3), sin.unsqueeze(-3))              # eq. 8
-        k_rope = apply_rope(k_rope, cos, sin)                                          # one key for all heads
-        return q_nope, q_rope, self.kv_a_layernorm(c_kv), k_rope
+        k_rope = apply_rope(k_rope, cos, sin)
+        return torch.cat((q_nope, q_rope), dim=-1), torch.cat((self.kv_a_layernorm(c_kv), k_rope), dim=-1)
 
     def latents(self, x):
         """x (B, T, C) -> the queries' latent (the queries if q_lora_rank is 0), [c_kv | k_rope] before norm and RoPE"""
         q = self.q_a_proj(x) if self.config.q_lora_rank > 0 else self.q_proj(x)        # eq. 6
         return q, self.kv_a_proj_with_mqa(x)                                           # eq. 1, 3
 
-    def attend_materialised(self, q_nope, q_rope, c_kv, k_rope):
-        """Training and prefill: expand k and v for every head, then one causal SDPA. -> (B, T, H*v)"""
-        H, n, v_dim = self.config.n_head, self.config.qk_nope_head_dim, self.config.v_head_dim
-        kv = self.kv_b_proj(c_kv).unflatten(-1, (H, n + v_dim)).transpose(1, 2)        # (B, H, T, n+v)
+    def expand(self, latent):
+        """latent (B, S, c + r) -> every head's keys (B, H, S, n + r) and values (B, H, S, v)"""
+        n, r, c, v_dim = self.sizes
+        c_kv, k_rope = latent.split((c, r), dim=-1)
+        kv = self.kv_b_proj(c_kv).unflatten(-1, (-1, n + v_dim)).transpose(1, 2)       # (B, H, S, n+v)
         k_nope, v = kv.split((n, v_dim), dim=-1)                                       # eq. 2, 5
-        q = torch.cat((q_nope, q_rope), dim=-1)                                        # (B, H, T, n+r)
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, H, -1, -1)), dim=-1)     # eq. 4
-        # flash kernels want one head size for q, k and v: zeros appended to v come out as zeros
-        v = F.pad(v, (0, max(0, q.size(-1) - v_dim)))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale,
-                                           dropout_p=self.config.dropout if self.training else 0.0)
-        return y[..., :v_dim].transpose(1, 2).flatten(2)                               # eq. 10
+        return torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, kv.size(1), -1, -1)), dim=-1), v  # eq. 4
 
-    def attend_absorbed(self, q_nope, q_rope, cache, seen):
-        """Decode: fold W_uk into the query and W_uv into the output, and attend in the latent space. -> (B, T, H*v)
-        All heads share one key, the cache row, and one value, its first c numbers. cache: (B, S, c + r)
-        seen: the positions that each query attends to, (T, S) or (B, 1, T, S)
+    def attend(self, q, latent, seen=None):
+        """q (B, H, T, n + r) attends to latent (B, S, c + r). -> (B, T, H*v)
+        seen: the positions that each query attends to, (T, S) or (B, 1, T, S); None: causal, for training and prefill
         """
-        H, T, n = q_nope.shape[1:]
-        c, v_dim = self.config.kv_lora_rank, self.config.v_head_dim
+        if seen is not None and self.absorb:
+            return self.attend_absorbed(q, latent, seen)
+        k, v = self.expand(latent)
+        # flash kernels want one head size for q, k and v: zeros appended to v come out as zeros
+        y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, max(0, q.size(-1) - v.size(-1)))), attn_mask=seen,
+                                           is_causal=seen is None, scale=self.scale,
+                                           dropout_p=self.config.dropout if self.training else 0.0)
+        return y[..., :v.size(-1)].transpose(1, 2).flatten(2)                          # eq. 10
+
+    def attend_absorbed(self, q, latent, seen):
+        """attend() without expand(): fold W_uk into the query and W_uv into the output, and stay in the latent space.
+        All heads share one key, the latent's row, and one value, the row's first c numbers.
+        """
+        (H, T), (n, r, c, v_dim) = q.shape[1:3], self.sizes
+        q_nope, q_rope = q.split((n, r), dim=-1)
         w_uk, w_uv = self.kv_b_proj.weight.view(H, n + v_dim, c).split((n, v_dim), dim=1)
         # einsum multiplies head by head; @ would first copy the weights for each row of the batch
-        q = torch.einsum('bhtn,hnc->bhtc', q_nope, w_uk.to(q_nope.dtype))
+        q = torch.einsum('bhtn,hnc->bhtc', q_nope, w_uk.to(q.dtype))
         q = torch.cat((q, q_rope), dim=-1) * self.scale                                # (B, H, T, c+r)
-        # the cache is the left factor, because a CPU kernel would copy its transpose
-        scores = (cache @ q.flatten(1, 2).transpose(1, 2)).transpose(1, 2)             # (B, H*T, S)
+        # the latent is the left factor, because a CPU kernel would copy its transpose
+        scores = (latent @ q.flatten(1, 2).transpose(1, 2)).transpose(1, 2)            # (B, H*T, S)
         scores = scores.unflatten(1, (H, T)).float().masked_fill(~seen, float('-inf'))  # (B, H, T, S)
-        weights = scores.softmax(dim=-1).to(cache.dtype).flatten(1, 2)                 # (B, H*T, S)
-        # multiply by whole cache rows, because a CPU's bf16 product would first copy a part of them
-        latent = (weights @ cache)[..., :c].unflatten(1, (H, T))                       # (B, H, T, c)
-        return torch.einsum('bhtc,hvc->bthv', latent, w_uv.to(latent.dtype)).flatten(2)
+        weights = scores.softmax(dim=-1).to(latent.dtype).flatten(1, 2)                # (B, H*T, S)
+        # multiply by whole rows, because a CPU's bf16 product would first copy a part of them
+        mixed = (weights @ latent)[..., :c].unflatten(1, (H, T))                       # (B, H, T, c)
+        return torch.einsum('bhtc,hvc->bthv', mixed, w_uv.to(mixed.dtype)).flatten(2)
 
 
 def swiglu(x):
@@ -417,16 +426,11 @@ class GPT(nn.Module):
     def update_balance(self, load):
         """Loss-free balancing: raise b of experts below their layer's mean load, lower b of experts above it.
         Call it once after each optimizer step. load (MoE layers, E): tokens of each expert in the step, over all
-        micro-batches and ranks. A layer without load keeps its b. b is re-centred: equal shifts change no choice.
+        micro-batches and ranks. A layer without load keeps its b. b keeps its mean: equal shifts change no choice.
         """
-        if self.config.bias_update_speed == 0:
-            return
-        load = load.float()
-        step = self.config.bias_update_speed * torch.sign(load.mean(dim=1, keepdim=True) - load)
-        for moe, delta, idle in zip(self.moe_layers(), step, load.sum(dim=1) == 0):
-            bias = moe.e_score_correction_bias
-            moved = bias + delta
-            bias.copy_(torch.where(idle, bias, moved - moved.mean()))
+        step = self.config.bias_update_speed * torch.sign(load.float().mean(dim=1, keepdim=True) - load)
+        for moe, delta in zip(self.moe_layers(), step - step.mean(dim=1, keepdim=True)):
+            moe.e_score_correction_bias += delta
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
@@ -480,8 +484,7 @@ class GPT(nn.Module):
     def make_cache(self, batch_size, length):
         """An empty latent cache (n_layer, B, length, c + r)."""
         cfg, w = self.config, self.lm_head.weight
-        return torch.zeros(cfg.n_layer, batch_size, length, cfg.kv_lora_rank + cfg.qk_rope_head_dim,
-                           dtype=compute_dtype(w), device=w.device)
+        return torch.zeros(cfg.n_layer, batch_size, length, cfg.cache_width, dtype=compute_dtype(w), device=w.device)
 
     def loss_of_heads(self, states, labels, weights, counts=None):
         """States (B, T, C) through the shared head, against labels (heads, B, T; -1: none) -> the weighted sum of their
@@ -540,7 +543,6 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise Mistake(f'cannot crop block_size={self.config.block_size} to {block_size}')
         self.config.block_size = block_size
-        self.rope_cos, self.rope_sin = self.rope_cos[:block_size], self.rope_sin[:block_size]
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """AdamW, fused where it exists. Matrices, 2-D and 3-D, decay; norms and biases do not."""
@@ -562,8 +564,7 @@ class GPT(nn.Module):
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=assign)
             weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-            args = {'rope_original_max_position_embeddings': checkpoint['model_args']['block_size']}
-            config = GPTConfig(**(args | checkpoint['model_args']))
+            config = GPTConfig(**checkpoint['model_args'])
         except Exception as e:  # no file, a damaged one, or another program's
             if is_out_of_memory(e):
                 raise
@@ -723,7 +724,6 @@ class Gather(torch.autograd.Function):
     """x[index]; rows summed over K if index is (N, K); zeros where an index (M,) points behind the last row. `inverse`
     is the gradient's index, a Gather too. A plain x[index] adds its gradient with atomics, slowly and in any order.
     """
-
     @staticmethod
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(index, inverse)

@@ -189,10 +189,9 @@ def empty_state(model, B, S, D, device=None):
     def zeros(*shape, dtype=torch.long):
         return torch.zeros(shape, dtype=dtype, device=device or w.device)
 
-    width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
     blocks = len(model.blocks()) if D else model.config.n_layer
     return State(zeros(B, S), zeros(B), zeros(B), zeros(B, dtype=torch.bool), zeros(), zeros(dtype=torch.float32),
-                 [zeros(B, S, width, dtype=compute_dtype(w)) for _ in range(blocks)],
+                 [zeros(B, S, model.config.cache_width, dtype=compute_dtype(w)) for _ in range(blocks)],
                  zeros(B, S if D else 0, model.config.n_embd, dtype=w.dtype),
                  zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
 
@@ -273,9 +272,9 @@ def run_blocks(model, blocks, x, caches, positions):
     seen = torch.arange(caches[0].size(1), device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
     row = rows_of(x)
     for block, cache in zip(blocks, caches):
-        q_nope, q_rope, c_kv, k_rope = block.attn.project(block.input_layernorm(x), cos, sin)
-        cache[row, positions] = torch.cat((c_kv, k_rope), dim=-1)
-        x = x + block.attn.o_proj(block.attn.attend_absorbed(q_nope, q_rope, cache, seen))
+        q, latent = block.attn.project(block.input_layernorm(x), cos, sin)
+        cache[row, positions] = latent
+        x = x + block.attn.o_proj(block.attn.attend(q, cache, seen))
         y = block.post_attention_layernorm(x)
         x = x + (feed_experts(block.mlp, y) if isinstance(block.mlp, MoE) else block.mlp(y))
     return x

@@ -142,7 +142,7 @@ def build(size, variant, vocab_size):
         own['qk_rope_head_dim'] = sizes['n_embd'] // sizes['n_head']
     config = GPTConfig(vocab_size=vocab_size, **{'num_nextn_predict_layers': 0} | sizes | own)
     model = GPT(config)
-    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    cached = config.cache_width
     if kv_heads:
         cached = 2 * kv_heads * config.v_head_dim
         for block in model.blocks():

@@ -304,7 +304,7 @@ def test_as_processes(small):
     expect(small, 'data/shakespeare_char/prepare.py', ['--input=nowhere'], 'no such text file', run_outside)
 
 
-ATTEND = 'def attend_materialised(self, q_nope, q_rope, c_kv, k_rope):'
+ATTEND = 'def expand(self, latent):'
 
 
 @pytest.mark.parametrize('before, compiled', [('def __init__(self, config, dense=False):', False), (ATTEND, False),

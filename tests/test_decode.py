@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 from conftest import tiny_model
+from torch.nn import functional as F
 
 from extras import decode
 from extras.decode import Decoder, verify
-from model import probabilities
+from model import MLA, probabilities
 
 COUNTING = 11  # t_{i+1} = t_i + 1 modulo this: every offset is predictable
 
@@ -50,6 +51,45 @@ def test_greedy_tokens_are_generates_for_prompts_of_all_lengths_and_beyond_block
     for lengths, n in itertools.product([(1,), (7, 1, 3), (31, 32, 33, 40, 2)], (0, 1, 2, 25)):
         prompts = prompts_of(*lengths)
         assert decoder.generate(prompts, n, temperature=0, speculative=speculative)[0] == plain(model, prompts, n)
+
+
+@pytest.mark.parametrize('overrides', [{}, dict(v_head_dim=24, q_lora_rank=0, bias=True)])
+def test_without_absorption_each_decoder_gives_the_tokens_of_whole_forwards(monkeypatch, overrides):
+    """MLA.absorb: decoding either folds the heads into the latent, or expands keys and values as training does."""
+    monkeypatch.setattr(MLA, 'absorb', False)
+    monkeypatch.setattr(MLA, 'attend_absorbed', None)
+    model = tiny_model(**overrides).eval()
+    prompts = prompts_of(5, 9)
+    want = [[*prompt] for prompt in prompts]
+    for row in want:
+        row += (model(torch.tensor([row[-32:]]))[0].argmax().item() for _ in range(30))      # block_size is 32
+    assert plain(model, prompts, 30) == want
+    for speculative in (False, True):
+        assert Decoder(model).generate(prompts, 30, temperature=0, speculative=speculative)[0] == want
+    monkeypatch.undo()                                               # absorb is True again
+    assert plain(model, prompts, 30) == want
+
+
+@pytest.mark.parametrize('absorb', [False, True])
+def test_a_changed_attention_is_decoded_only_without_absorption(monkeypatch, absorb):
+    """QK-norm, as a researcher adds it: the queries' in project(), the keys' in expand()."""
+    def project(attn, x, cos, sin, plain=MLA.project):
+        q, latent = plain(attn, x, cos, sin)
+        return F.rms_norm(q, q.shape[-1:]), latent
+
+    def expand(attn, latent, plain=MLA.expand):
+        k, v = plain(attn, latent)
+        return F.rms_norm(k, k.shape[-1:]), v
+
+    monkeypatch.setattr(MLA, 'project', project)
+    monkeypatch.setattr(MLA, 'expand', expand)
+    monkeypatch.setattr(MLA, 'absorb', absorb)
+    model = tiny_model().eval()
+    idx = torch.randint(61, (2, 12))
+    cache = model.make_cache(2, 12)
+    model(idx[:, :8], cache=cache)
+    got, want = model(idx[:, 8:], cache=cache, pos=8)[0], model(idx)[0]
+    assert torch.allclose(got, want, atol=1e-5) != absorb
 
 
 def test_a_stop_token_ends_each_row_for_itself():
