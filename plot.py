@@ -2,8 +2,8 @@
 Draws the log.jsonl of one or several runs: losses, the balance of the experts, rate, gradient norm and speed; of
 grpo.py's runs the accuracy on held-out prompts and what is logged of each batch.
 
-    python plot.py out-demo/log.jsonl [out-other/log.jsonl ...] [--out=PNG]
-    python plot.py out-fp8-*/log.jsonl --relative_to out-bf16-*/log.jsonl
+    python plot.py out-demo [out-other ...] [--out=PNG]        # folders, or their log.jsonl
+    python plot.py out-fp8-* --relative_to out-bf16-*
 
 The second draws by how much the smoothed training loss of each run differs from that of the run with its seed.
 """
@@ -70,6 +70,16 @@ def read_log(path):
     return header, [train[k] for k in sorted(train)], [evals[k] for k in sorted(evals)]
 
 
+def limit_to_the_end(ax, skip=0.1):
+    """Fit the y axis to the curves without the first tenth of the steps: a loss falls fast from about 11 there."""
+    points = [point for line in ax.lines for point in line.get_xydata()]
+    last = max((step for step, _ in points), default=0)
+    values = [y for step, y in points if step >= skip * last and not math.isnan(y)]
+    if values and min(values) < max(values):
+        margin = 0.05 * (max(values) - min(values))
+        ax.set_ylim(min(values) - margin, max(values) + margin)
+
+
 def draw_losses(plt, logs):
     """A panel for whatever one of the runs logged at least."""
     fig, axes = plt.subplots(2, 3, figsize=(15, 8), layout='constrained')
@@ -99,6 +109,7 @@ def draw_losses(plt, logs):
         for ax, key in ((lr_ax, 'lr'), (norm_ax, 'grad_norm'), (speed_ax, 'tokens_per_s')):
             curve(ax, train, [number(r, key) for r in train], label=name)
     loss_ax.set(ylabel='nats per token', title='loss of the main model')
+    limit_to_the_end(loss_ax)
     modules_ax.set(ylabel='loss less the main loss (nats)', title='MTP modules against the main model')
     if modules_ax.lines:
         modules_ax.axhline(0, color='black', linewidth=0.8, label='main')
@@ -197,16 +208,17 @@ def draw_relative(plt, logs, bases, skip=100):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('logs', nargs='+', metavar='log.jsonl')
-    parser.add_argument('--relative_to', nargs='+', default=[], metavar='log.jsonl',
+    parser.add_argument('logs', nargs='+', metavar='OUT_DIR', help='a folder with a log.jsonl, or the path of a log')
+    parser.add_argument('--relative_to', nargs='+', default=[], metavar='OUT_DIR',
                         help='runs to compare those above with')
-    parser.add_argument('--out', metavar='PNG', help='default: log.png beside the first log')
+    parser.add_argument('--out', metavar='PNG', help='default: log.png beside the log, or logs.png beside the first')
     args = parser.parse_args()
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
     def read(path):
+        path = os.path.join(path, 'log.jsonl') if os.path.isdir(path) else path
         header, train, evals = read_log(path)
         name = os.path.basename(os.path.dirname(os.path.abspath(path)))
         return name.replace('$', r'\$'), train, evals, header  # between two $ matplotlib reads formulas
@@ -223,7 +235,9 @@ def main():
         fig = (draw_rewards if rewarded[0] else draw_losses)(plt, [log[:3] for log in logs])
     for ax in fig.axes:
         ax.grid(alpha=0.3)
-    out = args.out if args.out is not None else os.path.join(os.path.dirname(args.logs[0]), 'log.png')
+    first = args.logs[0] if os.path.isdir(args.logs[0]) else os.path.dirname(args.logs[0])
+    default = os.path.join(first, 'log.png' if len(logs + bases) == 1 else 'logs.png')
+    out = default if args.out is None else args.out
     kinds = sorted(fig.canvas.get_supported_filetypes())
     need(os.path.splitext(out)[1][1:].lower() in kinds, f'--out={out} must end in one of .{", .".join(kinds)}')
     try:

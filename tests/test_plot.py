@@ -80,6 +80,29 @@ def test_the_figure_of_training():
         plt.close(fig)
 
 
+def test_the_axis_of_the_loss_shows_the_end_of_the_curve():
+    """Not the loss of the first steps, in whose shadow the differences at the end would be flat."""
+    train = [{'step': i, 'loss': 11.0 if i < 5 else 3.0 - i / 100} for i in range(101)]
+    evals = [{'step': 0, 'val_loss': 11.0}, {'step': 50, 'val_loss': 2.6}, {'step': 100, 'val_loss': 2.2}]
+    ax = plot.draw_losses(plt, [('a', train, evals)]).axes[0]
+    low, high = ax.get_ylim()
+    assert 1.9 < low < 2.0 and 2.9 < high < 3.0
+    for few in (train[:1], train[:3], [{'step': 0, 'loss': None}]):         # nothing to leave out
+        plot.draw_losses(plt, [('a', few, [])])
+    plt.close('all')
+
+
+def test_a_folder_stands_for_its_log_and_several_logs_leave_each_figure(tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'log.jsonl').write_text('\n'.join(map(json.dumps, train_records())))
+    assert run_inside(ROOT / 'plot.py', 'a', cwd=tmp_path)[1] == 'wrote a/log.png\n'
+    before = (tmp_path / 'a/log.png').read_bytes()
+    assert run_inside(ROOT / 'plot.py', 'a', 'b/log.jsonl', cwd=tmp_path)[1] == 'wrote a/logs.png\n'
+    assert run_inside(ROOT / 'plot.py', 'b/log.jsonl', 'a/', cwd=tmp_path)[1] == 'wrote b/logs.png\n'
+    assert (tmp_path / 'a/log.png').read_bytes() == before and not (tmp_path / 'b/log.png').exists()
+
+
 @pytest.mark.parametrize('theirs, words', [
     (dict(n=12, every=9), 'it has no step from 100 on, where the comparison begins'), (dict(n=13, every=9), None),
     (dict(n=14, every=9), 'has other steps'), (None, 'must have its seed, 1; 0 have')])
@@ -106,7 +129,8 @@ def test_where_it_cannot_be_drawn(log, out, words):
     assert [path.name for path in log.parent.iterdir()] == ['log.jsonl'] and log.read_bytes() == before
 
 
-@pytest.mark.parametrize('name, words', [('nowhere', 'No such file'), ('.', 'Is a directory'), ('bytes', 'no records')])
+@pytest.mark.parametrize('name, words', [('nowhere', 'No such file'), ('.', './log.jsonl cannot be used: No such file'),
+                                         ('bytes', 'no records')])
 def test_what_is_no_log(tmp_path, name, words):
     (tmp_path / 'bytes').write_bytes(b'\xff\0\n{}\n')
     code, _, said = run_inside(ROOT / 'plot.py', name, cwd=tmp_path)

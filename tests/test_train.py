@@ -200,7 +200,7 @@ def test_plot_of_relative_losses(tmp_path):
     plot = ROOT / 'plot.py'
     printed = inside(plot, logs['b-1'], logs['b-2'], '--relative_to', logs['a-2'], logs['a-1'], cwd=tmp_path)
     assert 'b-1: 5.00%, +5.00%' in printed and 'b-2: 1.00%, -1.00%' in printed
-    assert (tmp_path / 'b-1/log.png').stat().st_size > 10000
+    assert (tmp_path / 'b-1/logs.png').stat().st_size > 10000
     code, _, said = run_inside(plot, logs['b-2'], '--relative_to', logs['a-1'], cwd=tmp_path)
     assert code == 2 and 'its seed, 2' in said
 
