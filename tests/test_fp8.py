@@ -10,10 +10,11 @@ import torch
 from conftest import SMALL, run, run_inside, tiny_model, torchrun
 from test_cuda import needs_cuda_build, on_fake_cuda
 from test_model import main_config
+from torch.nn import functional as F
 from torch.nn.functional import ScalingType as S
 
 from extras import fp8
-from model import GPT
+from model import GPT, MoE
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -196,6 +197,26 @@ def test_swiglu_from_fp8_inputs():
     torch.testing.assert_close(y, torch.nn.functional.silu(x[:, :150]) * x[:, 150:] * g)
     expected = torch.autograd.grad((torch.nn.functional.silu(gate) * up * g * dy).sum(), (near, g))
     torch.testing.assert_close(torch.autograd.grad((y * dy).sum(), (x, g)), expected)
+
+
+def test_a_changed_activation_arrives(monkeypatch):
+    """An FFN and experts of ReLU^2 give in FP8 what they give without it, and their gradients."""
+    def relu_squared(x):
+        gate, up = x.chunk(2, dim=-1)
+        return F.relu(gate).square() * up
+
+    def through(block, x):
+        y = block.mlp(x)[0] if isinstance(block.mlp, MoE) else block.mlp(x)
+        return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
+
+    model, x = tiny_model(first_k_dense_replace=1), torch.randn(4, 16, 32, requires_grad=True)
+    silu = [through(block, x) for block in model.transformer.h]
+    monkeypatch.setattr('model.swiglu', relu_squared)
+    relu = [through(block, x) for block in model.transformer.h]
+    fp8.enable(model, fp8.Recipe())
+    for block, *results in zip(model.transformer.h, silu, relu):
+        for got, before, want in zip(through(block, x), *results):
+            assert (got - want).norm() < 0.15 * want.norm() and (before - want).norm() > 0.5 * want.norm()
 
 
 def kept_bytes(model, idx):
