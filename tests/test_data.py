@@ -216,6 +216,25 @@ def test_signals_while_it_writes(clone, tmp_path, number, code, tiktoken_cache):
     assert not list((clone / 'data/docs').iterdir())
 
 
+def test_workers_end_with_a_killed_preparation_and_the_next_begins_anew(clone, tmp_path, tiktoken_cache):
+    (tmp_path / 'docs').mkdir()
+    (tmp_path / 'docs/a.txt').write_text(TEXT)
+    os.mkfifo(tmp_path / 'docs/b.txt')
+    flags = 'data/openwebtext/prepare.py', f'--input={tmp_path}/docs', '--num_proc=2'
+    process = subprocess.Popen([sys.executable, *flags], cwd=clone, stderr=subprocess.PIPE,
+                               env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(tiktoken_cache)})
+    with writer_to(tmp_path / 'docs/b.txt', process):
+        with open(f'/proc/{process.pid}/task/{process.pid}/children') as f:
+            workers = f.read().split()
+        process.kill()
+        process.communicate(timeout=60)  # the workers have its standard error: they end, too
+    assert workers and not [pid for pid in workers if os.path.exists(f'/proc/{pid}/exe')]
+    (tmp_path / 'docs/b.txt').unlink()
+    (tmp_path / 'docs/b.txt').write_text(TEXT)
+    run(*flags, cwd=clone, TIKTOKEN_CACHE_DIR=tiktoken_cache)
+    assert {path.name for path in (clone / 'data/docs').iterdir()} == {'train.bin', 'val.bin'}
+
+
 # tokens of a tokenizer.json
 
 def make_tokenizer(folder, size=300, begin='<s>', add_bos_token=True):

@@ -18,10 +18,12 @@ import collections
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -33,11 +35,26 @@ from dataset import mistake, need
 # isort: split
 import numpy as np
 
+MOST_WORKERS = 61 if os.name == 'nt' else 256  # Windows waits for no more processes at a time
+
 load_tokenizer = functools.cache(dataset.load_tokenizer)  # once in each worker process
 
 
 def said(error):
     return ' '.join(str(error).split())[:200].rstrip('.') or type(error).__name__
+
+
+def start_worker(receiver, sender):
+    """Signals end a worker at once. So does the end of the main process, even by kill -9: it alone keeps the sender, so
+    the receiver then has nothing to wait for.
+    """
+    def end_with_main():
+        receiver.poll(None)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sender.close()
+    threading.Thread(target=end_with_main, daemon=True).start()
 
 
 def tokenize(folder, texts):
@@ -118,10 +135,11 @@ def main():
     parser.add_argument('--config', help='which of its configurations')
     parser.add_argument('--column', default='text', help='the column that holds the documents')
     parser.add_argument('--split', default='train', help='the split to read, from which val.bin is taken too')
-    parser.add_argument('--num_proc', type=int, default=max(1, (os.cpu_count() or 2) // 2), help='worker processes')
+    parser.add_argument('--num_proc', type=int, default=min(MOST_WORKERS, max(1, (os.cpu_count() or 2) // 2)),
+                        help='worker processes')
     args = dataset.parse(parser)
     need(not (args.input and args.hub), '--input and --hub: one of the two')
-    need(1 <= args.num_proc <= 256, f'--num_proc={args.num_proc} must lie in 1..256')
+    need(1 <= args.num_proc <= MOST_WORKERS, f'--num_proc={args.num_proc} must lie in 1..{MOST_WORKERS}')
     kind = "a tokenizer.json's tokens" if args.tokenizer else 'GPT-2 tokens'
     folder = dataset.data_folder(here, args, kind, args.hub)
     files = dataset.text_files(args.input, args.glob) if args.input else []
@@ -131,8 +149,8 @@ def main():
     meta = dataset.token_meta(bpe.vocab_size, bpe.sha256)
 
     # signals end the workers at once, and this process after it has removed the unfinished files
-    on_ctrl_c = signal.SIGINT, signal.SIG_DFL
-    with ProcessPoolExecutor(args.num_proc, initializer=signal.signal, initargs=on_ctrl_c) as pool:
+    pipe = multiprocessing.Pipe(duplex=False)
+    with ProcessPoolExecutor(args.num_proc, initializer=start_worker, initargs=pipe) as pool:
         pool.submit(int).result()  # starts the workers, before datasets starts threads
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         if args.input:
