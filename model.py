@@ -445,12 +445,14 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         cache, cached = self.make_cache(B, min(T + max_new_tokens, block_size)), 0
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        finite = ~done
         for step in range(max_new_tokens):
             if idx.size(1) <= block_size:
                 logits, _ = self(idx[:, cached:], cache=cache, pos=cached)                   # (B, 1, V)
                 cached = idx.size(1)
             else:
                 logits, _ = self(idx[:, -block_size:])
+            finite &= done | logits.amax(dim=-1).isfinite()
             token = draw(probabilities(logits[:, -1], temperature, top_k))                   # (B, 1)
             if stop_token is not None:
                 token = token.masked_fill(done, stop_token)
@@ -458,6 +460,8 @@ class GPT(nn.Module):
             idx = torch.cat((idx, token), dim=1)
             if stop_token is not None and step % 16 == 15 and done.all():  # a host sync: not at every token
                 break
+        if not finite.all():
+            raise Mistake(NOT_FINITE)
         return idx
 
     # =================================================================================================================
@@ -660,18 +664,15 @@ def yarn_mscale(factor, mscale):
 
 def rope_table(config):
     """cos and sin of position * theta^(-2i/r), each (block_size, r/2), fp32. YaRN (arXiv 2309.00071, section 3.2) keeps
-    the frequency of pairs that turn often within the trained context, divides the frequency of pairs that hardly turn
-    by the factor, and blends the two for the pairs between.
+    the frequency of pairs that turn often within the trained context, divides others by the factor, blends between.
     """
     r, factor = config.qk_rope_head_dim, config.rope_factor
     freq = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)              # (r/2,)
     if factor > 1:
-        def pair(turns):  # the pair that makes this many turns within the trained context
-            wavelength = config.rope_original_max_position_embeddings / (turns * 2 * math.pi)
-            return r * math.log(wavelength) / (2 * math.log(config.rope_theta))
-
-        low = max(math.floor(pair(config.rope_beta_fast)), 0)
-        high = min(math.ceil(pair(config.rope_beta_slow)), r - 1)
+        trained = config.rope_original_max_position_embeddings
+        low, high = (r * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+                     for turns in (config.rope_beta_fast, config.rope_beta_slow))  # pairs that make so many turns there
+        low, high = max(math.floor(low), 0), min(math.ceil(high), r - 1)
         slowed = ((torch.arange(r // 2) - low) / (high - low or 0.001)).clamp(0, 1)            # (r/2,): 0 to 1
         freq = freq * (1 - slowed) + freq / factor * slowed
     # MLA.scale already contains mscale_all_dim; cos and sin take only the ratio mscale / mscale_all_dim
@@ -777,8 +778,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, target, row_weight, rows_fn, with_grad):
-        dtype = compute_dtype(h)
-        x, w = h.to(dtype), weight.to(dtype)
+        x, w = (a.to(compute_dtype(h)) for a in (h, weight))
         if not with_grad:
             parts = zip(x.split(LinearCrossEntropy.SLICE), target.split(LinearCrossEntropy.SLICE))
             losses = torch.cat([F.cross_entropy((part @ w.t()).float(), t, ignore_index=-1, reduction='none')
@@ -812,10 +812,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def probabilities(logits, temperature, top_k):
     """(..., V) -> (..., V), fp32. temperature 0: 1 for the likeliest token."""
-    logits = logits.float()
     if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = logits / temperature
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    logits = logits.float() / temperature
     if top_k is not None and 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float('-inf'))
@@ -827,6 +826,7 @@ def draw(probs):
     return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1, keepdim=True)
 
 
+NOT_FINITE = 'the model computes nan or infinity: its weights hold some, or its dtype overflows (try float32)'
 # dense bf16 peak in TFLOP/s (fp16 on a device without bf16), by words of the device's name; nan if unknown
 PEAK_TFLOPS = {'Laptop': math.nan, 'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989,
                'A100': 312, 'L40S': 362, 'L40': 181, 'L4': 121, 'A10G': 70, 'A10': 125, 'RTX 5090': 209,

@@ -7,6 +7,7 @@ prompts may differ in length, and each row keeps all of its correct drafts. GPT.
 greedy tokens are equal except for rounding, and sampled tokens have the same distribution.
 """
 
+import math
 import time
 from collections import Counter
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from extras.experts import all_experts
-from model import MoE, compute_dtype, draw, first_line, probabilities, swiglu
+from model import NOT_FINITE, Mistake, MoE, compute_dtype, draw, first_line, probabilities, swiglu
 
 
 def for_decoding(model, dtype):
@@ -80,7 +81,8 @@ class Decoder:
         stop_token), and their Speculation. temperature 0: always the likeliest token.
 
         Past block_size the context is the last block_size tokens, as in nanoGPT; GPT.generate does this part.
-        ValueError for an empty prompt, or if speculative with a model without MTP modules.
+        ValueError for an empty prompt, or if speculative with a model without MTP modules; Mistake if logits are not
+        finite.
         """
         model = self.model
         block_size, D = model.config.block_size, len(model.mtp) if speculative else 0
@@ -96,9 +98,14 @@ class Decoder:
             begin(model, s, contexts, max_new_tokens, temperature, stop_token, *kind)
 
             def collect(s, places):
-                counts[places] = s.counts.cpu()
-                for i, tokens, known in zip(places, s.tokens.tolist(), s.known.tolist()):
-                    rows[i] += tokens[len(contexts[i]):known]
+                if D > 0:
+                    counts[places] = s.counts.cpu()
+                ends, scores = s.known.tolist(), s.scores.tolist()
+                for i, row, end, of_row in zip(places, s.tokens.tolist(), ends, scores):
+                    new = slice(len(contexts[i]), end)
+                    if not all(map(math.isfinite, of_row[new])):
+                        raise Mistake(NOT_FINITE)
+                    rows[i] += row[new]
 
             places = [*range(len(rows))]  # the state's row i belongs to prompt places[i]
 
@@ -171,6 +178,7 @@ class Decoder:
 class State(NamedTuple):
     """The tensors that a step reads and changes in place. S: positions per row, from Decoder.room()."""
     tokens: torch.Tensor       # (B, S): known tokens, then drafts
+    scores: torch.Tensor       # (B, S): of a new token, its log-probability if sampled, its logit if not, as float32
     known: torch.Tensor        # (B,): number of known tokens
     end: torch.Tensor          # (B,): `known` of a complete row, at most block_size + 1
     done: torch.Tensor         # (B,): True for complete rows; a step computes them too, but keeps their known tokens
@@ -190,7 +198,8 @@ def empty_state(model, B, S, D, device=None):
         return torch.zeros(shape, dtype=dtype, device=device or w.device)
 
     blocks = len(model.blocks()) if D else model.config.n_layer
-    return State(zeros(B, S), zeros(B), zeros(B), zeros(B, dtype=torch.bool), zeros(), zeros(dtype=torch.float32),
+    return State(zeros(B, S), zeros(B, S, dtype=torch.float32), zeros(B), zeros(B),
+                 zeros(B, dtype=torch.bool), zeros(), zeros(dtype=torch.float32),
                  [zeros(B, S, model.config.cache_width, dtype=compute_dtype(w)) for _ in range(blocks)],
                  zeros(B, S if D else 0, model.config.n_embd, dtype=w.dtype),
                  zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
@@ -307,9 +316,11 @@ def advance(model, s, h, drafted, sampled, top_k):
     drafts = s.tokens.gather(1, places[:, :drafted])
     logits = model.lm_head(h)                                                                 # (B, 1+drafted, V)
     if sampled:
-        new, accepted = verify(drafts, s.q[:, :drafted], probabilities(logits.float() / s.temperature, 1.0, top_k))
+        p = probabilities(logits.float() / s.temperature, 1.0, top_k)
+        new, accepted = verify(drafts, s.q[:, :drafted], p)
+        scores = p.gather(-1, new.unsqueeze(-1)).squeeze(-1).log()                            # (B, 1+drafted)
     else:
-        new = logits.argmax(dim=-1)
+        scores, new = logits.max(dim=-1)
         accepted = count_leading(new[:, :drafted] == drafts)                                  # (B,)
     alive, run = ~s.done.unsqueeze(1), n <= accepted.unsqueeze(1)                             # (B, 1), (B, 1+drafted)
     stops = new == s.stop
@@ -319,6 +330,7 @@ def advance(model, s, h, drafted, sampled, top_k):
         at_draft = kept[:, :-1]
         s.counts.add_(torch.cat((alive, kept.sum(dim=1, keepdim=True), at_draft, at_draft & run[:, 1:]), dim=1))
     s.tokens.scatter_(1, places, new)
+    s.scores.scatter_(1, places, scores.float())
     s.known.add_(kept.sum(dim=1))
     s.done.logical_or_((kept & stops).any(dim=1) | (s.known >= s.end))
 

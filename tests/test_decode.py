@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from extras import decode
 from extras.decode import Decoder, verify
-from model import MLA, probabilities
+from model import MLA, Mistake, probabilities
 
 COUNTING = 11  # t_{i+1} = t_i + 1 modulo this: every offset is predictable
 
@@ -194,9 +194,33 @@ def test_a_nan_does_not_stay():
     decoder.compile = True                                           # its state stays
     with torch.no_grad():
         model.lm_head.weight.fill_(float('nan'))
-        decoder.generate(prompts, 10, temperature=0)
+        with pytest.raises(Mistake):
+            decoder.generate(prompts, 10, temperature=0)
         model.lm_head.weight.copy_(head)
     assert decoder.generate(prompts, 10, temperature=0)[0] == plain(model, prompts, 10)
+
+
+@pytest.mark.parametrize('temperature', [0, 1.0])
+@pytest.mark.parametrize('speculative', [False, True])
+def test_no_token_is_drawn_from_nan(temperature, speculative):
+    """Token 0 would be: argmax takes the first nan, in the drafts too. One row of two is enough, at any position."""
+    model = tiny_model(block_size=16, tie_word_embeddings=False).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight[60] = float('nan')              # a token that the first prompt ends with
+    for stop_token, n in itertools.product((None, 12), (1, 2, 9, 40)):
+        with pytest.raises(Mistake, match='nan or infinity'):
+            Decoder(model).generate([[1, 60], [5, 6, 7]], n, temperature, None, stop_token, speculative)
+
+
+def test_drafts_that_are_nan_are_rejected():
+    """They are the MTP module's mistake: the main stack's tokens are right."""
+    model, prompts = tiny_model().eval(), prompts_of(3, 2)
+    with torch.no_grad():
+        for p in model.mtp.parameters():
+            p.fill_(float('nan'))                                    # drafts are token 0 then, which comes nowhere
+    for temperature, top_k in ((0, None), (1.0, 1)):
+        rows, told = Decoder(model).generate(prompts, 20, temperature, top_k, speculative=True)
+        assert rows == plain(model, prompts, 20) and told.accepted.sum() == 0
 
 
 @pytest.mark.parametrize('modules', [1, 2, 3])

@@ -173,8 +173,8 @@ def sampled(on_gpu, *flags, sm=80):
 
 
 @pytest.mark.parametrize('sm, speculative, launches, gemms', [
-    (80, False, 197, 26), (90, True, 431, 55), pytest.param(80, True, 431, 55, marks=slow),
-    pytest.param(90, False, 197, 26, marks=slow)])
+    (80, False, 200, 26), (90, True, 434, 55), pytest.param(80, True, 434, 55, marks=slow),
+    pytest.param(90, False, 200, 26, marks=slow)])
 def test_decoding(on_gpu, trained, sm, speculative, launches, gemms):
     """No step waits; between them the host looks at most 7 times whether 100 tokens are there."""
     found, steps = sampled(on_gpu, f'--speculative={speculative}', sm=sm)
@@ -222,7 +222,7 @@ def test_grpo(on_gpu, trained):
     last = iteration_of_grpo(on_gpu, trained)
     assert last['waits'][LOOK] == math.ceil(32 / 16)
     assert last['syncs'] <= SYNCS_OF_GRPO + last['waits'][LOOK]
-    assert last['launches'] + last['triton'] <= 7100 and last['gemms'] <= 1000 and last['mallocs'] == 0
+    assert last['launches'] + last['triton'] <= 7300 and last['gemms'] <= 1000 and last['mallocs'] == 0
     # each line that waits does so once or twice, not once a row or a token
     assert max(last['waits'].values()) <= 2
 

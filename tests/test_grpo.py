@@ -224,6 +224,16 @@ def test_a_gradient_that_is_not_finite_takes_no_step():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
+def test_a_policy_that_computes_nan():
+    """It answers nothing, and is no policy to learn from."""
+    model = policy()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(math.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(model_module.Mistake, match='the model computes nan or infinity'):
+            grpo.sample_responses(Decoder(model), [[3, 4, 5], [6]], 4, temperature)
+
+
 TWO_RANKS = '''
 import sys
 import torch

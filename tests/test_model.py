@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import model as model_file
 from extras import experts as experts_file
-from model import GPT, Gather, GPTConfig, LinearCrossEntropy, apply_rope, peak_tflops, rope_table
+from model import GPT, Gather, GPTConfig, LinearCrossEntropy, Mistake, apply_rope, peak_tflops, rope_table
 
 
 def main_config():
@@ -226,6 +226,18 @@ def test_top_k_temperature_and_no_tokens():
     allowed = model(idx)[0][:, -1].topk(3).indices
     for _ in range(20):
         assert (model.generate(idx, 1, top_k=3)[:, -1:] == allowed).any(dim=1).all()
+
+
+@pytest.mark.parametrize('number', [math.nan, math.inf, -math.inf])
+def test_a_token_is_never_drawn_from_nan(number):
+    """Token 0 would be: argmax takes the first nan. One row of two is enough, within block_size and beyond."""
+    model = tiny_model(tie_word_embeddings=False).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight[60] = number                    # the state is nan then
+    for temperature, n, stop_token in ((0, 1, None), (1.0, 5, None), (1.0, 40, 3), (0, 40, 3)):
+        with pytest.raises(Mistake, match='nan or infinity'):
+            model.generate(torch.tensor([[1, 2], [3, 60]]), n, temperature, stop_token=stop_token)
+        assert model.generate(torch.tensor([[1, 2], [3, 4]]), 1, temperature).size(1) == 3
 
 
 def test_a_row_that_stopped_stays_stopped():

@@ -120,6 +120,15 @@ def test_mistakes(made, flags, message):
     assert message in ends(made, 'sample.py', *FEW, *flags)
 
 
+@pytest.mark.parametrize('flags', [[], ['--temperature=1'], ['--speculative=True'], ['--start=' + '1+2' * 11]])
+def test_a_model_that_computes_nan(here, flags):
+    """The last prompt fills the context."""
+    saved = torch.load(here / 'out/ckpt.pt', weights_only=True)
+    saved['model']['transformer.ln_f.weight'].fill_(math.nan)
+    torch.save(saved, here / 'out/ckpt.pt')
+    assert ends(here, 'sample.py', *FEW, *flags).startswith('the model computes nan or infinity: its weights hold some')
+
+
 @pytest.mark.parametrize('name, data, message', [
     ('tokenizer.json', b'', 'tokenizer.json cannot be read'),
     ('tokenizer.json', b'[1]', 'tokenizer.json cannot be read'),

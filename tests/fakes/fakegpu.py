@@ -147,7 +147,7 @@ def projects_line():
 
 def watch_decoding(mark):
     """mark() after each decoding step. And what no kernel does: rows begin with their prompts, and grow with each step,
-    by a token and half of their drafts. Returns a function: how many tokens each row lacks.
+    by a token and half of their drafts, whose scores are finite. Returns a function: how many tokens each row lacks.
     """
     from extras import decode
 
@@ -165,6 +165,7 @@ def watch_decoding(mark):
         begin(model, s, prompts, max_new_tokens, *args)
         left[:] = [max_new_tokens] * len(prompts)
         known_of(s)[:] = [len(prompt) for prompt in prompts]
+        ctypes.memset(s.scores.data_ptr(), 0, s.scores.nbytes)
         grow(s, 1)
 
     def step_and_grow(self, s, D, *kind):
