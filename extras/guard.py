@@ -135,11 +135,23 @@ def check_files(data_dir, meta, block_size):
              f'{mask} must hold a byte for each token of {split}.bin: run prepare.py again')
 
 
+def largest_token(tokens):
+    """Of this rank's share of a memory-mapped file. Each piece is mapped for a moment: else the whole file would count
+    as this process's resident memory.
+    """
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    size, top = 2**24, 0
+    for start in range(rank * size, len(tokens), world * size):
+        piece = np.memmap(tokens.filename, tokens.dtype, mode='r', offset=start * tokens.itemsize,
+                          shape=min(size, len(tokens) - start))
+        top = max(top, piece.max())
+    return top
+
+
 def check_tokens(data, model_config, config, meta, max_over_ranks):
     """Mistake if a token is outside the vocabulary: later the error would be obscure. Ranks share the work."""
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     for split, tokens in data.items():
-        top = max_over_ranks(np.array_split(tokens, world)[rank].max(initial=0))
+        top = max_over_ranks(largest_token(tokens))
         path = tokens.filename
         need(top < model_config.vocab_size,
              f'{path} holds the token {top}, beyond vocab_size={model_config.vocab_size}')

@@ -523,3 +523,32 @@ def test_openwebtext_without_a_network_says_what_to_do(clone, tmp_path, tiktoken
     said = fail('data/openwebtext/prepare.py', cwd=clone, HF_HUB_OFFLINE=1, HF_HOME=tmp_path / 'hf',
                 TIKTOKEN_CACHE_DIR=tiktoken_cache)
     assert '--input=FOLDER' in said and '--hub=FOLDER' in said
+
+
+# what train.py reads
+
+def test_checking_the_tokens_keeps_no_memory(tmp_path, monkeypatch):
+    """Of each page that a process has read through a mapping it is said to hold 4 KiB; ranks share the work."""
+    from extras import guard
+    with open(tmp_path / 'train.bin', 'wb') as f:
+        f.truncate(200_000_000)                                             # zeros, but for two
+        f.seek(70_000_000)
+        f.write(b'\7\0')
+        f.seek(200_000_000 - 2)
+        f.write(b'\5\0')
+    data = np.memmap(tmp_path / 'train.bin', dtype=np.uint16, mode='r')
+
+    def resident():
+        with open('/proc/self/statm') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+    before = resident()
+    assert guard.largest_token(data) == 7
+    assert resident() - before < 20e6
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    tops = []
+    for rank in range(4):
+        monkeypatch.setenv('RANK', str(rank))
+        tops.append(guard.largest_token(data))
+    assert sorted(tops) == [0, 0, 5, 7]
+    assert data.max() == 7 and resident() - before > 150e6                  # which the test can see
