@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from extras.compare import check_export
 from extras.folder import copy_tokenizer, last_checkpoint, missing
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
 from extras.tokenizer import TOKENIZER_FILES, of_checkpoint
@@ -213,7 +214,8 @@ def export_folder(out_dir, hf_dir, fp8=False):
     dtype = str(state['transformer.wte.weight'].dtype).removeprefix('torch.')
     eos = config.eos_token_id if config.eos_token_id >= 0 else None
     settings, left_out = settings_out(config, dtype, eos)
-
+    tensors = released_tensors(config, state, settings['num_nextn_predict_layers'] > 0)
+    check_export(model, settings, tensors)
     parent, name = os.path.dirname(hf_dir) or '.', os.path.basename(hf_dir)
     try:
         os.makedirs(parent, exist_ok=True)
@@ -223,7 +225,6 @@ def export_folder(out_dir, hf_dir, fp8=False):
             end_of_text, words = write_tokenizer(out_dir, folder, checkpoint.get('meta') or {}, config.vocab_size)
             if eos is None:
                 settings['eos_token_id'] = end_of_text
-            tensors = released_tensors(config, state, settings['num_nextn_predict_layers'] > 0)
             if fp8:
                 settings['quantization_config'] = quantise_weights(tensors, config.n_layer)
             save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY, run_inside
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
     DeepseekV2Config,
@@ -27,9 +28,10 @@ from transformers import (
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import convert
+import model as model_file
 from extras import hf
 from extras.decode import Decoder
-from model import GPT, GPTConfig, Mistake
+from model import GPT, MLA, GPTConfig, Mistake
 
 V3 = dict(vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
           num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3,
@@ -165,6 +167,63 @@ def test_a_model_from_here_opens_in_transformers_and_comes_back_bit_for_bit(tmp_
     again, _ = GPT.from_checkpoint(tmp_path / 'back/ckpt.pt')
     idx = torch.randint(61, (1, 90))
     assert torch.equal(again.eval()(idx, idx)[0], model(idx, idx)[0])
+
+
+def scaled(path, factor=1.5):
+    """-> (path, a version of this function of model.py whose first result is larger)"""
+    owner, name = path.rsplit('.', 1)
+    plain = getattr(model_file if owner == 'model' else getattr(model_file, owner.split('.')[1]), name)
+
+    def changed(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        return (out[0] * factor, *out[1:]) if isinstance(out, tuple) else out * factor
+    return path, changed
+
+
+def gelu_gated(x):
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+CHANGES = {
+    'activation (the format has silu(gate) * up) of model.layers.0': ('model.swiglu', gelu_gated),
+    'attention of model.layers.0': scaled('model.MLA.expand'),
+    'norm (input_layernorm) of model.layers.0': scaled('model.RMSNorm.forward'),
+    'router of model.layers.1': ('model.keep_best_groups', lambda choice, *_: choice),
+    'feed-forward layer of model.layers.1': scaled('model.MoE.routed'),
+    'residual stream of model.layers.0': scaled('model.Block.forward'),
+    'the embedding, the order of the blocks or the head differs': scaled('model.GPT.main_stack'),
+    'the input of MTP module 1 differs': scaled('model.MTP.combine'),
+}
+
+
+@pytest.mark.parametrize('part', CHANGES)
+def test_a_model_that_the_format_cannot_express_is_not_exported(tmp_path, monkeypatch, part):
+    """After a change of model.py's equations: one line names the part, and no folder is left."""
+    overrides = dict(first_k_dense_replace=1, n_group=4, topk_group=2)
+    write_checkpoint(tmp_path / 'out', ours(**overrides))
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'plain'))
+    monkeypatch.setattr(*CHANGES[part])
+    with pytest.raises(Mistake) as refused:
+        convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    assert part in str(refused.value) and 'DeepseekV3ForCausalLM' in str(refused.value)
+    assert sorted(os.listdir(tmp_path)) == ['out', 'plain']
+
+
+def test_a_parameter_of_ones_own_is_not_exported(tmp_path, monkeypatch):
+    """Whether it changes the output or not: transformers would leave it out."""
+    def init(self, config, plain=MLA.__init__):
+        plain(self, config)
+        self.temperature = torch.nn.Parameter(torch.ones(1))
+
+    monkeypatch.setattr(MLA, '__init__', init)
+    write_checkpoint(tmp_path / 'out', ours())
+    with pytest.raises(Mistake, match=r'model.layers.0.self_attn.temperature has no place in the format'):
+        convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    monkeypatch.setattr(MLA, 'project', scaled('model.MLA.project', 2.0)[1])
+    with pytest.raises(Mistake, match=r'model.layers.0.self_attn.temperature has no place in the format'):
+        convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    assert os.listdir(tmp_path) == ['out']
 
 
 def load(their_class, folder, config, **kwargs):
