@@ -103,12 +103,11 @@ guard, scripts = (import_extra(name, '') if has_extras else None for name in ('g
 # ranks and device
 ddp = 'RANK' in os.environ  # torchrun started this process
 rank = int(os.environ.get('RANK', 0))
-local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world = int(os.environ.get('WORLD_SIZE', 1))
 master = rank == 0
 sharded = shard != 1 or expert_parallel > 1
 if ddp and device.startswith('cuda'):
-    device = f'cuda:{local_rank}'
+    device = f'cuda:{os.environ["LOCAL_RANK"]}'
 device_type = device.split(':')[0]
 if guard:
     guard.check_settings(config, device, world)
@@ -235,6 +234,7 @@ if loaded.get('optimizer'):  # a converted checkpoint has none
 iter_num = loaded.get('iter_num', 0)
 seen = loaded.get('micro_batches', iter_num * gradient_accumulation_steps)  # by all ranks, also before a resume
 best_val_loss = loaded.get('best_val_loss', math.inf)
+val_loss, wandb_id = loaded.get('val_loss'), loaded.get('wandb_id')  # the loss of these weights, None: not evaluated
 loaded = {}  # free the memory
 
 if recompute:
@@ -293,13 +293,14 @@ last_path, best_path = (os.path.join(out_dir, name + ('.dcp' if dcp else '.pt'))
 
 def save(best):
     """Write the last checkpoint. It is also the best one if `best`, or if there is no best one yet."""
-    if not (master or sharded or dcp):
-        return
     best = best or best_val_loss == math.inf
-    save_checkpoint({'model': raw_model.state_dict(), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
-                     'model_args': dataclasses.asdict(raw_model.config), 'iter_num': iter_num, 'micro_batches': seen,
-                     'best_val_loss': best_val_loss, 'config': config, 'meta': meta},  # meta: for sample.py
-                    last_path, best_path if best else None)
+    if master:
+        print(f'saving checkpoint to {out_dir}')
+    if master or sharded or dcp:
+        save_checkpoint({'model': raw_model.state_dict(), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
+                         'model_args': dataclasses.asdict(raw_model.config), 'config': config, 'meta': meta,
+                         'iter_num': iter_num, 'micro_batches': seen, 'val_loss': val_loss,
+                         'best_val_loss': best_val_loss, 'wandb_id': wandb_id}, last_path, best_path if best else None)
 
 
 def log(record):
@@ -309,27 +310,31 @@ def log(record):
         log_file.write(json.dumps(record).encode() + b'\n')
     except OSError as e:
         raise Mistake(f'{log_file.name} could not be written: {e.strerror}; the last checkpoint is whole') from None
-    if wandb_log and 'step' in record:
-        wandb.log({k: v for k, v in record.items() if v is not None}, step=record['step'])
+    if wandb_log and 'step' in record:  # by nanoGPT's names; a list's numbers one by one, no tables
+        names = {'step': 'iter', 'train_loss': 'train/loss', 'val_loss': 'val/loss'}
+        items = {f'{k}/{i}': v for k, values in record.items() if type(values) is list for i, v in enumerate(values)}
+        wandb.log({names.get(k, k): v * 100 if k == 'mfu' else v for k, v in (record | items).items()
+                   if type(v) in (int, float)}, step=record['step'])
 
 
 def to_host(tensors):
-    """{name: tensor} -> {name: nested lists of its numbers}, with one transfer and one host sync."""
+    """{name: tensor} -> {name: its number, or nested lists of them}, with one transfer and one host sync."""
     numbers = torch.cat([t.flatten().float() for t in tensors.values()]).cpu()
     parts = numbers.split([t.numel() for t in tensors.values()])
-    return {name: part.view(t.shape).tolist() for (name, t), part in zip(tensors.items(), parts)}
+    return {name: part.view(t.shape).to(t.dtype).tolist() for (name, t), part in zip(tensors.items(), parts)}
 
 
 if wandb_log and master:
     import wandb
-    (scripts.start_wandb if scripts else wandb.init)(project=wandb_project, name=wandb_run_name, config=config)
+    (scripts.start_wandb if scripts else wandb.init)(project=wandb_project, name=wandb_run_name, config=config,
+                                                     id=wandb_id, resume='allow')
+    wandb_id = wandb.run.id
 if guard:  # lock out_dir, and keep an earlier run
     guard.begin(config, init_from, data_dir, master, max_over_ranks)
 if master:
     os.makedirs(out_dir, exist_ok=True)
     log_file = open(os.path.join(out_dir, 'log.jsonl'), 'ab', buffering=0)
-    if log_file.tell() > 0:
-        log_file.write(b'\n')  # a run that was killed may have left half a line
+    log_file.write(b'\n' * (log_file.tell() > 0))  # a run that was killed may have left half a line
     parameters, active = raw_model.get_num_params(), raw_model.get_num_active_params()
     log(scripts.header(raw_model, config) if scripts else {'config': config})
     print(f'parameters without embedding and head: {parameters / 1e6:.2f}M; a token uses {active / 1e6:.2f}M')
@@ -356,29 +361,28 @@ signal.signal(signal.SIGINT, on_signal)
 # -----------------------------------------------------------------------------
 # the loop
 model.train()
-running_mfu = math.nan
-skipped, in_a_row = torch.zeros(2, device=device)  # iterations without an update
-t_log, iters_logged = time.time(), 0
+skipped, in_a_row = torch.zeros(2, dtype=torch.int64, device=device)  # iterations without an update
+t_log, iters_logged, running_dt = time.time(), 0, math.nan
 while True:
     # set the learning rate and the weight of the MTP loss
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in opt.param_groups:
         group['lr'] = lr
-    late = iter_num >= mtp_late_from * max_iters
-    mtp_weight = min(mtp_lambda, mtp_lambda_late) if late else mtp_lambda
+    mtp_weight = min(mtp_lambda, mtp_lambda_late) if iter_num >= mtp_late_from * max_iters else mtp_lambda
 
     # evaluate and save
-    if iter_num % eval_interval == 0 or iter_num == max_iters or eval_only:
-        losses = estimate_loss()
-        improved = losses['val'] < best_val_loss
-        if improved and iter_num > 0:  # iteration 0 is not saved, so its loss does not count as best
-            best_val_loss = losses['val']
+    due = iter_num % eval_interval == 0 and val_loss is None  # not if it was evaluated before a resume
+    if due or iter_num >= max_iters or eval_only:
+        train_loss, val_loss = estimate_loss().values()
+        improved = val_loss < best_val_loss
+        if iter_num > 0:  # iteration 0 is not saved, so its loss does not count as best
+            best_val_loss = min(best_val_loss, val_loss)
         if master:
-            print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-            log({'step': iter_num, 'train_loss': losses['train'], 'val_loss': losses['val'], 'lr': lr})
-            if not math.isfinite(losses['val']):
+            print(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
+            log({'step': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'lr': lr})
+            if not math.isfinite(val_loss):
                 print('the validation loss is not finite: no checkpoint is written')
-        if math.isfinite(losses['val']) and iter_num > 0 and not eval_only:
+        if math.isfinite(val_loss) and iter_num > 0 and not eval_only:
             save(best=improved)
         t_log, iters_logged = time.time(), 0
     if iter_num >= max_iters or eval_only:
@@ -410,10 +414,9 @@ while True:
     norm = clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
     means = {k: all_reduce(stats[k]) / (accumulation * world) for k in ('losses', 'balance') if k in stats}
     bad = ~(norm + means['losses'].sum()).isfinite()
-    if opt.defaults['fused']:
-        opt.found_inf = bad.float()  # as scaler.step() would, but without a host sync: 1 changes nothing
-        opt.step()
-    elif not bad:  # MPS has no fused step; this waits for the device
+    if opt.defaults['fused']:  # as scaler.step() would, but without a host sync: 1 changes nothing
+        opt.found_inf = bad.float()
+    if opt.defaults['fused'] or not bad:  # MPS has no fused step, and waits for the device here
         opt.step()
     scaler.update()
     opt.zero_grad(set_to_none=True)
@@ -425,9 +428,10 @@ while True:
 
     # log: the only host sync of the loop
     if iter_num % log_interval == 0:
-        numbers = means | {'grad_norm': norm, 'skipped': skipped, 'in_a_row': in_a_row}
+        numbers = {'loss': means['losses'][0], 'mtp_losses': means['losses'][1:], 'grad_norm': norm,
+                   'skipped': skipped, 'in_a_row': in_a_row}
         if 'load' in stats:
-            numbers['max_vio'] = load.amax(dim=1) / load.float().mean(dim=1) - 1
+            numbers |= {'balance': means['balance'], 'max_vio': load.amax(dim=1) / load.float().mean(dim=1) - 1}
             if iter_num % max(1, eval_interval // 10) < log_interval:  # long, so about ten between evaluations
                 bias = torch.stack([moe.e_score_correction_bias for moe in raw_model.moe_layers()])
                 numbers |= {'load': load, 'bias': bias}                               # (MoE layers, E) each
@@ -435,17 +439,11 @@ while True:
         now = time.time()
         dt = (now - t_log) / iters_logged
         t_log, iters_logged = now, 0
-        mfu = raw_model.estimate_mfu(batch_size * accumulation, dt)
-        running_mfu = mfu if math.isnan(running_mfu) else 0.9 * running_mfu + 0.1 * mfu
-        record = {'step': iter_num, 'loss': numbers['losses'][0], 'mtp_losses': numbers['losses'][1:], 'lr': lr,
-                  'grad_norm': numbers['grad_norm'], 'skipped': int(numbers['skipped']),
-                  'tokens_per_s': tokens_per_iter / dt, 'mfu': mfu}
-        record |= {name: numbers[name] for name in ('balance', 'max_vio') if name in numbers}
-        if 'load' in numbers:  # per layer and expert: tokens of this iteration, and the balance bias after it
-            record['load'] = [[int(n) for n in layer] for layer in numbers['load']]
-            record['bias'] = [[round(b, 6) for b in layer] for layer in numbers['bias']]
+        running_dt = dt if math.isnan(running_dt) else 0.9 * running_dt + 0.1 * dt
+        mfu, running_mfu = (raw_model.estimate_mfu(batch_size * accumulation, t) for t in (dt, running_dt))
+        record = {'step': iter_num, **numbers, 'lr': lr, 'tokens_per_s': tokens_per_iter / dt, 'mfu': mfu}
         if master:
-            left = int(dt * (max_iters - iter_num - 1))
+            left = int(running_dt * (max_iters - iter_num - 1))
             line = f'iter {iter_num}: loss {record["loss"]:.4f}, time {dt * 1000:.2f}ms'
             if not math.isnan(mfu):  # the device's peak is known
                 line += f', mfu {running_mfu * 100:.2f}%'
@@ -456,10 +454,10 @@ while True:
             line += f', skipped {record["skipped"]}' * (record['skipped'] > 0)
             print(line)
             log(record)
-        if numbers['in_a_row'] >= max_skipped_iters:
-            raise Mistake(f'{int(numbers["in_a_row"])} iterations in a row had a loss or a gradient that is not '
+        if record['in_a_row'] >= max_skipped_iters:
+            raise Mistake(f'{record["in_a_row"]} iterations in a row had a loss or a gradient that is not '
                           'finite; try a smaller learning_rate, with --init_from=resume if there is a checkpoint')
-    iter_num += 1
+    iter_num, val_loss = iter_num + 1, None
     seen += gradient_accumulation_steps
 
     # after a signal to any rank, all ranks leave after the same step
@@ -471,6 +469,8 @@ while True:
 
 if dcp:
     dcp.finish()  # wait until the last checkpoint is written
+if master and not (signalled or eval_only):
+    print(f'done; to sample from the model: python sample.py --out_dir={out_dir}')
 if wandb_log and master:
     wandb.finish()
 if ddp:

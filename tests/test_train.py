@@ -5,7 +5,12 @@ import math
 import os
 import pickle
 import re
+import select
 import shutil
+import struct
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -108,6 +113,49 @@ def test_eval_only_evaluates_once_on_resume_too(small):
     assert (small / 'out/ckpt.pt').read_bytes() == before
 
 
+def test_a_step_is_evaluated_once(small):
+    """Once, a resume evaluated and logged again what the run before it had."""
+    def evaluated():
+        return [r['step'] for r in log(small) if 'val_loss' in r]
+
+    train(small, '--max_iters=3')
+    train(small, '--init_from=resume')
+    assert evaluated() == [0, 3, 6]
+    saved = torch.load(small / 'out/ckpt.pt')
+    torch.save({**saved, 'val_loss': None}, small / 'out/ckpt.pt')  # as after a signal: not evaluated yet
+    train(small, '--init_from=resume', '--max_iters=9')
+    assert evaluated() == [0, 3, 6, 6, 9]
+
+
+def test_a_resume_with_nothing_to_train_evaluates(small):
+    train(small, '--max_iters=4', '--eval_interval=4')
+    printed = train(small, '--init_from=resume', '--max_iters=2')
+    assert 'going on from out/ckpt.pt, iteration 4 of 2\n' in printed
+    assert re.findall(r'^step (\d+): train loss', printed, re.M) == ['4'] and 'iter 4' not in printed
+
+
+def test_what_a_run_says_of_its_checkpoints(small):
+    printed = train(small).splitlines()
+    assert [printed[i - 1][:7] for i, line in enumerate(printed) if line == 'saving checkpoint to out'] == \
+        ['step 3:', 'step 6:']
+    assert printed[-1] == 'done; to sample from the model: python sample.py --out_dir=out'
+
+
+def test_a_line_passes_a_pipe_at_once(small):
+    """train.py | tee: once, nothing was seen for minutes."""
+    long = ['--max_iters=1000000', '--eval_interval=1000000', '--log_interval=1000000']
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    process = subprocess.Popen([sys.executable, 'train.py', *SMALL, *long], cwd=small, env=env, stdout=subprocess.PIPE)
+    text, end = b'', time.time() + 60
+    while b'\niter 0: loss' not in text and time.time() < end:
+        if select.select([process.stdout], [], [], 1)[0]:
+            text += os.read(process.stdout.fileno(), 4096)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert b'\niter 0: loss' in text
+
+
 def test_uint32_tokens_are_read_as_such(small):
     for split in ('train', 'val'):
         path = small / f'data/abc/{split}.bin'
@@ -143,10 +191,43 @@ def test_compiled_blocks_train_like_eager_ones(small, kept):
     assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
 
 
+def wandb_history(path):
+    """What a run of wandb has logged, from its file: records in blocks of 32 KiB, as LevelDB's log has them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    data, at, whole, history = path.read_bytes(), 7, b'', []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:                                  # the end of a block is padding
+            at += 32768 - at % 32768
+        _, size, kind = struct.unpack('<IHB', data[at:at + 7])
+        whole += data[at + 7:at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):                                          # whole, or the last part
+            record, whole = Record.FromString(whole), b''
+            if record.HasField('history'):
+                history.append({item.key or item.nested_key[0]: json.loads(item.value_json)
+                                for item in record.history.item})
+    return history
+
+
 def test_wandb_offline(small):
-    train_apart(small, '--wandb_log=True', '--wandb_run_name=a=b', WANDB_MODE='offline', WANDB_SILENT='true')
-    assert list((small / 'wandb').glob('offline-run-*/*.wandb'))
+    """By nanoGPT's names, a number each; a resume goes on in the same run."""
+    flags, quiet = ['--wandb_log=True', '--wandb_run_name=a=b'], {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
+    train_apart(small, *flags, '--max_iters=3', **quiet)
+    train_apart(small, *flags, '--init_from=resume', **quiet)
     assert log(small)[0]['config']['wandb_run_name'] == 'a=b'
+    first, second = sorted((small / 'wandb').glob('offline-run-*/*.wandb'))
+    assert first.name == second.name and torch.load(small / 'out/ckpt.pt')['wandb_id'] in first.name
+    logged = wandb_history(first) + wandb_history(second)
+    assert [r['iter'] for r in logged] == [r['_step'] for r in logged]
+    assert [r['iter'] for r in logged if 'loss' in r] == list(range(6))
+    of_log = {r['step']: r for r in log(small) if 'val_loss' in r}
+    evals = {r['iter']: r for r in logged if 'val/loss' in r}
+    assert list(evals) == list(of_log) == [0, 3, 6]
+    for step, r in evals.items():
+        assert (r['train/loss'], r['val/loss']) == (of_log[step]['train_loss'], of_log[step]['val_loss']) and 'lr' in r
+    step = next(r for r in logged if 'loss' in r)
+    assert {'lr', 'grad_norm', 'mtp_losses/0', 'mtp_losses/1', 'max_vio/3'} <= step.keys()
+    assert all(type(v) in (int, float) for r in logged for k, v in r.items() if not k.startswith('_'))
 
 
 def test_a_mistake_after_wandb_has_begun(small):
