@@ -1,5 +1,6 @@
 """convert.py and extras/hf.py against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM, random weights."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -312,6 +313,21 @@ def test_drafts_there_are_accepted_as_here(tmp_path, drafting, fp8):
     rate = sum(made[:-1]) / (modules * len(made[:-1]))
     assert 0.15 < rate < 1
     assert abs(rate - int(told.accepted.sum()) / (modules * int(told.passes))) < 0.05, (rate, told)
+
+
+@pytest.mark.parametrize('size', ['qk_nope_head_dim', 'kv_lora_rank'])
+def test_an_odd_size_of_v2_is_refused_because_transformers_cannot_run_it(size):
+    softmax = dict(scoring_func='softmax', norm_topk_prob=False, num_nextn_predict_layers=0)
+    with pytest.raises(Mistake, match=f'{size}=7 must be even'):
+        hf.settings_out(GPTConfig(**TINY | softmax | {size: 7}), 'float32', None)
+    settings = hf.settings_out(GPTConfig(**TINY | softmax | {size: 8}), 'float32', None)[0]
+    names = {'torch_dtype', 'architectures', 'model_type'}
+    config = DeepseekV2Config(**{k: v for k, v in settings.items() if k not in names})
+    for value, runs in ((8, True), (7, False)):
+        setattr(config, size, value)
+        model, ids = DeepseekV2ForCausalLM(config), torch.arange(8)[None]
+        with contextlib.nullcontext() if runs else pytest.raises(RuntimeError, match='divisible by 2'):
+            model(ids)
 
 
 def test_modules_of_two_blocks_are_left_out_and_a_line_says_so(tmp_path, capsys):
