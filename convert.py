@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from extras.compare import check_export
 from extras.folder import copy_tokenizer, last_checkpoint, missing
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
+from extras.integrity import check_checkpoint, check_finite
 from extras.tokenizer import TOKENIZER_FILES, of_checkpoint
 from model import GPT, Mistake, first_line, save_checkpoint
 
@@ -204,6 +205,7 @@ def export_folder(out_dir, hf_dir, fp8=False):
         raise Mistake(missing(path))
     with torch.device('meta'):  # its parameters are the checkpoint's tensors
         model, checkpoint = GPT.from_checkpoint(path, assign=True)
+    check_checkpoint(path, model, checkpoint)
     config, state = model.config, model.state_dict()
     if type(checkpoint.get('config') or {}) is not dict or type(checkpoint.get('best_val_loss', 0.0)) is not float:
         raise Mistake(f'{path} is no checkpoint of this model: its config or best_val_loss has a wrong type')
@@ -270,6 +272,7 @@ def import_folder(hf_dir, out_dir):
     print(memory_estimate(config, dtype.itemsize), flush=True)
     state = empty_state(tensors, config)
     read_weights(tensors, config, state)
+    check_finite(hf_dir, state)
     checkpoint = {'model': state, 'optimizer': None, 'scaler': {}, 'model_args': dataclasses.asdict(config),
                   'iter_num': 0, 'best_val_loss': math.inf, 'config': {'dtype': str(dtype).removeprefix('torch.')},
                   'meta': {}}

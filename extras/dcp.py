@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import model as model_file
+from extras.integrity import check_checkpoint, crc32_of
 from model import GPT, GPTConfig, Mistake, first_line, sync_folder
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one process is one process
@@ -62,6 +63,7 @@ def publish(written, rest, new, links):
         written.result()
         if dist.is_initialized() and dist.get_rank() > 0:
             return
+        rest['crc32'] = {name: crc32_of(os.path.join(new, name)) for name in os.listdir(new)}
         with open(os.path.join(new, 'rest.pt'), 'wb') as f:
             torch.save(rest, f)
             f.flush()
@@ -199,6 +201,8 @@ def main():
         if os.path.exists(whole_path):
             raise Mistake(f'{whole_path} exists already: remove it or rename it')
         model, rest = from_checkpoint(path)
+        check_checkpoint(path, model, rest)
+        rest.pop('crc32', None)
         model_file.save_checkpoint(rest | {'model': model.state_dict()}, whole_path)
         print(f'wrote {whole_path}')
         del model, rest  # before the next one is read

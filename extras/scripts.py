@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from extras import experts, folder, guard, tokenizer
+from extras import experts, folder, guard, integrity, tokenizer
 from model import GPT, Mistake, first_line
 
 
@@ -54,6 +54,7 @@ def load_checkpoint(out_dir, device, **overrides):
     if not os.path.exists(path):
         raise Mistake(folder.missing(path))
     model, checkpoint = GPT.from_checkpoint(path, device, **overrides)
+    integrity.check_checkpoint(path, model, checkpoint)
     config = checkpoint.get('config') or {}
     guard.need(type(config) is dict and (config.get('dtype') or 'float32') in guard.DTYPES,
                f'{path} is no checkpoint of this model: its config is no table with a dtype of '

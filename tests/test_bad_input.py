@@ -12,6 +12,9 @@ import pytest
 import torch
 from conftest import SMALL, run_inside, run_outside
 
+from extras.integrity import check_checkpoint
+from model import GPT, Mistake
+
 RESUME = '--init_from=resume'
 NO_FIT = 'the optimizer in out/ckpt.pt is damaged, or does not fit: resume with the --optimizer of its run'
 
@@ -190,9 +193,35 @@ def other_characters(trained):
     meta({'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}})(trained)
 
 
+def flip_bit(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_of_a_checkpoint_changes_no_weight(trained):
+    """torch.load does not compare the checksums in its file: it took nearly every flipped bit for a weight."""
+    path = trained / 'out/ckpt.pt'
+    data, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    weights = GPT.from_checkpoint(path)[0].state_dict()
+    for bit in rng.integers(8 * len(data), size=60).tolist():
+        flip_bit(path, bit)
+        try:
+            model, checkpoint = GPT.from_checkpoint(path)
+            check_checkpoint(path, model, checkpoint)
+            assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+        except Mistake:
+            refused += 1
+        path.write_bytes(data)
+    assert refused > 50
+
+
 @pytest.mark.parametrize('spoil, flag, message', [
     (cut(0), RESUME, 'no checkpoint of this model'), (cut(0.5), RESUME, 'no checkpoint of this model'),
     (cut(0.99), RESUME, 'no checkpoint of this model'), (flipped, RESUME, 'no checkpoint of this model'),
+    (lambda trained: flip_bit(trained / 'out/ckpt.pt', 400_000), RESUME, 'has another checksum than was written'),
+    (checkpoint(lambda c: c['model'].update({'transformer.ln_f.weight': torch.full((32,), math.nan)})), RESUME,
+     'weights that are not finite'),
     (checkpoint(lambda c: {'a': 1}), RESUME, 'no checkpoint of this model'),
     (checkpoint(lambda c: [1, 2]), RESUME, 'no checkpoint of this model'),
     (checkpoint(gpt2), RESUME, 'this is a nanoGPT (GPT-2) checkpoint'),

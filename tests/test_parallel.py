@@ -431,6 +431,16 @@ def test_a_damaged_sharded_checkpoint(small, name):
     assert 'out/ckpt.dcp is no checkpoint of this model' in train(small, RESUME, code=2).splitlines()[-1]
 
 
+def test_a_flipped_bit_in_a_sharded_checkpoint(small):
+    """Its files of tensors have no checksums of their own."""
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    path = small / 'out/ckpt.dcp/__0_0.distcp'
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert '__0_0.distcp has another checksum than was written' in train(small, RESUME, code=2).splitlines()[-1]
+
+
 def test_a_sharded_checkpoint_that_outgrows_its_room(small):
     """The kernel's limit on a file's size, as a full disk would."""
     train(small, '--checkpoint=dcp', '--max_iters=3')

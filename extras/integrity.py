@@ -1,0 +1,49 @@
+"""
+Are a checkpoint's bytes those that were written? Each script asks when it has opened one, before it uses the weights.
+
+A .pt file is a zip file with the CRC-32 of each of its parts; a sharded checkpoint keeps its files' CRC-32 in rest.pt.
+Checking reads every byte once. A safetensors file has no checksum: a changed weight is found only if it is not finite.
+"""
+
+import os
+import zipfile
+import zlib
+
+import torch
+
+from model import Mistake
+
+ADVICE = 'restore it from a copy, or take another checkpoint'
+
+
+def check_checkpoint(path, model, checkpoint, max_over_ranks=int):
+    """Mistake if the file or folder at `path` has changed since it was written, or if a weight is not finite."""
+    changed = changed_part(path, checkpoint) if os.environ.get('RANK', '0') == '0' else ''
+    if max_over_ranks(changed != ''):
+        raise Mistake(f'{path} is damaged: {changed or "a part"} has another checksum than was written: {ADVICE}')
+    check_finite(path, model.state_dict(), max_over_ranks)
+
+
+def check_finite(path, state, max_over_ranks=int):
+    """Mistake if a weight of the state dict, which `path` holds, is not finite."""
+    tensors = [x.to_local() if hasattr(x, 'to_local') else x for x in state.values()]
+    if max_over_ranks(torch.stack([~x.isfinite().all() for x in tensors]).any()):
+        raise Mistake(f'{path} holds weights that are not finite: {ADVICE}')
+
+
+def changed_part(path, checkpoint):
+    """The first part of the file or folder that has another CRC-32 than when it was written, or an empty text."""
+    if isinstance(checkpoint.get('crc32'), dict):
+        for name in set(os.listdir(path)) - {'rest.pt'}:
+            if crc32_of(os.path.join(path, name)) != checkpoint['crc32'].get(name):
+                return name
+    with zipfile.ZipFile(os.path.join(path, 'rest.pt') if os.path.isdir(path) else path) as file:
+        return file.testzip() or ''
+
+
+def crc32_of(path):
+    crc32 = 0
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            crc32 = zlib.crc32(block, crc32)
+    return crc32
