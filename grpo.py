@@ -18,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import runpy
 import tempfile
 import time
 
@@ -106,21 +105,27 @@ RANGES = [  # in the format of guard.RANGES
 
 
 def sample_responses(decoder, prompts, max_new_tokens, temperature):
-    """A response to each prompt, both as token ids. It ends with the stop token, unless it was cut off."""
+    """A response to each prompt, both as token ids. It ends with the stop token, unless it was cut off. Afterwards
+    decoder.log_probs has the log-probabilities of its tokens.
+    """
     decoder.model.eval()
     rows, _ = decoder.generate(prompts, max_new_tokens, temperature, stop_token=decoder.model.config.eos_token_id)
     return [row[len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
-def pack(prompts, responses, stop_token, device):
-    """Rows (B, T + 1): prompt, response, stop tokens as filling. mask (B, T): True for a target in the response."""
+def pack(prompts, responses, stop_token, device, log_probs=None):
+    """Rows (B, T + 1): prompt, response, stop tokens as filling. mask (B, T): True for a target in the response.
+    sampled_logp (B, T): the log_probs of these targets, from the rollout (0 if None); 1 elsewhere.
+    """
     T = max((len(p) + len(r) for p, r in zip(prompts, responses)), default=2) - 1
     rows = torch.full((len(prompts), T + 1), stop_token)
-    mask = torch.zeros(len(prompts), T, dtype=torch.bool)
+    sampled_logp = torch.ones(len(prompts), T)
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         rows[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
-        mask[i, len(prompt) - 1:len(prompt) + len(response) - 1] = True
-    return rows.to(device), mask.to(device)
+        targets = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+        sampled_logp[i, targets] = torch.tensor(log_probs[i]).clamp(max=0) if log_probs else 0.0
+    sampled_logp = sampled_logp.to(device)
+    return rows.to(device), sampled_logp <= 0, sampled_logp
 
 
 def log_probs(model, rows, temperature):
@@ -167,14 +172,16 @@ def surrogate(logp, old_logp, advantages, clip_low, clip_high):
     return torch.minimum(plain, clipped), clipped < plain
 
 
-def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, clip_low=0.2, clip_high=0.2, kl_coef=0.0,
-           length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256, grad_clip=1.0, context=None):
+def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, reference=None, mu=1, clip_low=0.2,
+           clip_high=0.2, kl_coef=0.0, length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256,
+           grad_clip=1.0, context=None):
     """mu optimizer steps on this rank's rows (B, T + 1), mask (B, T), advantages (B); the ranks' gradients are summed.
 
     The MTP modules stay as they are. A gradient that is not finite takes no step: it is a Mistake. Each forward enters
     the autocast `context` anew, because it keeps casts of the weights, which a step makes stale. Returns means over the
     tokens of all ranks and steps: 'kl' (if there is a reference), 'clip' (share of tokens on which the clip acts),
-    'entropy'; and the last 'grad_norm'.
+    'entropy'; the last 'grad_norm'; and given the rollout's sampled_logp (B, T), 'mismatch': how far they are from the
+    model's before the first step, as the mean difference.
     """
     context = context or contextlib.nullcontext()
     model.train()
@@ -183,7 +190,7 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
     weights = token_weights(mask, length_norm, max_new_tokens)
     parts = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
     old_logp, ref_logp = {}, {}
-    sums = torch.zeros(4, device=rows.device)  # tokens, and over them the sums of KL, clipped, entropy
+    sums = torch.zeros(5, device=rows.device)  # tokens, and over them the sums of KL, clipped, entropy, mismatch
     for step in range(mu):
         loads = torch.zeros(moe_layers, model.config.n_routed_experts, device=rows.device)
         for k, part in enumerate(parts):
@@ -191,8 +198,11 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
             with context:
                 logp, entropy, routing = log_probs(model, rows[part], temperature)
             logp = logp.masked_fill(uncounted, 0.0)
+            gap = torch.zeros_like(logp)
             if step == 0:  # the weights are still those that sampled
                 old_logp[k] = logp.detach()
+                if sampled_logp is not None:
+                    gap = (logp.detach() - sampled_logp[part]).abs()
                 if reference is not None:
                     with torch.no_grad(), context:
                         ref_logp[k] = log_probs(reference, rows[part], temperature)[0].masked_fill(uncounted, 0.0)
@@ -200,7 +210,7 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
             gain, clipped = surrogate(logp, old_logp[k], advantages[part], clip_low, clip_high)
             loss = -(weights[part] * (gain - kl_coef * kl)).sum()
             loss.backward()
-            counted = torch.stack([torch.ones_like(kl), kl.detach(), clipped, entropy])  # (4, B, T)
+            counted = torch.stack([torch.ones_like(kl), kl.detach(), clipped, entropy, gap])  # (5, B, T)
             sums += (counted * mask[part]).sum(dim=(1, 2))
             if routing:  # the tokens that fill a row move no balance bias
                 loads += balance_and_load(routing, mask[part])[1]
@@ -214,10 +224,11 @@ def update(model, optimizer, rows, mask, advantages, *, reference=None, mu=1, cl
         optimizer.zero_grad(set_to_none=True)
         if moe_layers:
             model.update_balance(all_reduce(loads))
-    tokens, kl, clip, entropy = all_reduce(sums).tolist()
-    tokens = max(tokens, 1)
-    numbers = {'clip': clip / tokens, 'entropy': entropy / tokens, 'grad_norm': norm.item()}
-    return numbers if reference is None else {'kl': kl / tokens} | numbers
+    tokens, *sums = all_reduce(sums).tolist()
+    kl, clip, entropy, mismatch = (x / max(tokens, 1) for x in sums)
+    numbers = {'clip': clip, 'entropy': entropy, 'grad_norm': norm.item()}
+    numbers |= {'kl': kl} if reference is not None else {}
+    return numbers | ({'mismatch': mu * mismatch} if sampled_logp is not None else {})
 
 
 def load_model(source, device):
@@ -248,26 +259,6 @@ def load_prompts(split, tokenizer, block_size):
     return pairs
 
 
-def load_reward(path):
-    """The reward() of a file, which is any Python: whatever goes wrong there becomes a Mistake."""
-    try:
-        reward = runpy.run_path(path)['reward']
-    except (Exception, SystemExit) as e:
-        raise Mistake(f'reward_file={path}{scripts.failed_at(e, path)} must define reward(prompt, response, answer): '
-                      f'{type(e).__name__}: {first_line(e)}') from None
-
-    def checked(prompt, response, answer):
-        call = f'{path}: reward({prompt!r}, {response!r}, {answer!r})'
-        try:
-            accuracy, form = map(float, reward(prompt, response, answer))
-        except (Exception, SystemExit) as e:
-            raise Mistake(f'{call}{scripts.failed_at(e, path)}: {type(e).__name__}: {first_line(e)}') from None
-        guard.need(math.isfinite(accuracy + form), f'{call} is {accuracy}, {form}: not finite')
-        return accuracy, form
-
-    return checked
-
-
 def write_traces(questions, answer, end):
     """Rejection sampling (R1 section 2.3.3): to each prompt its first response that is right, well-formed and ended."""
     torch.manual_seed(seed)
@@ -277,7 +268,7 @@ def write_traces(questions, answer, end):
         _, responses, texts, scores = answer(part, temperature)
         for (prompt, _), response, text, score in zip(part, responses, texts, scores):
             if score.min() >= 1 and response[-1] == end:
-                accepted.setdefault(prompt, text)
+                accepted.setdefault(prompt, text.removesuffix('\n') + '\n')
     guard.need(accepted, f'{traces} is not written: none of {len(questions)} prompts has an accepted response')
     try:
         with tempfile.TemporaryDirectory(dir=os.path.dirname(traces) or '.') as unfinished:
@@ -339,15 +330,16 @@ if __name__ == '__main__':
 
     # the task
     pairs = {split: load_prompts(split, tokenizer, model.config.block_size) for split in ('train', eval_split)}
-    reward = load_reward(os.path.join(here, reward_file))
+    reward = scripts.load_reward(os.path.join(here, reward_file))
 
     def answer(questions, temperature):
         """A response to each (prompt, answer): prompts, responses as token ids, texts, and scores (B, 2)."""
         prompts = [tokenizer.begin + tokenizer.encode(prompt) for prompt, _ in questions]
         with ctx:
             responses = sample_responses(decoder, prompts, max_new_tokens, temperature)
-        texts = [tokenizer.decode(response) for response in responses]
-        scores = [reward(prompt, text, right) for (prompt, right), text in zip(questions, texts)]
+        texts = [tokenizer.words(response) for response in responses]
+        scores = [reward(prompt, text, right, ended=response[-1] == end)
+                  for (prompt, right), text, response in zip(questions, texts, responses)]
         return prompts, responses, texts, torch.tensor(scores)
 
     if traces:
@@ -416,29 +408,33 @@ if __name__ == '__main__':
         t1 = time.time()
 
         # update
-        rows, mask = pack(prompts, responses, end, device)
+        rows, mask, sampled_logp = pack(prompts, responses, end, device, decoder.log_probs)
         advantages = advantages.flatten().to(device)                                    # (B,)
         if drop_zero_advantage:
             kept = ~idle.repeat_interleave(group_size).to(device)
-            rows, mask, advantages = rows[kept], mask[kept], advantages[kept]
-        numbers = {'clip': 0.0, 'entropy': None, 'grad_norm': 0.0}  # if no rank has rows
+            rows, mask, advantages, sampled_logp = (x[kept] for x in (rows, mask, advantages, sampled_logp))
+        numbers = {'clip': 0.0, 'entropy': None, 'grad_norm': 0.0, 'mismatch': None}  # if no rank has rows
         if all_reduce(torch.tensor(len(rows), device=device)) > 0:
-            numbers = update(model, optimizer, rows, mask, advantages, reference=frozen, context=ctx, **options)
+            numbers = update(model, optimizer, rows, mask, advantages, sampled_logp=sampled_logp, reference=frozen,
+                             context=ctx, **options)
 
         # log
-        sums = torch.tensor([rewards.sum(), *scores.sum(dim=0), sum(map(len, responses)), idle.sum() * group_size])
+        cut = sum(response[-1] != end for response in responses)
+        sums = torch.tensor([rewards.sum(), *scores.sum(dim=0), sum(map(len, responses)), cut,
+                             idle.sum() * group_size])
         sums = all_reduce(sums.to(device)) / (prompts_per_iter * group_size)
-        reward_mean, accuracy, form, length, zero_advantage = sums.tolist()
+        reward_mean, accuracy, form, length, cut, zero_advantage = sums.tolist()
         dt = time.time() - t0
         seconds += dt
         if master:
             record = {'step': iter_num, 'seconds': seconds, 'reward': reward_mean, 'accuracy': accuracy,
-                      'format': form, 'length': length, 'zero_advantage': zero_advantage, **numbers, 'lr': lr,
-                      'tokens_per_s': length * prompts_per_iter * group_size / dt, 'rollout_share': (t1 - t0) / dt}
+                      'format': form, 'length': length, 'cut': cut, 'zero_advantage': zero_advantage, **numbers,
+                      'lr': lr, 'tokens_per_s': length * prompts_per_iter * group_size / dt,
+                      'rollout_share': (t1 - t0) / dt}
             kl = f'kl {record["kl"]:.4f}, ' if 'kl' in record else ''
             print(f'iter {iter_num}: reward {reward_mean:.3f}, accuracy {accuracy:.1%}, format {form:.1%}, '
-                  f'length {length:.1f}, zero-advantage {zero_advantage:.0%}, {kl}clip {record["clip"]:.1%}, '
-                  f'time {dt * 1000:.0f}ms, {record["tokens_per_s"]:,.0f} tok/s')
+                  f'length {length:.1f}, cut {cut:.0%}, zero-advantage {zero_advantage:.0%}, '
+                  f'{kl}clip {record["clip"]:.1%}, time {dt * 1000:.0f}ms, {record["tokens_per_s"]:,.0f} tok/s')
             log(record)
         iter_num += 1
 

@@ -64,6 +64,7 @@ class Decoder:
         self.model, self.compile, self.step = model, compile, step
         self.states = {}  # kept for a compiled step: a CUDA graph works only on the tensors it was recorded with
         self.calls = Counter()
+        self.log_probs = []  # set by generate(): for each row the log-probabilities of the tokens it sampled
         self.compile_seconds = 0.0
         # a look for stop tokens makes the host wait for the GPU
         self.steps_between_looks = 1 if model.lm_head.weight.device.type == 'cpu' else 16
@@ -80,7 +81,8 @@ class Decoder:
         """prompts: lists of token ids -> these lists, each extended by at most max_new_tokens (it ends early at
         stop_token), and their Speculation. temperature 0: always the likeliest token.
 
-        Past block_size the context is the last block_size tokens, as in nanoGPT; GPT.generate does this part.
+        Past block_size the context is the last block_size tokens, as in nanoGPT; GPT.generate does this part, and keeps
+        no log-probabilities.
         ValueError for an empty prompt, or if speculative with a model without MTP modules; Mistake if logits are not
         finite.
         """
@@ -91,6 +93,7 @@ class Decoder:
         if speculative and D == 0:
             raise ValueError('speculative decoding needs MTP modules, and this model has none')
         rows, counts = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), 2 + 2 * D, dtype=torch.long)
+        self.log_probs = [[] for _ in rows]
         if max_new_tokens > 0 and rows:
             contexts = [row[-block_size:] for row in rows]
             s = self.state(len(rows), min(max(map(len, contexts)) + max_new_tokens, block_size + 1), D)
@@ -106,6 +109,7 @@ class Decoder:
                     if not all(map(math.isfinite, of_row[new])):
                         raise Mistake(NOT_FINITE)
                     rows[i] += row[new]
+                    self.log_probs[i] = of_row[new] if temperature > 0 else []
 
             places = [*range(len(rows))]  # the state's row i belongs to prompt places[i]
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
+import math
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -78,6 +81,30 @@ def use_kernels(model):
     if fault:
         print(f'going on without extras/kernels.py: {fault}', file=sys.stderr)
     return not fault
+
+
+def load_reward(path):
+    """The reward() of a file, which is any Python: whatever goes wrong there becomes a Mistake. `ended` is whether the
+    model ended its response; a reward() gets it if it has an argument of this name.
+    """
+    try:
+        reward = runpy.run_path(path)['reward']
+        asks = 'ended' in inspect.signature(reward).parameters
+    except (Exception, SystemExit) as e:
+        raise Mistake(f'reward_file={path}{failed_at(e, path)} must define reward(prompt, response, answer): '
+                      f'{type(e).__name__}: {first_line(e)}') from None
+
+    def checked(prompt, response, answer, ended):
+        more = {'ended': ended} if asks else {}
+        call = f'{path}: reward({prompt!r}, {response!r}, {answer!r}{"".join(f", {k}={v}" for k, v in more.items())})'
+        try:
+            accuracy, form = map(float, reward(prompt, response, answer, **more))
+        except (Exception, SystemExit) as e:
+            raise Mistake(f'{call}{failed_at(e, path)}: {type(e).__name__}: {first_line(e)}') from None
+        guard.need(math.isfinite(accuracy + form), f'{call} is {accuracy}, {form}: not finite')
+        return accuracy, form
+
+    return checked
 
 
 # -----------------------------------------------------------------------------

@@ -27,6 +27,10 @@ class Tokenizer(NamedTuple):
     end: int | None       # the id that ends a document
     sha256: str = ''      # of a tokenizer.json: data and checkpoint must share it
 
+    def words(self, ids):
+        """token ids -> text, in which the token `end` spells nothing, whatever the tokenizer"""
+        return self.decode([i for i in ids if i != self.end])
+
 
 def characters(stoi, itos):
     """One token per character."""

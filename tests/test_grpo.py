@@ -62,7 +62,7 @@ def test_update_minimises_the_papers_objective(length_norm):
     """Two steps of mu against a loop over samples and tokens, with clip and KL, all of it at the run's temperature."""
     model, reference = policy(), policy(std=0.25).requires_grad_(False).eval()
     prompts, responses = rollouts(model)
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     advantages = torch.randn(len(rows))
     twin = policy()
     twin.load_state_dict(model.state_dict())
@@ -109,7 +109,7 @@ def test_the_first_step_is_reinforce_with_a_baseline(monkeypatch):
     """The ratio is exactly 1, nothing is clipped, and the gradient is that of sum A log pi, whatever the clip."""
     model = policy()
     prompts, responses = rollouts(model)
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     advantages = torch.randn(len(rows))
     gradients, ratios = [], []
     surrogate = grpo.surrogate
@@ -137,7 +137,7 @@ def test_the_second_step_in_bf16_sees_the_first(monkeypatch):
     """Autocast keeps bf16 copies of the weights until it is left: a step within would go unseen by the next forward."""
     model = policy()
     prompts, responses = rollouts(model)
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     advantages = torch.randn(len(rows))
     twin = policy()
     twin.load_state_dict(model.state_dict())
@@ -165,7 +165,7 @@ def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature, 
     with context:
         responses = grpo.sample_responses(decoder, prompts, 16, temperature)
     steps = torch.cat(seen, dim=1)                                                    # (B, tokens, V)
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     with context:
         logp, _, _ = grpo.log_probs(model.train(), rows, temperature)
     assert len({len(response) for response in responses}) > 1
@@ -177,7 +177,7 @@ def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature, 
 def test_nothing_after_the_stop_token_counts():
     model = policy()
     prompts, responses = [[3, 4, 5]] * 2 + [[6, 7]], [[1, 2, STOP], [5, 6, 7, 8, 9], [4, STOP]]
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     assert rows.tolist() == [[3, 4, 5, 1, 2, 0, 0, 0], [3, 4, 5, 5, 6, 7, 8, 9], [6, 7, 4, 0, 0, 0, 0, 0]]
     assert mask.int().tolist() == [[0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0, 0]]
     results = []
@@ -206,7 +206,7 @@ def test_balance_and_mtp_modules():
     model = policy(num_nextn_predict_layers=1, bias_update_speed=0.001)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     prompts, responses = rollouts(model)
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     grpo.update(model, optimizer, rows, mask, torch.randn(len(rows)))
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
@@ -217,7 +217,7 @@ def test_balance_and_mtp_modules():
 def test_a_gradient_that_is_not_finite_takes_no_step():
     model = policy()
     prompts, responses = rollouts(model)
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(model_module.Mistake, match='the gradient is nan'):
         grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), rows, mask, torch.full((len(rows),), math.nan))
@@ -251,7 +251,7 @@ if len(sys.argv) > 2:
     world, rank = dist.get_world_size(), dist.get_rank()
 # ranks with different numbers of rows, of different lengths: the shortest are rank 0's
 share = [i for i in range(len(prompts)) if world == 1 or (i < 3) == (rank == 0)]
-rows, mask = grpo.pack([prompts[i] for i in share], [responses[i] for i in share], 0, 'cpu')
+rows, mask, _ = grpo.pack([prompts[i] for i in share], [responses[i] for i in share], 0, 'cpu')
 optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
 for length_norm in ('response', 'token', 'constant'):
     grpo.update(model, optimizer, rows, mask, advantages[share], mu=2, length_norm=length_norm)
@@ -743,7 +743,7 @@ def test_the_rate_the_reward_and_the_randomness_of_each_iteration(workshop, monk
 def test_the_entropy_is_that_of_the_policy_at_the_counted_tokens():
     gpt = policy()
     prompts, responses = rollouts(gpt)
-    rows, mask = grpo.pack(prompts, responses, STOP, 'cpu')
+    rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     with torch.no_grad():
         logp = gpt.lm_head(gpt.main_stack(rows[:, :-1])[0]).log_softmax(dim=-1)
     want = (torch.distributions.Categorical(logits=logp).entropy() * mask).sum() / mask.sum()
@@ -755,6 +755,56 @@ def test_a_run_in_bfloat16(workshop):
     inside('grpo.py', *GRPO, '--reward_file=odd.py', '--out_dir=out-bf16', '--max_iters=2', '--dtype=bfloat16',
            '--max_new_tokens=12', cwd=workshop)
     assert [r['step'] for r in records(workshop, 'out-bf16') if 'reward' in r] == [0, 1]
+
+
+@pytest.mark.parametrize('dtype, least, most', [('float32', 0, 1e-4), ('bfloat16', 1e-4, 0.1)])
+def test_how_far_the_trainer_is_from_the_rollout(workshop, dtype, least, most):
+    """`mismatch` is rounding; and `cut` is the share of responses without an end, of mu=2 as of mu=1."""
+    (workshop / 'ended.py').write_text('def reward(p, r, a, ended=None):\n    return sum(map(ord, r)) % 2, ended')
+    for mu in (1, 2):
+        inside('grpo.py', *GRPO, '--reward_file=ended.py', '--out_dir=out-far', '--max_iters=2', f'--dtype={dtype}',
+               '--max_new_tokens=5', f'--mu={mu}', cwd=workshop)
+        steps = [r for r in records(workshop, 'out-far') if 'reward' in r]
+        assert all(least < r['mismatch'] < most for r in steps)
+        assert all(r['cut'] == pytest.approx(1 - r['format']) for r in steps) and 0 < steps[0]['cut'] < 1
+
+
+@pytest.mark.parametrize('mu', [1, 2])
+def test_the_mismatch_is_the_mean_difference(mu):
+    model = policy()
+    decoder, prompts = Decoder(model), [[3, 4, 5], [3, 4, 5], [6]]
+    responses = grpo.sample_responses(decoder, prompts, 8, 0.7)
+    assert [len(logp) for logp in decoder.log_probs] == [len(response) for response in responses]
+    shifted = [[x - 0.25 for x in logp] for logp in decoder.log_probs]
+    for log_probs, want in ((decoder.log_probs, 0.0), (shifted, 0.25)):
+        rows, mask, logp = grpo.pack(prompts, responses, STOP, 'cpu', log_probs)
+        numbers = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), rows, mask, torch.randn(3), mu=mu,
+                              sampled_logp=logp, temperature=0.7, batch_size=2)
+        assert numbers['mismatch'] == pytest.approx(want, abs=1e-5)
+    # whatever the temperature: the decoder drops finished rows, and drafts are kept or not
+    drafting = policy(num_nextn_predict_layers=2)
+    decoder = Decoder(drafting)
+    responses, _ = decoder.generate(prompts, 12, 2.0, None, STOP, speculative=True)
+    for row, prompt, logp in zip(responses, prompts, decoder.log_probs):
+        rows = torch.tensor([row])
+        with torch.no_grad():
+            want, _, _ = grpo.log_probs(drafting.eval(), rows, 2.0)
+        torch.testing.assert_close(torch.tensor(logp), want[0, len(prompt) - 1:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_reward_may_ask_whether_the_response_ended(workshop):
+    """By an argument named `ended`; a mistake's line shows it. The words are the same as without it."""
+    (workshop / 'asks.py').write_text(
+        "def reward(prompt, response, answer, *, ended):\n"
+        "    assert ended == response.endswith('\\n') and type(ended) is bool\n"
+        "    return ended, 1\n")
+    inside('grpo.py', *GRPO, '--reward_file=asks.py', '--out_dir=out-asks', '--max_iters=1', '--max_new_tokens=5',
+           cwd=workshop)
+    first = next(r for r in records(workshop, 'out-asks') if 'reward' in r)
+    assert 0 < first['accuracy'] < 1
+    (workshop / 'asks.py').write_text('def reward(prompt, response, answer, ended):\n    return 1 / 0\n')
+    code, _, said = run_inside('grpo.py', *GRPO, '--reward_file=asks.py', '--out_dir=out-asks', cwd=workshop)
+    assert code == 2 and re.search(r"asks.py: reward\('.*', ended=(True|False)\).*: ZeroDivisionError", said)
 
 
 @pytest.mark.parametrize('drop', [True, False])

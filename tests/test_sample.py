@@ -333,6 +333,18 @@ def test_sampling_begins_with_the_bos(tmp_path):
     assert seen['with'] != seen['without']
 
 
+def test_one_convention_for_every_tokenizer(tmp_path, tiktoken_cache, monkeypatch):
+    """words(): the end of a text is no word, wherever it stands; a character is one, if it ends a response too."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))
+    write_tokenizer(tmp_path / 'hf')
+    for speaks in (tokenizer.gpt2(), tokenizer.from_folder(tmp_path / 'hf')):
+        said = speaks.encode('the end\n')
+        assert speaks.words([*said, speaks.end]) == speaks.words(said) == 'the end\n'
+        assert speaks.words([speaks.end, *said]) == 'the end\n'
+    letters = tokenizer.characters({'a': 0, '\n': 1}, {0: 'a', 1: '\n'})
+    assert letters.words([0, 0, 1]) == 'aa\n'
+
+
 @pytest.mark.parametrize('size, gpt2', [(50256, False), (50257, True), (50304, True), (51200, True), (102400, False),
                                         (129280, False), (163840, False)])
 def test_gpt2s_tokenizer_is_for_gpt2s_vocabulary(tmp_path, tiktoken_cache, monkeypatch, size, gpt2):
