@@ -8,6 +8,7 @@ built without memory and then filled one tensor at a time, so that no rank ever 
 
 import functools
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -232,8 +233,10 @@ def reader(model, source):
         whole = torch.zeros(tensor.shape)  # untouched pages use no memory
         if source is not None:
             read_rows(source, model.config, name, whole, piece(whole, tensor))
-        elif isinstance(tensor, nn.Parameter):
-            model.initialise(name, whole)
+        elif not name.endswith('e_score_correction_bias'):  # b begins at 0
+            model.initialise(name, whole.fill_(math.nan))
+            if whole.isnan().any():
+                raise Mistake(f'{name} has no initial value in shards: add it to GPT.initialise() in model.py')
         return whole
 
     return read

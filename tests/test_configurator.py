@@ -80,6 +80,16 @@ def test_help_lists_every_setting_with_its_default_and_comment(small):
     assert printed.startswith("Trains a model; nanoGPT's loop and flags")
 
 
+def test_help_shows_a_line_break_as_two_characters_and_no_comment_of_a_later_line(tmp_path):
+    lines = ['rate = 1.0', r"start = '\n'  # the prompt", f"exec(open({str(ROOT / 'configurator.py')!r}).read())",
+             'rate = 2.0  # of the loop', "start = 'x'  # of the loop"]
+    (tmp_path / 'script.py').write_text('\n'.join(lines))
+    (tmp_path / 'model.py').write_text('')  # its comments are read
+    code, printed, said = run_inside('script.py', '--help', cwd=tmp_path)
+    assert (code, said) == (0, '')
+    assert printed.splitlines()[-2:] == ['  --rate=1.0', r"  --start='\n'  # the prompt"]
+
+
 def test_help_into_a_pipe_that_is_closed(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(f"rate = 1.0\nexec(open({str(ROOT / 'configurator.py')!r}).read())\n")

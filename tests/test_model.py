@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, tiny_model
+from torch import nn
 from torch.nn import functional as F
 
 import model as model_file
 from extras import experts as experts_file
-from model import GPT, Gather, GPTConfig, LinearCrossEntropy, Mistake, apply_rope, peak_tflops, rope_table
+from extras import parallel
+from model import GPT, MLA, Gather, GPTConfig, LinearCrossEntropy, Mistake, apply_rope, peak_tflops, rope_table
 
 
 def main_config():
@@ -748,6 +750,34 @@ def test_nanogpts_methods():
         model.crop_block_size(64)
     with pytest.raises(ValueError, match="do not fit"):
         GPT.from_pretrained('gpt2', dict(dropout=0.0))
+
+
+def test_a_parameter_of_ones_own_keeps_its_initialisation(monkeypatch):
+    """GPT draws Linear, Embedding and the experts anew, and sets norms to 1; shards, which build no module, say so."""
+    def init(self, config, plain=MLA.__init__):
+        plain(self, config)
+        self.temperature = nn.Parameter(torch.tensor([0.3, -2.0]))
+        self.own_norm = nn.LayerNorm(4)
+        nn.init.constant_(self.own_norm.weight, 0.5)
+        nn.init.constant_(self.own_norm.bias, 0.25)
+        self.own_conv = nn.Conv1d(2, 2, 3)
+        nn.init.constant_(self.own_conv.weight, 7.0)
+        self.register_buffer('own_table', torch.full((3,), 5.0))
+
+    monkeypatch.setattr(MLA, '__init__', init)
+    model = tiny_model()
+    for block in model.blocks():
+        attn = block.attn
+        assert attn.temperature.tolist() == pytest.approx([0.3, -2.0])
+        assert (attn.own_norm.weight == 0.5).all() and (attn.own_norm.bias == 0.25).all()
+        assert (attn.own_conv.weight == 7.0).all() and (attn.own_table == 5.0).all()
+    read, state = parallel.reader(model, None), model.state_dict()
+    for name, tensor in state.items():
+        if re.search(r'\.own_|temperature', name):
+            with pytest.raises(Mistake, match=f'{name} has no initial value in shards'):
+                read(name, tensor)
+        else:
+            assert read(name, tensor).isfinite().all()
 
 
 def test_optimizer_holds_every_parameter_exactly_once():
