@@ -127,9 +127,10 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
              f'| context | {config.block_size} tokens |',
              f'| tokenizer | {tokenizer} |',
              f'| data | {train.get("dataset", "not known")} |']
-    if math.isfinite(checkpoint.get('best_val_loss', math.inf)):
-        lines.append(f'| loss | best validation loss {checkpoint["best_val_loss"]:.4f}, '
-                     f'after {checkpoint.get("iter_num", 0)} iterations |')
+    loss, iterations = (checkpoint.get(key) for key in ('val_loss', 'iter_num'))
+    if iterations:
+        known = f', validation loss {loss:.4f}' if type(loss) is float else ''  # else these weights were not evaluated
+        lines.append(f'| iterations | {iterations}{known} |')
     command = training_command(os.path.join(out_dir, 'log.jsonl'))
     if command:
         lines.append(f'| command | `python {command}` |')
@@ -147,14 +148,15 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
 
 
 def training_command(log):
-    """The command of the last run that a log.jsonl tells of."""
+    """The command of the last run that a log.jsonl tells of and that trained."""
     command = None
     if os.path.exists(log):
         with open(log, encoding='utf-8') as f:
             for line in f:
                 if line.startswith('{"command"'):
                     with contextlib.suppress(ValueError):  # a run that was killed may have left half a line
-                        command = json.loads(line)['command']
+                        header = json.loads(line)
+                        command = command if header.get('config', {}).get('eval_only') else header['command']
     return command
 
 

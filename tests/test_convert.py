@@ -63,8 +63,8 @@ def theirs(settings, v2=False, bias=0.3):
 def write_checkpoint(out_dir, model, **extra):
     out_dir.mkdir(exist_ok=True)
     torch.save({'model': model.state_dict(), 'optimizer': None, 'model_args': dataclasses.asdict(model.config),
-                'iter_num': 7, 'best_val_loss': 1.5, 'config': {'dataset': 'letters'}, 'meta': {}} | extra,
-               out_dir / 'ckpt.pt')
+                'iter_num': 7, 'val_loss': 1.5, 'best_val_loss': 1.25, 'config': {'dataset': 'letters'},
+                'meta': {}} | extra, out_dir / 'ckpt.pt')
 
 
 def ours(**overrides):
@@ -356,7 +356,8 @@ def test_the_released_naming(tmp_path):
     assert settings['architectures'] == ['DeepseekV3ForCausalLM'] and settings['num_nextn_predict_layers'] == 1
     card = (tmp_path / 'hf/README.md').read_text()
     assert r"_keys_to_ignore_on_load_unexpected = [r'model\.layers\.2\.']" in card
-    assert 'letters' in card and '1.5000' in card and (tmp_path / 'hf/generation_config.json').exists()
+    assert 'letters' in card and '| iterations | 7, validation loss 1.5000 |' in card
+    assert (tmp_path / 'hf/generation_config.json').exists()
 
 
 def test_bf16_stays_bf16_and_the_balance_bias_fp32(tmp_path):
@@ -768,10 +769,22 @@ def test_ctrl_c_in_the_first_seconds(exported):
 
 def test_the_card_has_the_last_whole_command_of_the_log(exported):
     """A run that was killed may have left half a header."""
-    lines = ['{"command": "train.py --seed=1"}', '{"step": 0}', '{"command": "train.py --seed=2"}', '{"command": "tr']
+    lines = ['{"command": "train.py --seed=1"}', '{"step": 0}', '{"command": "train.py --seed=2", "config": {}}',
+             '{"command": "train.py --eval_only=True", "config": {"eval_only": true}}', '{"command": "tr']
     (exported / 'out/log.jsonl').write_text('\n'.join(lines))
     convert.export_folder('out', 'new')
     assert '| command | `python train.py --seed=2` |' in (exported / 'new/README.md').read_text()
+
+
+@pytest.mark.parametrize('changes, line', [({'val_loss': None}, '| iterations | 7 |'),
+                                           ({'val_loss': None, 'iter_num': 0}, None)])
+def test_the_card_of_weights_that_were_not_evaluated(exported, changes, line):
+    """As after a signal. Once, the card gave them the best loss of the run, which other weights had."""
+    checkpoint = torch.load('out/ckpt.pt')
+    torch.save({**checkpoint, **changes}, 'out/ckpt.pt')
+    convert.export_folder('out', 'new')
+    lines = (exported / 'new/README.md').read_text().splitlines()
+    assert [x for x in lines if 'iterations' in x or 'loss' in x] == ([line] if line else [])
 
 
 def test_from_pretrained_says_what_fits():
