@@ -435,7 +435,6 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
         """Append max_new_tokens tokens to each row of idx (B, T). temperature 0: always the likeliest token.
-
         Past block_size the context is the last block_size tokens, as in nanoGPT, and there is no cache. After its
         stop_token a row gets only stop_token; generation ends early when every row has one.
         """
@@ -557,8 +556,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture (MLA, MoE). With "
-                      'the folder extras/, --init_from=FOLDER loads a DeepSeek-V2 or V3 family checkpoint')
+        raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture; see extras/")
 
     @classmethod
     def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):
@@ -880,8 +878,10 @@ def sync_folder(folder):
         os.close(file)
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):  # not C's, which reserves as much memory as a few bytes ask for
     """Reads a pickle of dicts, strings and numbers. Refuses one that names a class or a function."""
+    dispatch = {op: read for op, read in pickle._Unpickler.dispatch.items() if op != pickle.BYTEARRAY8[0]}
+
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
 

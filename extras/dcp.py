@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 import model as model_file
 from extras.integrity import check_checkpoint, crc32_of
-from model import GPT, GPTConfig, Mistake, first_line, sync_folder
+from model import GPT, GPTConfig, Mistake, PlainUnpickler, first_line, sync_folder
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one process is one process
 writer, saving, group = None, None, None  # the thread, what it does now, and the ranks' group for it
@@ -133,12 +133,12 @@ class Reader(dcp.FileSystemReader):
              'torch.distributed.checkpoint.filesystem': ('_StorageInfo',), 'torch.serialization': ('_get_layout',),
              'pathlib': ('PosixPath',), 'pathlib._local': ('PosixPath',)}
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(PlainUnpickler):
         def find_class(self, module, name):
             plain = module == 'torch' and (name == 'Size' or isinstance(getattr(torch, name, None), torch.dtype))
             if plain or name in Reader.PLAIN.get(module, ()):
-                return super().find_class(module, name)
-            raise pickle.UnpicklingError(f'{module}.{name} is not plain data')
+                return pickle._Unpickler.find_class(self, module, name)
+            return super().find_class(module, name)
 
     def read_metadata(self, *args, **kwargs):
         with open(os.path.join(self.path, '.metadata'), 'rb') as f:

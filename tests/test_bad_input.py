@@ -424,6 +424,8 @@ def peak():
 @pytest.mark.parametrize('data', [
     b'\x80\x04\x8b\xff\xff\xff\x7f.', b'\x80\x04\x8d' + b'\xff' * 7 + b'\x7f.',
     b'\x80\x05\x96' + b'\xff' * 7 + b'\x7f.', b'Pname\n.',
+    b'\x80\x02Nr\xff\xff\xff\x0f.', *(b'\x80\x05' + op + (2**34).to_bytes(8, 'little') + b'.' for op in (
+        pickle.BYTEARRAY8, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.FRAME)),
     b'\x80\x04}Q.', b'I' + b'9' * 100_000 + b'\n.', b'(' * 1000, b'\x80\x09.', b'\x80\x02\x82\x01.',
 ])
 def test_pickles_that_ask_for_memory_or_for_other_objects(small, data):
