@@ -128,7 +128,7 @@ def tiny_shakespeare(folder):
 def load_tokenizer(folder):
     """The tokenizer of the folder that --tokenizer names, or GPT-2's."""
     from extras import tokenizer  # a slow import
-    return tokenizer.from_folder(folder) if folder else tokenizer.gpt2(special=False)
+    return tokenizer.from_folder(folder, special=False) if folder else tokenizer.gpt2(special=False)
 
 
 def document(bpe, text):

@@ -49,7 +49,8 @@ def characters(stoi, itos):
 def gpt2(special=True):
     """GPT-2's byte-level BPE. tiktoken downloads its two tables once, into TIKTOKEN_CACHE_DIR where that is set.
 
-    special: the words <|endoftext|> in a prompt mean that token; in a corpus they are words.
+    special: a special token that is written in a text, such as <|endoftext|>, is that token, as in a prompt. False: it
+    is ordinary words, as in a corpus, which it would cut in two.
     """
     import tiktoken
     try:
@@ -84,8 +85,9 @@ def sha256_of(path):
         return hashlib.sha256(f.read()).hexdigest()
 
 
-def from_folder(folder):
+def from_folder(folder, special=True):
     """The tokenizer.json of a folder, with the BOS that it puts before a text, or that tokenizer_config.json asks for.
+    special: as for gpt2()
 
     transformers 4 heeds add_bos_token, which the released V2, V3 and R1 set; transformers 5 heeds it where
     AutoTokenizer.from_pretrained is given it, and else what tokenizer.json itself adds.
@@ -99,10 +101,11 @@ def from_folder(folder):
         bpe.no_truncation()
         bpe.no_padding()
         added = bpe.encode('').ids
+        bpe.encode_special_tokens = not special
     except Exception as e:  # tokenizers raises plain Exceptions
         raise mistake(f'{path} cannot be read: ', e) from None
 
-    def special(name):
+    def id_of(name):
         """The id of a special token, given as a string or as a table with its content."""
         token = settings.get(name)
         token = token.get('content') if isinstance(token, dict) else token
@@ -126,7 +129,7 @@ def from_folder(folder):
                 what = f'all of {text[:80]!r}'
             raise mistake(f'{path} does not know {what}: ', e) from None
 
-    begin, end = special('bos_token'), special('eos_token')
+    begin, end = id_of('bos_token'), id_of('eos_token')
     if added and added[-1] == end and (len(added) > 1 or begin != end):  # a template that ends texts too
         added = added[:-1]
     if not added and begin is not None and settings.get('add_bos_token'):

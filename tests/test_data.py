@@ -282,6 +282,20 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
     assert meta_of(clone / 'data/web') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256}
 
 
+def test_a_special_token_written_in_a_corpus_is_words(clone, tmp_path):
+    """'a </s> b' was cut in two by an end of text. In a prompt it is the token, as for GPT-2's tokenizer."""
+    bpe = make_tokenizer(tmp_path / 'bpe')
+    text = 'About <s> and </s> in ' + TEXT[:200]
+    (tmp_path / 'in.txt').write_text(text)
+    code, *said = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/in.txt', f'--tokenizer={tmp_path}/bpe',
+                             '--name=mine', cwd=clone)
+    assert code == 0, said
+    ids = sum(both(clone / 'data/mine'), [])
+    assert ids.count(bpe.end) == 1 and ids[-1] == bpe.end and ids.count(bpe.begin[0]) == 1
+    assert bpe.decode(ids) == text
+    assert bpe.encode(text).count(bpe.end) == 1
+
+
 def test_data_keep_the_tokenizer_that_they_were_made_with(clone, tmp_path):
     """Also if they are made again with another one, or with their own."""
     (tmp_path / 'in.txt').write_text(TEXT)
