@@ -26,7 +26,6 @@ import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
 
 # isort: split
 import torch
-import torch._functorch.config
 from torch.nn import functional as F
 
 from extras import guard, scripts
@@ -162,7 +161,7 @@ def train(name):
     if isinstance(model, GPT):
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
         if compile:
-            torch._functorch.config.activation_memory_budget = activation_memory
+            scripts.keep_activations(activation_memory)
             model.compile()
 
         def loss_of(x, y):

@@ -739,7 +739,7 @@ class Gather(torch.autograd.Function):
 def grouped_linear(x, weight, offsets):
     """x (M, in): rows offsets[e-1]..offsets[e] times weight[e].T (E, out, in) -> (M, out); other rows undefined"""
     weight = weight.to(x.dtype)
-    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps':
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type != 'mps' and hasattr(F, 'grouped_mm'):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     return grouped_linear_uncompiled(x, weight, offsets)
 
@@ -747,7 +747,7 @@ def grouped_linear(x, weight, offsets):
 @torch.compiler.disable
 def grouped_linear_uncompiled(x, weight, offsets):
     """grouped_mm takes fp32 only in eager mode on CPUs. Other dtypes and devices need a loop with a host sync."""
-    if x.dtype == torch.float32 and x.device.type == 'cpu':
+    if x.dtype == torch.float32 and x.device.type == 'cpu' and hasattr(F, 'grouped_mm'):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     ends = offsets.tolist()
     parts = [F.linear(x[start:end], w) for start, end, w in zip([0, *ends], ends, weight)]

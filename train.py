@@ -22,7 +22,6 @@ import time
 
 import numpy as np
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -123,7 +122,7 @@ if not dtype and device_type == 'cuda':
     dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 elif not dtype:
     # bfloat16 is faster only with AMX: on a CPU with AVX512 alone a step took 1.6 times as long as in float32
-    dtype = 'bfloat16' if device_type == 'cpu' and torch.cpu._is_amx_tile_supported() else 'float32'
+    dtype = 'bfloat16' if device_type == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)() else 'float32'
 config['dtype'] = dtype
 ctx = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 # under autocast only the routers' products stay in fp32: keep them exact
@@ -240,7 +239,8 @@ loaded = {}  # free the memory
 if recompute:
     raw_model.recompute()
 if compile:
-    torch._functorch.config.activation_memory_budget = activation_memory
+    if activation_memory < 1:
+        import_extra('scripts', 'activation_memory').keep_activations(activation_memory)
     raw_model.compile()
 if guard:
     guard.try_micro_batch(raw_model, opt, get_batch('train', 0, 0), ctx, config, max_over_ranks)

@@ -52,6 +52,15 @@ class Speculation(NamedTuple):
     accepted: torch.Tensor  # (B, D): per module, drafts accepted
 
 
+def compiled_step(model):
+    # a CUDA graph or C++ saves the host's time, and so do guards that skip the model's modules; without
+    # isolate_recompiles another model's Decoder would then get this model's graph
+    options = {'triton.cudagraphs' if model.lm_head.weight.is_cuda else 'cpp_wrapper': True,
+               'guard_filter_fn': torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=64,
+                         isolate_recompiles=True)
+
+
 class Decoder:
     """Generates from a model in eval mode. Between calls the model's weights may change, but not their dtypes or sizes.
 
@@ -69,12 +78,11 @@ class Decoder:
         # a look for stop tokens makes the host wait for the GPU
         self.steps_between_looks = 1 if model.lm_head.weight.device.type == 'cpu' else 16
         if compile:
-            # a CUDA graph or C++ saves the host's time, and so do guards that skip the model's modules; without
-            # isolate_recompiles another model's Decoder would then get this model's graph
-            options = {'triton.cudagraphs' if model.lm_head.weight.is_cuda else 'cpp_wrapper': True,
-                       'guard_filter_fn': torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            self.step = torch.compile(step, fullgraph=True, dynamic=False, options=options, recompile_limit=64,
-                                      isolate_recompiles=True)
+            try:
+                self.step = compiled_step(model)
+            except (AttributeError, TypeError) as e:  # another torch, without these options
+                self.compile = False
+                print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):

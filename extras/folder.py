@@ -1,6 +1,7 @@
 """A run's folder: find its last checkpoint, lock it, and keep an earlier run."""
 
 import glob
+import importlib.util
 import itertools
 import math
 import os
@@ -47,15 +48,15 @@ def copy_tokenizer(source, target):
 
 
 def lock(folder, out_dir):
-    file = open(os.path.join(folder, '.lock'), 'w')
+    if not importlib.util.find_spec('fcntl'):  # Windows has no such locks, and renames no folder with an open file
+        return
+    import fcntl
+    locks.append(open(os.path.join(folder, '.lock'), 'w'))
     try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Mistake(f'another process is training in {out_dir}; give this run its own --out_dir') from None
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
-    locks.append(file)
+        fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if isinstance(e, BlockingIOError):  # others come from a file system without locks
+            raise Mistake(f'another process is training in {out_dir}; give this run its own --out_dir') from None
 
 
 def begin(config, init_from, data_dir, master, max_over_ranks):
@@ -78,8 +79,7 @@ def take(out_dir, tokenizer_from=None, *must_stay):
     try:
         earlier = os.path.isdir(folder) and any(name.startswith(('ckpt', 'log.jsonl')) for name in os.listdir(folder))
         if tokenizer_from is None:
-            lock(folder, out_dir)
-            return
+            return lock(folder, out_dir)
         if earlier:
             check_rename(out_dir, folder, (os.getcwd(), os.path.dirname(__file__), tokenizer_from, *must_stay))
             lock(folder, out_dir)

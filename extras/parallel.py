@@ -13,21 +13,25 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
-from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.utils._pytree import tree_map_only
 
 import model as model_file
 from extras import dcp
 from extras.dcp import load_optimizer, load_tensors, tensors_of
-from model import GPT, Gather, Mistake, compute_dtype, rope_table
+from model import GPT, Gather, Mistake, compute_dtype, first_line, rope_table
+
+try:  # private names: another torch may lack one
+    import torch.distributed._functional_collectives as funcol
+    from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+    from torch.distributed.fsdp._fully_shard._fsdp_init import _get_mesh_info
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.utils._pytree import tree_map_only
+except ImportError as e:
+    raise Mistake(f'shard and expert_parallel do not know torch {torch.__version__}: {first_line(e)}') from None
 
 # it advises every rank to merge collectives that do not merge in these meshes
 logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)

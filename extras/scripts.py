@@ -83,6 +83,15 @@ def use_kernels(model):
     return not fault
 
 
+def keep_activations(share):
+    """torch.compile keeps about this share of a block's activations. The name is private: another torch may lack it."""
+    try:
+        import torch._functorch.config as config
+        config.activation_memory_budget = share
+    except (ImportError, AttributeError) as e:
+        raise Mistake(f'this torch has no activation_memory ({first_line(e)}): try --recompute=True') from None
+
+
 def load_reward(path):
     """The reward() of a file, which is any Python: whatever goes wrong there becomes a Mistake. `ended` is whether the
     model ended its response; a reward() gets it if it has an argument of this name.

@@ -19,6 +19,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # one process a core: threads beside it
 import forks
 import numpy as np
 import torch
+import torch._functorch.config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -135,6 +136,7 @@ def run_inside(script, *args, cwd):
     finally:
         sys.excepthook, os._exit, sys.__stderr__ = hook, leave, stderr
         torch.compiler.set_stance('default')
+        torch._functorch.config.activation_memory_budget = 1.0
         while folder_file.locks:  # the process would hold them until it ends
             folder_file.locks.pop().close()
         os.chdir(before[0])

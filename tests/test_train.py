@@ -1,5 +1,7 @@
 """train.py, sample.py and plot.py as users run them, on small data."""
 
+import gc
+import importlib
 import json
 import math
 import os
@@ -15,6 +17,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed.fsdp._fully_shard._fsdp_init
 from conftest import ROOT, SMALL, log, losses, run, run_inside, torchrun, train
 
 import model
@@ -461,3 +464,53 @@ def test_a_new_run_begins_with_another_runs_weights(small, form):
     (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps(meta))
     said = train(small, *still, code=2)
     assert f'another vocabulary than out/ckpt{end} was trained on' in said and not (small / 'tuned.old1').exists()
+
+
+# another torch, another system
+
+def test_a_new_run_where_no_open_file_may_be_renamed(small, monkeypatch):
+    """As on Windows, which has no fcntl either: the earlier run is kept, and the files get their names."""
+    def refuse(rename):
+        def checked(source, target):
+            path = os.path.realpath(source)
+            held = [os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')]
+            if any(f'{name}/'.startswith(f'{path}/') for name in held):
+                raise PermissionError(13, 'used by another process', source)
+            rename(source, target)
+        return checked
+
+    monkeypatch.setitem(sys.modules, 'fcntl', None)
+    for name in ('rename', 'replace'):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    for _ in range(2):
+        train(small, '--max_iters=1')
+        gc.collect()                                                # the files of that run, which ran in this process
+    train(small, '--max_iters=2', '--init_from=resume')
+    assert log(small, 'out.old1')[-1]['step'] == 1 and log(small)[-1]['step'] == 2
+
+
+def test_a_torch_without_a_private_name_trains_or_says_so_in_one_line(small, monkeypatch):
+    reference = losses(small) if train(small, '--dtype=float32') else None
+    monkeypatch.delattr(torch.cpu, '_is_amx_tile_supported')
+    monkeypatch.delattr(torch.nn.functional, 'grouped_mm')
+    train(small, '--dtype=')
+    for step, values in losses(small).items():
+        assert values == pytest.approx(reference[step], rel=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'torch._functorch.config', None)
+        said = train(small, '--compile=True', '--activation_memory=0.5', code=2)
+        assert 'this torch has no activation_memory' in said.splitlines()[-1]
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.distributed.fsdp._fully_shard._fsdp_init, '_get_mesh_info')
+        patch.delitem(sys.modules, 'extras.parallel', raising=False)
+        with pytest.raises(model.Mistake, match='do not know torch .*_get_mesh_info'):
+            importlib.import_module('extras.parallel')
+    for name in ('skip_guard_on_all_nn_modules_unsafe', 'compile'):
+        with monkeypatch.context() as patch:
+            if name == 'compile':                                   # without isolate_recompiles
+                patch.setattr(torch, 'compile', lambda step, fullgraph, dynamic, options, recompile_limit: step)
+            else:
+                patch.delattr(torch.compiler, name)
+            code, printed, said = run_inside('sample.py', '--device=cpu', '--compile=True', '--num_samples=1',
+                                             '--max_new_tokens=4', '--start=0', cwd=small)
+            assert code == 0 and printed.count('going on without torch.compile') == 1, said
