@@ -802,6 +802,24 @@ def test_flops_are_counted_from_the_structure():
     assert model.flops_per_token() == 6 * (attn + ffn + 8 * 32 + norms + 61 * 32 + scores)
 
 
+def test_recomputed_blocks_run_compiled():
+    """Each block, and the loss. Once, recompute() wrapped them so that dynamo ran them eagerly, without a word."""
+    def runs(recompute):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, ran = tiny_model().train(), []
+        if recompute:
+            model.recompute()
+        model.compile(backend=lambda graph, inputs: lambda *args: ran.append(graph) or graph.forward(*args))
+        idx = torch.randint(61, (2, 17))
+        with torch.autocast('cpu', torch.bfloat16):
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+        return len(ran)
+
+    blocks = len(list(tiny_model().blocks()))
+    assert runs(recompute=True) == runs(recompute=False) == blocks + 1
+
+
 def test_mfu_is_the_share_of_the_peak(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(model_file, 'peak_tflops', lambda name: 312)

@@ -1,6 +1,7 @@
 """What a run survives: kills, signals, a full disk, numbers that are not finite. tests/by_hand/soak.py has more."""
 
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import soak
 import torch
@@ -76,6 +78,48 @@ def test_another_number_of_ranks_goes_on_alike(small):
         torch.testing.assert_close(both[name], one[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f'{n}: {m}')
 
 
+def test_fewer_micro_batches_per_iteration_after_a_resume_repeat_none(small, monkeypatch):
+    """A checkpoint counts micro-batches. Once, iteration times gradient_accumulation_steps numbered them."""
+    default_rng, drawn = np.random.default_rng, []
+
+    def spy(key):
+        if len(key) == 4 and key[1:3] == (0, 0):  # training rows, and not dropout or an evaluation
+            drawn[-1].append(key[3])
+        return default_rng(key)
+
+    monkeypatch.setattr(np.random, 'default_rng', spy)
+    for flags in (['--gradient_accumulation_steps=4', '--max_iters=3'],
+                  [RESUME, '--gradient_accumulation_steps=2', '--max_iters=6'],
+                  [RESUME, '--gradient_accumulation_steps=3', '--max_iters=7']):
+        drawn.append([])
+        train(small, *flags)
+    assert drawn == [[0, *range(12)], [0, *range(12, 18)], [0, *range(18, 21)]]  # before the loop, one is tried
+    assert load(small)['micro_batches'] == 21
+
+
+def test_ranks_with_short_and_long_rows_are_as_one_process(small):
+    """Each label weighs the same. Once, the ranks took the mean of each rank's mean over its own labels."""
+    rng = np.random.default_rng(0)
+    for split, rows in (('train', 250), ('val', 30)):
+        mask = np.zeros((rows, 16), np.uint8)
+        mask[np.arange(rows), 15] = 1                       # a row has one label
+        mask[rng.random(rows) < 0.5, 1:] = 1                # or fifteen
+        mask.tofile(small / f'data/abc/{split}_mask.bin')
+        (small / f'data/abc/{split}.bin').write_bytes((small / f'data/abc/{split}.bin').read_bytes()[:rows * 32])
+    meta = pickle.loads((small / 'data/abc/meta.pkl').read_bytes())
+    (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps(meta | {'row_length': 16}))
+    # the first moment is the gradient
+    flags = ['--batch_size=1', '--max_iters=2', '--beta1=0.0', '--grad_clip=0.0', '--learning_rate=1e-6']
+    train(small, *flags, '--out_dir=one')
+    code, printed = torchrun(small, *flags, '--out_dir=two')
+    assert code == 0, printed
+    one, two = losses(small, 'one'), losses(small, 'two')
+    for step in one:
+        assert two[step] == pytest.approx(one[step], abs=1e-5)
+    for a, b in zip(*(load(small, f'{out}/ckpt.pt')['optimizer']['state'].values() for out in ('one', 'two'))):
+        torch.testing.assert_close(b['exp_avg'], a['exp_avg'], atol=1e-5, rtol=1e-3)
+
+
 # two checkpoints
 
 def diverging(clone, *flags):
@@ -125,6 +169,15 @@ def test_a_resume_that_changes_always_save_checkpoint_keeps_the_best_and_the_las
                         f'--max_iters={last + 1}', '--learning_rate=0', '--min_lr=0')
         assert f'going on from out/{names[not always][0]}, iteration {last} of' in printed
         assert iterations(small / 'out') == dict(zip(names[always], (last + 1, best)))
+
+
+@pytest.mark.parametrize('first, second', [('whole', 'dcp'), ('dcp', 'whole')])
+def test_a_resume_that_changes_the_form_of_checkpoints_saves_no_worse_one_as_the_best(small, first, second):
+    end = {'whole': '.pt', 'dcp': '.dcp'}
+    best, _, _ = diverging(small, f'--checkpoint={first}')
+    train(small, RESUME, f'--checkpoint={second}', '--max_iters=4', '--learning_rate=0', '--min_lr=0')
+    assert iterations(small / 'out') == {'ckpt' + end[first]: 3, 'ckpt_best' + end[first]: best,
+                                         'ckpt' + end[second]: 4}
 
 
 @pytest.mark.parametrize('always', [True, False])
