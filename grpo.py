@@ -247,7 +247,7 @@ def load_prompts(split, tokenizer, block_size):
     path = os.path.join(here, 'data', dataset, f'{split}_prompts.txt')
     try:
         with open(path, encoding='utf-8') as f:
-            pairs = [tuple(line.split('\t')) for line in f.read().splitlines()]
+            pairs = [tuple(line.removesuffix('\n').split('\t')) for line in f]
         lengths = [len(tokenizer.begin + tokenizer.encode(pair[0])) for pair in pairs]
     except (OSError, ValueError) as e:  # not there, not UTF-8, or no tokens for a prompt
         raise Mistake(f'{path} cannot be used ({first_line(e)}): run the prepare.py of {dataset}') from None

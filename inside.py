@@ -60,17 +60,19 @@ def visible(text):
 
 
 def pieces_of(tokenizer, ids):
-    """The text of each token of a sequence. A character that several tokens hold together stands at the first of them,
-    '' at the others; a token without a text, or of bytes that are no UTF-8, is its number.
+    """The text of each token of a sequence. Characters that several tokens hold together stand at the first of them, ''
+    at the others; a token without a text, or of bytes that are no UTF-8, is its number.
     """
     pieces, before = [], []
     while len(pieces) < len(ids):
         start = len(pieces)
         already = tokenizer.decode(before)  # a decoder may drop a space that no token stands before
-        for n in range(1, 5):  # UTF-8 has up to four bytes a character
-            group = ids[start:start + n]
+        for end in range(start + 1, len(ids) + 1):
+            group = ids[start:end]
             piece = tokenizer.decode(before + group).removeprefix(already)
-            if '\ufffd' not in piece or start + n >= len(ids):
+            whole = piece.rstrip('\ufffd')
+            # up to three bytes of a character of four may lack the rest, which the next token may hold
+            if not 1 <= len(piece) - len(whole) <= 3 or '\ufffd' in whole:
                 break
         if not piece or '\ufffd' in piece:
             group, piece = group[:1], f'#{ids[start]}'

@@ -614,7 +614,7 @@ EXPERT_CHECKS = [
     ('topk_group', lambda x, c: 0 < x <= c.n_group, 'must lie in 1..n_group={n_group}'),
     ('num_experts_per_tok', lambda x, c: 0 < x <= c.topk_group * c.n_routed_experts // c.n_group,
      'must lie in 1..n_routed_experts={n_routed_experts}, and fit in topk_group={topk_group} of {n_group} groups'),
-    ('n_embd moe_intermediate_size', lambda x, c: x % 8 == 0, 'must be a multiple of 8 (grouped_mm wants 16 bytes)'),
+    ('n_embd moe_intermediate_size', lambda x, c: x % 8 == 0, 'must be a multiple of 8, unless n_routed_experts=0'),
 ]
 
 

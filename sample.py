@@ -11,6 +11,11 @@ import signal
 import sys
 import time
 
+if not os.path.isdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'extras')):
+    print('this sample.py needs the folder extras/ beside it; model.py and train.py alone go with that of nanoGPT',
+          file=sys.stderr)
+    sys.exit(2)
+
 import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
 
 if hasattr(signal, 'SIGPIPE'):  # Windows has none

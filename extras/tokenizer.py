@@ -158,6 +158,15 @@ def check_data(folder, meta):
         check_same(folder, meta, folder)
 
 
+def end_of_text(settings):
+    """The eos_token_id of a config.json: a token, or a list with one. Of several none is known to close a document."""
+    given = settings.get('eos_token_id')
+    ends = given if type(given) is list else [given]
+    if len(ends) > 1 and os.environ.get('RANK', '0') == '0':
+        print(f"config.json has several eos_token_id, {ends}: left out, so a text ends with the tokenizer's eos_token")
+    return ends[0] if len(ends) == 1 and type(ends[0]) is int else None
+
+
 def of_checkpoint(folder, meta=None, vocab_size=None):
     """The tokenizer of the checkpoint in a folder, by the meta and the vocab_size that were saved with it.
 

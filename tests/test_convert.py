@@ -806,10 +806,12 @@ def test_what_a_config_leaves_out_is_transformers_default():
     assert hf.settings_in(V3_671B | {'tie_word_embeddings': True})['tie_word_embeddings']
 
 
-@pytest.mark.parametrize('given, kept', [(1, 1), (None, None), ([1, 2], None), ('</s>', None)])
-def test_one_end_of_text_token_is_taken_over(given, kept):
-    """A list of them names none that closes a document."""
+@pytest.mark.parametrize('given, kept', [(1, 1), ([1], 1), (None, None), ([1, 2], None), ([], None), ('</s>', None)])
+def test_one_end_of_text_token_is_taken_over(capsys, given, kept):
+    """A list of several names none that closes a document, and that is said."""
     assert hf.settings_in(V3_671B | {'eos_token_id': given}).get('eos_token_id') == kept
+    said = "config.json has several eos_token_id, [1, 2]: left out, so a text ends with the tokenizer's eos_token\n"
+    assert capsys.readouterr().out == said * (given == [1, 2])
 
 
 def test_groups_of_v2_count_where_its_method_is_group_limited():

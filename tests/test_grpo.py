@@ -19,7 +19,7 @@ from conftest import ROOT, copy_project, run, run_inside, tiny_model
 
 import grpo
 import model as model_module
-from extras import guard
+from extras import guard, tokenizer
 from extras.decode import Decoder
 
 STOP = 0
@@ -579,6 +579,20 @@ def test_a_task_of_ones_own(clone):
     inside(*sft, '--n_layer=1', '--n_embd=32', '--n_head=2', '--max_iters=4', '--eval_iters=1', cwd=clone)
     said = inside(*rl, '--max_iters=2', '--eval_prompts=8', '--prompts_per_iter=2', '--group_size=2', cwd=clone)
     assert 'step 2: val accuracy' in said and (clone / 'out-grpo-letters/ckpt.pt').exists()
+
+
+def test_prompts_end_at_newlines_alone(tmp_path, monkeypatch):
+    """A line separator, a form feed or U+0085 is a character of a prompt or an answer."""
+    said = 'a\u2028b\fc\x85d'
+    (tmp_path / 'data/odd').mkdir(parents=True)
+    (tmp_path / 'data/odd/train_prompts.txt').write_text(f'{said}\tx\u2029y\nb\t\n', encoding='utf-8')
+    monkeypatch.setattr(grpo, 'here', tmp_path)
+    monkeypatch.setattr(grpo, 'dataset', 'odd')
+    letters = tokenizer.characters({ch: i for i, ch in enumerate(said)}, dict(enumerate(said)))
+    assert grpo.load_prompts('train', letters, 100) == [(said, 'x\u2029y'), ('b', '')]
+    (tmp_path / 'data/odd/train_prompts.txt').write_text('')
+    with pytest.raises(model_module.Mistake, match='is empty'):
+        grpo.load_prompts('train', letters, 100)
 
 
 def test_rejected_traces_are_refused(workshop):

@@ -229,6 +229,16 @@ def test_a_character_of_several_tokens(tiktoken_cache, monkeypatch, tmp_path):
         assert inside.pieces_of(speaks, ids[1:2]) == [f'#{ids[1]}']
 
 
+def test_characters_that_more_than_four_tokens_hold_together():
+    """No token but the last ends where a character does; the first stood as its number."""
+    raw = 'a€€€é'.encode()
+    parts = [raw[:1], raw[1:3], raw[3:5], raw[5:6], raw[6:8], raw[8:11], raw[11:], b'!', b'\x80', b'\x80', b'!']
+    speaks = tokenizer.Tokenizer('bytes', None, lambda ids: b''.join(parts[i] for i in ids).decode(errors='replace'),
+                                 len(parts), [], None)
+    pieces = inside.pieces_of(speaks, [*range(len(parts))])
+    assert pieces == ['a', '€€€é', '', '', '', '', '', '!', '#8', '#9', '!']
+
+
 def test_a_token_without_a_text(tmp_path):
     write_tokenizer(tmp_path / 'hf', '<s> $A', bos_token='<s>')
     assert inside.pieces_of(tokenizer.from_folder(tmp_path / 'hf'), [0, 258, 1]) == ['#0', 'th', '#1']

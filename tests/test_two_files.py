@@ -167,3 +167,10 @@ def test_with_extras_it_is_the_same_run_and_keeps_the_earlier_one(nanogpt):
     shutil.copy(ROOT / 'configurator.py', nanogpt)
     said = train(nanogpt, '--max_iters=-1', code=2).splitlines()[-1]
     assert said == 'max_iters=-1 must be finite and not negative' and not (nanogpt / 'out.old2').exists()
+
+
+def test_sample_alone_says_what_it_needs(nanogpt):
+    """Copied over nanoGPT's beside the two files, without extras/."""
+    shutil.copy(ROOT / 'sample.py', nanogpt)
+    code, out, said = run_outside('sample.py', '--out_dir=out', cwd=nanogpt, PYTHONPATH='')
+    assert (code, out, said.count('\n')) == (2, '', 1) and said.startswith('this sample.py needs the folder extras/')
