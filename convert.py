@@ -5,7 +5,7 @@ Checkpoints out to Hugging Face transformers and in from it: the DeepSeek-V2 and
                                                              # --fp8: weights as V3's are released
     python convert.py import --hf_dir=DIR --out_dir=out-y    # a local Hugging Face folder -> ckpt.pt
 
-Both write under other names and rename at the end: DIR and ckpt.pt are whole, or not there.
+Both write a new folder under another name and rename it at the end: it is whole, or not there.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from extras.compare import check_export
-from extras.folder import copy_tokenizer, last_checkpoint, missing
+from extras.folder import copy_tokenizer, missing
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
 from extras.integrity import check_checkpoint, check_finite
-from extras.tokenizer import TOKENIZER_FILES, of_checkpoint
+from extras.tokenizer import of_checkpoint
 from model import GPT, Mistake, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -100,6 +100,30 @@ def write_tokenizer(out_dir, folder, meta, vocab_size):
         settings['eos_token'] = '<|endoftext|>'
     write(folder, 'tokenizer_config.json', json.dumps(settings, indent=2) + '\n')
     return speaks.end, speaks.name
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A folder to write to, closed to other users. At the end it becomes `path`, whole: a kill leaves no `path`."""
+    parent, name = os.path.split(path)
+    try:
+        os.makedirs(parent or '.', exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent or '.', prefix=f'{name}.') as temporary:
+            folder = os.path.join(temporary, name)
+            os.mkdir(folder)
+            yield folder
+            if os.path.isdir(path):
+                os.rmdir(path)  # an empty one
+            os.rename(folder, path)
+    except (OSError, SafetensorError) as e:
+        raise Mistake(f'{path} cannot be written: {first_line(e)}') from None
+
+
+def check_new(path):
+    """-> the path, normalised; a Mistake if it is more than an empty folder"""
+    if os.path.exists(path) and not (os.path.isdir(path) and os.listdir(path) == []):
+        raise Mistake(f'{path} exists already: remove it, or name another')
+    return os.path.normpath(path)
 
 
 # -----------------------------------------------------------------------------
@@ -199,9 +223,7 @@ def released_tensors(config, state, with_mtp):
 
 
 def export_folder(out_dir, hf_dir, fp8=False):
-    hf_dir = os.path.normpath(hf_dir)
-    if os.path.exists(hf_dir) and (not os.path.isdir(hf_dir) or os.listdir(hf_dir)):
-        raise Mistake(f'{hf_dir} exists already: remove it, or name another')
+    hf_dir = check_new(hf_dir)
     path = os.path.join(out_dir, 'ckpt.pt')
     if not os.path.exists(path):
         raise Mistake(missing(path))
@@ -220,27 +242,17 @@ def export_folder(out_dir, hf_dir, fp8=False):
     settings, left_out = settings_out(config, dtype, eos)
     tensors = released_tensors(config, state, settings['num_nextn_predict_layers'] > 0)
     check_export(model, settings, tensors)
-    parent, name = os.path.dirname(hf_dir) or '.', os.path.basename(hf_dir)
-    try:
-        os.makedirs(parent, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f'{name}.') as temporary:  # closed to other users
-            folder = os.path.join(temporary, name)
-            os.mkdir(folder)
-            end_of_text, words = write_tokenizer(out_dir, folder, checkpoint.get('meta') or {}, config.vocab_size)
-            if eos is None:
-                settings['eos_token_id'] = end_of_text
-            if fp8:
-                settings['quantization_config'] = quantise_weights(tensors, config.n_layer)
-            save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
-            ids = {name: settings[name] for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-            write(folder, 'config.json', json.dumps(settings, indent=2) + '\n')
-            write(folder, 'generation_config.json', json.dumps(ids, indent=2) + '\n')
-            write(folder, 'README.md', model_card(model, checkpoint, settings, words, left_out, out_dir))
-            if os.path.isdir(hf_dir):
-                os.rmdir(hf_dir)
-            os.rename(folder, hf_dir)
-    except (OSError, SafetensorError) as e:
-        raise Mistake(f'{hf_dir} cannot be written: {first_line(e)}') from None
+    with new_folder(hf_dir) as folder:
+        end_of_text, words = write_tokenizer(out_dir, folder, checkpoint.get('meta') or {}, config.vocab_size)
+        if eos is None:
+            settings['eos_token_id'] = end_of_text
+        if fp8:
+            settings['quantization_config'] = quantise_weights(tensors, config.n_layer)
+        save_file(tensors, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+        ids = {name: settings[name] for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+        write(folder, 'config.json', json.dumps(settings, indent=2) + '\n')
+        write(folder, 'generation_config.json', json.dumps(ids, indent=2) + '\n')
+        write(folder, 'README.md', model_card(model, checkpoint, settings, words, left_out, out_dir))
     for line in left_out:
         print(line)
     print(f'wrote {hf_dir}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e6:,.1f} MB in '
@@ -259,10 +271,7 @@ def memory_estimate(config, bytes_per_weight):
 
 
 def import_folder(hf_dir, out_dir):
-    tokenizer_files = [os.path.join(out_dir, name) for name in TOKENIZER_FILES]
-    for path in (last_checkpoint(out_dir), *tokenizer_files):
-        if os.path.exists(path):
-            raise Mistake(f'{path} exists already: remove it, or name another out_dir')
+    out_dir = check_new(out_dir)
     config, tensors = open_folder(hf_dir)
     try:
         of_checkpoint(hf_dir, vocab_size=config.vocab_size)
@@ -275,21 +284,12 @@ def import_folder(hf_dir, out_dir):
     state = empty_state(tensors, config)
     read_weights(tensors, config, state)
     check_finite(hf_dir, state)
-    checkpoint = {'model': state, 'optimizer': None, 'scaler': {}, 'model_args': dataclasses.asdict(config),
-                  'iter_num': 0, 'best_val_loss': math.inf, 'config': {'dtype': str(dtype).removeprefix('torch.')},
-                  'meta': {}}
-    path = os.path.join(out_dir, 'ckpt.pt')
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        copy_tokenizer(hf_dir, out_dir)
-        save_checkpoint(checkpoint, path)
-    except BaseException as e:  # Ctrl-C too
-        for name in filter(os.path.lexists, (f'{path}.tmp', *tokenizer_files)):
-            os.remove(name)
-        if isinstance(e, OSError):
-            raise Mistake(f'{out_dir} cannot be written: {first_line(e)}') from None
-        raise
-    print(f'wrote {path}')
+    checkpoint = {'model': state, 'optimizer': None, 'scaler': {}, 'model_args': dataclasses.asdict(config), 'meta': {},
+                  'iter_num': 0, 'best_val_loss': math.inf, 'config': {'dtype': str(dtype).removeprefix('torch.')}}
+    with new_folder(out_dir) as folder:
+        copy_tokenizer(hf_dir, folder)
+        save_checkpoint(checkpoint, os.path.join(folder, 'ckpt.pt'))
+    print(f'wrote {out_dir}/ckpt.pt')
 
 
 def main():

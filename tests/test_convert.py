@@ -682,7 +682,7 @@ def test_a_damaged_folder_gets_one_line_and_leaves_nothing_behind(exported, dama
 @pytest.mark.parametrize('args, message', [
     (['export', '--out_dir=out', '--hf_dir=hf'], 'hf exists already'),
     (['export', '--out_dir=nowhere', '--hf_dir=new'], 'ckpt.pt is missing'),
-    (['import', '--hf_dir=hf', '--out_dir=out'], 'ckpt.pt exists already'),
+    (['import', '--hf_dir=hf', '--out_dir=out'], 'out exists already'),
     (['import', '--hf_dir=nowhere', '--out_dir=new'], 'cannot be read'),
     (['export', '--out_dir=out', '--hf_dir=out/ckpt.pt/new'], 'out/ckpt.pt/new cannot be written'),
     (['import', '--hf_dir=hf', '--out_dir=out/ckpt.pt/new'], 'out/ckpt.pt/new cannot be written'),
@@ -692,12 +692,26 @@ def test_the_script_ends_with_one_line_and_overwrites_nothing(exported, script, 
     assert sorted(p.name for p in exported.iterdir()) == ['hf', 'out']
 
 
-@pytest.mark.parametrize('name', ['ckpt_last.pt', 'ckpt.dcp', 'tokenizer.json'])
-def test_an_import_goes_into_no_folder_of_a_run(exported, script, name):
+@pytest.mark.parametrize('name', ['ckpt_last.pt', 'ckpt.dcp', 'tokenizer.json', 'notes'])
+def test_an_import_goes_into_a_new_folder(exported, script, name):
     (exported / 'run').mkdir()
     (exported / 'run' / name).write_text('')
     said = script('convert.py', 'import', '--hf_dir=hf', '--out_dir=run', ok=False)
-    assert f'run/{name} exists already' in said and os.listdir('run') == [name]
+    assert 'run exists already' in said and os.listdir('run') == [name]
+
+
+def test_a_killed_import_can_be_repeated(exported, monkeypatch):
+    """A kill runs no clean-up: whatever stands in the new folder then is under another name."""
+    def killed(*_):
+        raise SystemExit  # TemporaryDirectory would clean up
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, 'save_checkpoint', killed)
+        patch.setattr(convert.tempfile.TemporaryDirectory, 'cleanup', lambda self: self._finalizer.detach())
+        with pytest.raises(SystemExit):
+            convert.import_folder('hf', 'new')
+    assert not os.path.exists('new')
+    convert.import_folder('hf', 'new')
+    assert os.path.exists('new/ckpt.pt')
 
 
 def test_an_export_touches_no_other_folder(exported):
@@ -734,7 +748,6 @@ def test_a_disk_that_is_full(exported):
             convert.import_folder('hf', 'new')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    (exported / 'new').rmdir()  # of the import: an empty folder
     assert sorted(exported.rglob('*')) == before
 
 
@@ -751,7 +764,6 @@ def test_ctrl_c_leaves_nothing_half_written(exported, monkeypatch):
         convert.export_folder('out', 'new')
     with pytest.raises(KeyboardInterrupt):
         convert.import_folder('hf', 'new')
-    (exported / 'new').rmdir()  # of the import: an empty folder
     assert sorted(exported.rglob('*')) == before
 
 

@@ -177,7 +177,7 @@ def test_a_nanogpt_checkpoint_is_called_one(here, small, script, flags):
     (['import', '--hf_dir=', '--out_dir=new'], '--hf_dir is empty'),
     (['export', '--hf_dir=new', '--out_dir='], '--out_dir is empty'),
     (['export', '--out_dir=many', '--hf_dir=new'], 'a vocabulary of 60000 tokens is not GPT-2'),
-    (['import', '--hf_dir=hf', '--out_dir=hf'], 'tokenizer.json exists already'),
+    (['import', '--hf_dir=hf', '--out_dir=hf'], 'hf exists already'),
 ])
 def test_mistakes_of_convert(made, flags, message):
     assert message in ends(made, 'convert.py', *flags)
