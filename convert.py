@@ -27,57 +27,11 @@ from extras.compare import check_export
 from extras.folder import copy_tokenizer, missing
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
 from extras.integrity import check_checkpoint, check_finite
-from extras.tokenizer import of_checkpoint
+from extras.tokenizer import character_tokenizer, gpt2_tokenizer, of_checkpoint
 from model import GPT, Mistake, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the tokenizer
-
-def byte_characters():
-    """GPT-2's alphabet: a printable character for each byte."""
-    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-def merge_of(token, ranks):
-    """The two tokens whose merge made this one: what is left of it when only earlier merges are applied."""
-    pieces = [bytes([b]) for b in token]
-    while len(pieces) > 2:
-        pairs = [ranks.get(a + b, math.inf) for a, b in zip(pieces, pieces[1:])]
-        i = pairs.index(min(pairs))
-        pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
-    return pieces
-
-
-def gpt2_tokenizer():
-    """GPT-2's byte-level BPE, from tiktoken's table of ranks."""
-    import tiktoken
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks
-    alphabet = byte_characters()
-
-    def text(token):
-        return ''.join(alphabet[b] for b in token)
-
-    merges = [tuple(map(text, merge_of(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    tokenizer = Tokenizer(models.BPE(vocab={text(token): rank for token, rank in ranks.items()}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken('<|endoftext|>', normalized=False)])
-    return tokenizer
-
-
-def character_tokenizer(stoi):
-    """One token per character; a character that the table lacks is an error."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel(vocab=stoi, unk_token=''))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), behavior='isolated')
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
-
 
 def write(folder, name, text):
     with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
