@@ -406,33 +406,47 @@ def base_after(runs, size, share, seeds):
     return float(np.interp(math.log(share), [math.log(x) for x in shares], losses))
 
 
-def spread_of_seeds(runs, size, names):
-    """The standard deviation of a seed's difference to the base about its variant's mean, pooled over all variants."""
-    groups = [against_base(runs, size, name) for name in names]
-    squares = sum((x - statistics.mean(g)) ** 2 for g in groups for x in g)
-    return math.sqrt(squares / sum(len(g) - 1 for g in groups))
+# Student's t: 95% of its values lie within plus and minus this number; by the number of seeds
+T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def interval(differences):
+    """The mean of a row's differences, seed by seed, and the half width of its own 95% interval."""
+    n = len(differences)
+    return statistics.mean(differences), T_95[n] * statistics.stdev(differences) / math.sqrt(n)
 
 
 def finished(runs, size, names, seeds=3):
     return [n for n in names if sweep(runs, size, n) and len(at_best_rate(runs, size, n)) >= seeds]
 
 
+def other_variants(runs, size):
+    return finished(runs, size, [name for found in variants(size).values() for name in found if name != 'base'])
+
+
+def differing(runs):
+    """(size, number of rows, those whose interval does not contain 0)"""
+    for size in SIZES:
+        names = other_variants(runs, size)
+        found = {name: interval(against_base(runs, size, name)) for name in names}
+        yield size, len(names), [name for name in names if abs(found[name][0]) > found[name][1]]
+
+
 def tables(runs, times):
     """(size, question, Markdown) of each question, with the variants that are finished."""
     for size in SIZES:
-        names = finished(runs, size, [n for found in variants(size).values() for n in found if n != 'base'])
-        spread = spread_of_seeds(runs, size, names) if names else None
+        names = other_variants(runs, size)
         for question, found in variants(size).items():
             own = [n for n in found if n in names]
             if own:
-                yield size, question, table(runs, times, size, question, own, spread)
+                yield size, question, table(runs, times, size, question, own)
 
 
-def table(runs, times, size, question, names, spread):
+def table(runs, times, size, question, names):
     """Differences are to the base: below 0 is better."""
     extra = {'attention': ['cache, bytes'], 'balance': ['MaxVio', 'dead'], 'MTP': ['accepted drafts'],
              'experts': ['MaxVio', 'parameters']}.get(question, [])
-    head = ['variant', 'val loss', 'same tokens', 'same FLOPs', 'same seconds', 'ms', 'rate', *extra]
+    head = ['variant', 'val loss', 'same tokens', 'ahead', 'same FLOPs', 'same seconds', 'ms', 'rate', *extra]
     lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
     time_of = {r['variant']: r for r in times if r['size'] == size}
     for name in ['base', *names]:
@@ -440,10 +454,11 @@ def table(runs, times, size, question, names, spread):
         mean = mean_loss(own)
         cells = [name, f'{mean:.4f}']
         if name == 'base':
-            cells += ['0', '0', '0']
+            cells += ['0', '', '0', '0']
         else:
-            difference = statistics.mean(against_base(runs, size, name))
-            cells.append(f'{difference:+.3f} ± {2 * spread / math.sqrt(len(own)):.3f}')
+            differences = against_base(runs, size, name)
+            mean_difference, half_width = interval(differences)
+            cells += [f'{mean_difference:+.3f} ± {half_width:.3f}', f'{sum(x < 0 for x in differences)} of {len(own)}']
             for ratio in (t['flops'] / time_of['base']['flops'], t['ms'] / time_of['base']['ms']):
                 reference = base_after(runs, size, ratio, {r['seed'] for r in own})
                 cells.append('' if reference is None else f'{mean - reference:+.3f}')
@@ -501,6 +516,8 @@ def report():
     runs, times = read_results()
     for size, question, text in tables(runs, times):
         print(f'### {question}, {size}\n\n{text}\n')
+    for size, rows, names in differing(runs):
+        print(f'- {size}, {len(names)} of {rows} rows: {"; ".join(names)}')  # whose interval does not contain 0
     draw(runs, times)
 
 

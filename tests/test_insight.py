@@ -1,7 +1,9 @@
 """runs/ablations.py: variants are what their names say; its sweep; and the tables of docs/insight.md."""
 
+import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -104,3 +106,23 @@ def test_page_holds_the_tables_of_the_results():
     assert found
     for size, question, table in found:
         assert table in page, f'{question}, {size}: python runs/ablations.py report'
+
+
+def test_a_rows_interval_is_its_own():
+    """Student's t of the paired differences: a noisy row is not made sure by the calm rows around it."""
+    mean, half_width = ablations.interval([-0.03, -0.02, -0.06, -0.02, 0.02])
+    assert (mean, half_width) == pytest.approx((-0.022, 2.776 * math.sqrt(0.00328 / 4 / 5)))
+    for n, t in ablations.T_95.items():                             # the density's integral from -t to t
+        x = np.linspace(-t, t, 100_001)
+        scale = math.gamma(n / 2) / math.gamma((n - 1) / 2) / math.sqrt(math.pi * (n - 1))
+        assert np.trapezoid(scale * (1 + x**2 / (n - 1)) ** (-n / 2), x) == pytest.approx(0.95, abs=1e-4)
+
+
+def test_page_names_the_rows_that_differ_and_counts_seed_by_seed():
+    page, (runs, _) = (ROOT / 'docs' / 'insight.md').read_text(), ablations.read_results()
+    for size, rows, names in ablations.differing(runs):
+        assert f'\n- {size}, {len(names)} of {rows} rows: {"; ".join(names)}' in page
+    by_seed = ablations.against_base(runs, 'small', 'MHA')
+    said = page.partition("MHA's differences by seed are ")[2].partition(':')[0].replace(' and', ',')
+    assert [float(x) for x in said.split(', ')] == pytest.approx(by_seed, abs=6e-4)
+    assert f'| {sum(x < 0 for x in by_seed)} of {len(by_seed)} |' in page.partition('\n| MHA |')[2].partition('\n')[0]
