@@ -434,7 +434,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
-        """Append max_new_tokens tokens to each row of idx (B, T). temperature 0: always the likeliest token.
+        """Append max_new_tokens tokens to each row of idx (B, T). temperature below GREEDY: always the likeliest token.
         Past block_size the context is the last block_size tokens, as in nanoGPT, and there is no cache. After its
         stop_token a row gets only stop_token; generation ends early when every row has one.
         """
@@ -809,13 +809,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def probabilities(logits, temperature, top_k):
-    """(..., V) -> (..., V), fp32. temperature 0: 1 for the likeliest token."""
-    if temperature == 0:
+    """(..., V) -> (..., V), fp32. temperature below GREEDY: 1 for the likeliest token."""
+    if temperature < GREEDY:
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits.float() / temperature
     if top_k is not None and 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float('-inf'))
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
     return logits.softmax(dim=-1)
 
 
@@ -824,6 +823,7 @@ def draw(probs):
     return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1, keepdim=True)
 
 
+GREEDY = 1e-6  # below this temperature the likeliest token is taken: logits divided by it would overflow
 NOT_FINITE = 'the model computes nan or infinity: its weights hold some, or its dtype overflows (try float32)'
 # dense bf16 peak in TFLOP/s (fp16 on a device without bf16), by words of the device's name; nan if unknown
 PEAK_TFLOPS = {'Laptop': math.nan, 'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100 NVL': 835, 'H100': 989,

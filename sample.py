@@ -91,7 +91,6 @@ except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
                   'num_samples or max_new_tokens') from None
 torch.manual_seed(seed)
 stop_token = model.config.eos_token_id if model.config.eos_token_id >= 0 else tokenizer.end
-temperature = temperature if temperature >= 1e-6 else 0.0
 t0 = time.perf_counter()
 prompts = [prompt] * num_samples
 rows, speculation = decoder.generate(prompts, max_new_tokens, temperature, top_k, stop_token, speculative)

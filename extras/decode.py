@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from extras.experts import all_experts
-from model import NOT_FINITE, Mistake, MoE, compute_dtype, draw, first_line, probabilities, swiglu
+from model import GREEDY, NOT_FINITE, Mistake, MoE, compute_dtype, draw, first_line, probabilities, swiglu
 
 
 def for_decoding(model, dtype):
@@ -87,7 +87,7 @@ class Decoder:
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
         """prompts: lists of token ids -> these lists, each extended by at most max_new_tokens (it ends early at
-        stop_token), and their Speculation. temperature 0: always the likeliest token.
+        stop_token), and their Speculation. temperature below GREEDY: always the likeliest token.
 
         Past block_size the context is the last block_size tokens, as in nanoGPT; GPT.generate does this part, and keeps
         no log-probabilities.
@@ -105,7 +105,7 @@ class Decoder:
         if max_new_tokens > 0 and rows:
             contexts = [row[-block_size:] for row in rows]
             s = self.state(len(rows), min(max(map(len, contexts)) + max_new_tokens, block_size + 1), D)
-            kind = D, temperature > 0, top_k
+            kind = D, temperature >= GREEDY, top_k
             begin(model, s, contexts, max_new_tokens, temperature, stop_token, *kind)
 
             def collect(s, places):
@@ -117,7 +117,7 @@ class Decoder:
                     if not all(map(math.isfinite, of_row[new])):
                         raise Mistake(NOT_FINITE)
                     rows[i] += row[new]
-                    self.log_probs[i] = of_row[new] if temperature > 0 else []
+                    self.log_probs[i] = of_row[new] if temperature >= GREEDY else []
 
             places = [*range(len(rows))]  # the state's row i belongs to prompt places[i]
 

@@ -142,6 +142,15 @@ def test_equal_prompts_are_computed_once(monkeypatch):
         seen.clear()
 
 
+@pytest.mark.parametrize('speculative', [False, True])
+def test_the_lowest_temperatures_take_the_likeliest_token(speculative):
+    """Logits divided by 1e-39 are infinite: token 0 was taken."""
+    model, prompts = tiny_model().eval(), prompts_of(5, 2)
+    for lowest in (1e-6, 0.999e-6, 1e-39, 1e-300):
+        rows, _ = Decoder(model).generate(prompts, 40, lowest, speculative=speculative)
+        assert rows == plain(model, prompts, 40)
+
+
 def test_past_block_size_the_settings_are_the_same():
     model = tiny_model().eval()
     prompts = prompts_of(30, 32, 4)

@@ -221,6 +221,8 @@ def test_top_k_temperature_and_no_tokens():
     greedy = model.generate(idx, 10, temperature=0)
     assert model.generate(idx, 10, top_k=1).tolist() == greedy.tolist()
     assert model.generate(idx, 10, temperature=1e-4).tolist() == greedy.tolist()
+    for lowest in (1e-6, 1e-39, 1e-300, 0.999e-6):                   # logits / 1e-39 are infinite: token 0 was taken
+        assert model.generate(idx, 10, temperature=lowest).tolist() == greedy.tolist()
     assert model.generate(idx, 0).tolist() == idx.tolist()
     torch.manual_seed(1)
     one = model.generate(idx, 10)

@@ -198,7 +198,8 @@ def test_odd_settings(here, settings, message):
 # sampling
 
 def test_a_temperature_next_to_zero_is_zero(made):
-    assert text(made, '--temperature=1e-300', '--seed=3') == text(made, '--temperature=0')
+    for lowest in ('1e-300', '1e-39', '1e-7'):
+        assert text(made, f'--temperature={lowest}', '--seed=3') == text(made, '--temperature=0')
     assert text(made, '--temperature=1e300', '--seed=3') != text(made, '--temperature=0')
 
 
