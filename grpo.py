@@ -390,6 +390,7 @@ if __name__ == '__main__':
     # the loop
     options = {k: config[k] for k in ('mu', 'clip_low', 'clip_high', 'kl_coef', 'length_norm', 'max_new_tokens',
                                       'temperature', 'batch_size', 'grad_clip')}
+    began, earned = iter_num, False  # whether a reward since then was not 0
     while iter_num < max_iters and not eval_only:
         # whatever is random in this iteration
         torch.manual_seed(np.random.default_rng((seed, iter_num, 1, rank)).integers(2**63))
@@ -401,7 +402,7 @@ if __name__ == '__main__':
         # rollouts: every rank draws the same prompts, and answers its share
         drawn = np.random.default_rng((seed, iter_num)).integers(len(pairs['train']), size=prompts_per_iter)
         questions = [pairs['train'][i] for i in drawn[rank::world] for _ in range(group_size)]
-        prompts, responses, _, scores = answer(questions, temperature)
+        prompts, responses, texts, scores = answer(questions, temperature)
         rewards = scores[:, 0] + format_weight * scores[:, 1]                           # (B,)
         advantages = group_advantages(rewards.view(-1, group_size), normalise_std)      # (P, G)
         idle = (advantages == 0).all(dim=1)                                             # (P,): equal rewards
@@ -436,6 +437,11 @@ if __name__ == '__main__':
                   f'length {length:.1f}, cut {cut:.0%}, zero-advantage {zero_advantage:.0%}, '
                   f'{kl}clip {record["clip"]:.1%}, time {dt * 1000:.0f}ms, {record["tokens_per_s"]:,.0f} tok/s')
             log(record)
+            earned = earned or reward_mean != 0
+            if not earned and iter_num == began + 2:
+                (prompt, right), text = questions[0], texts[0][:80]
+                print(f'note: all rewards of 3 iterations are 0, so nothing is learned. Does {reward_file} fit '
+                      f'{dataset}? The response {text!r} to {prompt!r}, answer {right!r}, gets 0')
         iter_num += 1
 
         # evaluate and save

@@ -821,6 +821,20 @@ def test_a_reward_may_ask_whether_the_response_ended(workshop):
     assert code == 2 and re.search(r"asks.py: reward\('.*', ended=(True|False)\).*: ZeroDivisionError", said)
 
 
+def test_rewards_that_are_all_zero_are_pointed_out_once(workshop):
+    """After three iterations, with the rule's file, a response and its answer. One reward is enough for silence."""
+    said = inside('grpo.py', *GRPO, '--out_dir=out-zero', '--max_iters=8', '--max_new_tokens=3', cwd=workshop)
+    note, = re.findall(r'^note: .*', said, re.M)
+    assert re.fullmatch(r'note: all rewards of 3 iterations are 0, so nothing is learned. Does data/arithmetic/reward'
+                        r".py fit arithmetic/add3\? The response '.*' to '\d+\+\d+=', answer '\d+', gets 0", note)
+    assert said.index('iter 2:') < said.index(note) < said.index('iter 3:')
+    (workshop / 'late.py').write_text('calls = []\ndef reward(prompt, response, answer):\n    calls.append(0)\n'
+                                      '    return float(len(calls) == 16 * 3), 0\n')
+    said = inside('grpo.py', *GRPO, '--reward_file=late.py', '--out_dir=out-zero', '--max_iters=5',
+                  '--max_new_tokens=3', '--eval_interval=9', cwd=workshop)
+    assert 'note:' not in said
+
+
 @pytest.mark.parametrize('drop', [True, False])
 def test_groups_of_equal_rewards_are_idle_whatever_the_reward(workshop, drop):
     """All right, and so nothing to prefer: they are counted as idle, and dropped they make no step."""
