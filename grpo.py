@@ -446,6 +446,7 @@ if __name__ == '__main__':
 
         # evaluate and save
         if iter_num % eval_interval == 0 or iter_num == max_iters:
+            scripts.check_weights(model, path)
             record = evaluate()
             if master:
                 log(record)

@@ -92,6 +92,13 @@ def keep_activations(share):
         raise Mistake(f'this torch has no activation_memory ({first_line(e)}): try --recompute=True') from None
 
 
+def check_weights(model, path):
+    """Call before the checkpoint at `path` is written. Mistake if a weight is not finite."""
+    finite = torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all()
+    guard.need(finite, f'the weights are not finite any more: {path} is not written, and what was saved before stays; '
+               'try a smaller learning_rate')
+
+
 def load_reward(path):
     """The reward() of a file, which is any Python: whatever goes wrong there becomes a Mistake. `ended` is whether the
     model ended its response; a reward() gets it if it has an argument of this name.

@@ -821,6 +821,30 @@ def test_a_reward_may_ask_whether_the_response_ended(workshop):
     assert code == 2 and re.search(r"asks.py: reward\('.*', ended=(True|False)\).*: ZeroDivisionError", said)
 
 
+def test_weights_that_are_not_finite_are_not_saved(workshop):
+    """A rate of 1e300 is infinite in float32. The checkpoint and the log stay as they were before the step."""
+    flags = [*GRPO, '--reward_file=odd.py', '--out_dir=out-broken', '--eval_interval=1', '--decay_lr=False']
+    inside('grpo.py', *flags, '--max_iters=1', cwd=workshop)
+    path = workshop / 'out-broken/ckpt.pt'
+    whole = path.read_bytes()
+    code, _, said = run_inside('grpo.py', *flags, '--init_from=resume', '--max_iters=2', '--learning_rate=1e300',
+                               cwd=workshop)
+    assert code == 2 and path.read_bytes() == whole
+    assert said == ('the weights are not finite any more: out-broken/ckpt.pt is not written, and what was saved '
+                    'before stays; try a smaller learning_rate\n')
+    assert not [r for r in records(workshop, 'out-broken') if r['step'] == 2]
+
+
+def test_the_flags_decide_the_optimizers_settings_of_a_resume(workshop):
+    """Its moments go on; betas and decay are the flags', whatever the checkpoint says."""
+    flags = [*GRPO, '--reward_file=odd.py', '--out_dir=out-flags', '--eval_interval=1']
+    inside('grpo.py', *flags, '--max_iters=1', cwd=workshop)
+    inside('grpo.py', *flags, '--max_iters=2', '--init_from=resume', '--beta2=0.7', '--weight_decay=0.25', cwd=workshop)
+    saved = torch.load(workshop / 'out-flags/ckpt.pt')['optimizer']
+    assert [(g['betas'], g['weight_decay']) for g in saved['param_groups']] == [((0.9, 0.7), 0.25), ((0.9, 0.7), 0.0)]
+    assert {state['step'].item() for state in saved['state'].values()} == {2}
+
+
 def test_rewards_that_are_all_zero_are_pointed_out_once(workshop):
     """After three iterations, with the rule's file, a response and its answer. One reward is enough for silence."""
     said = inside('grpo.py', *GRPO, '--out_dir=out-zero', '--max_iters=8', '--max_new_tokens=3', cwd=workshop)
