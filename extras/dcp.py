@@ -9,7 +9,9 @@ ckpt_best.dcp point to two of them.
 """
 
 import contextlib
+import itertools
 import os
+import pathlib
 import pickle
 import re
 import shutil
@@ -130,12 +132,13 @@ class Reader(dcp.FileSystemReader):
     PLAIN = {'torch.distributed.checkpoint.metadata': (
                  'Metadata', 'TensorStorageMetadata', 'TensorProperties', 'ChunkStorageMetadata', 'MetadataIndex',
                  'StorageMeta', '_MEM_FORMAT_ENCODING'),
-             'torch.distributed.checkpoint.filesystem': ('_StorageInfo',), 'torch.serialization': ('_get_layout',),
-             'pathlib': ('PosixPath',), 'pathlib._local': ('PosixPath',)}
+             'torch.distributed.checkpoint.filesystem': ('_StorageInfo',), 'torch.serialization': ('_get_layout',)}
 
     class Unpickler(PlainUnpickler):
         def find_class(self, module, name):
             plain = module == 'torch' and (name == 'Size' or isinstance(getattr(torch, name, None), torch.dtype))
+            if (module, name) in itertools.product(('pathlib', 'pathlib._local'), ('PosixPath', 'WindowsPath')):
+                return pathlib.PurePath  # the other system's Path cannot be made here
             if plain or name in Reader.PLAIN.get(module, ()):
                 return pickle._Unpickler.find_class(self, module, name)
             return super().find_class(module, name)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import pickle
 import random
 import re
@@ -331,6 +332,19 @@ def test_four_ranks_hold_a_quarter_each(small):
 
 
 # sharded checkpoints
+
+@pytest.mark.parametrize('theirs', [b'PosixPath', b'WindowsPath'])
+def test_a_sharded_checkpoint_opens_on_a_system_with_other_paths(small, theirs):
+    """torch writes the folder's Path into .metadata, and Python makes only its own system's Paths."""
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    path = small / 'out/ckpt.dcp/.metadata'
+    written = pickle.dumps(pickle.loads(path.read_bytes()), protocol=2)  # which spells names out
+    assert b'PosixPath' in written
+    path.write_bytes(written.replace(b'PosixPath', theirs))
+    found = dcp.Reader(str(small / 'out/ckpt.dcp')).read_metadata()
+    assert 'model.transformer.ln_f.weight' in found.state_dict_metadata
+    assert type(found.storage_meta.checkpoint_id) is pathlib.PurePosixPath
+
 
 @pytest.mark.parametrize('call', ['os.rename', 'os.symlink', 'os.replace', 'os.fsync', 'torch.save'])
 def test_a_sharded_checkpoint_that_cannot_be_written(small, monkeypatch, call):
