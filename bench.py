@@ -38,8 +38,8 @@ PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
          'loss': ['ours', 'plain', 'torch']}
 as_json = '--json' in sys.argv
 sys.argv = [arg for arg in sys.argv if arg != '--json']
-what = sys.argv.pop(1) if len(sys.argv) > 1 else ''
-guard.need(what in PEERS, f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] [--key=value ...]')
+_what = sys.argv.pop(1) if len(sys.argv) > 1 else ''
+guard.need(_what in PEERS, f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] [--key=value ...]')
 
 # -----------------------------------------------------------------------------
 # the model: GPTConfig's defaults, and over them the main run's sizes
@@ -47,8 +47,8 @@ settings = {field.name: field.default for field in dataclasses.fields(GPTConfig)
 main_run = runpy.run_path(os.path.join(here, 'config', 'train_deepseek.py'))
 settings |= {k: main_run[k] for k in settings if k in main_run} | {'eos_token_id': -1}
 globals().update(settings)
-peer = ','.join(PEERS[what])  # those to run, with commas between
-batch_size = 2 if what == 'train' else 1
+peer = ','.join(PEERS[_what])  # those to run, with commas between
+batch_size = 2 if _what == 'train' else 1
 steps = 5  # timed ones, after two more
 prompt_tokens = 960  # decode: tokens in the context before the first that is timed
 new_tokens = 60  # decode: tokens that are timed
@@ -56,13 +56,13 @@ rows = 6144  # loss: tokens
 gemm_size = 0  # side of the reference product's matrices; 0: 8192 on a GPU, 2048 elsewhere
 device = scripts.default_device()
 dtype = 'bfloat16'  # or 'float32', which a CPU without native bf16 needs
-compile = what == 'train'  # torch.compile: here blocks and loss, or the decoding step; training peers whole
+compile = _what == 'train'  # torch.compile: here blocks and loss, or the decoding step; training peers whole
 activation_memory = 1.0  # train: as in train.py, for this model and its dense twin
 with contextlib.redirect_stdout(sys.stderr):  # the table, or the JSON, has standard output to itself
     exec(open(os.path.join(here, 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 guard.check_ranges(globals(), [
-    ('peer', lambda x: set(x.split(',')) <= set(PEERS[what]), f'name some of {",".join(PEERS[what])}'),
+    ('peer', lambda x: set(x.split(',')) <= set(PEERS[_what]), f'name some of {",".join(PEERS[_what])}'),
     ('batch_size prompt_tokens', lambda x: 1 <= x <= 2**20, 'lie in 1..2**20'),
     ('new_tokens', lambda x: 2 <= x <= 2**20, 'lie in 2..2**20: a time is that between two tokens'),
     ('steps', lambda x: 1 <= x <= 10**6, 'lie in 1..10**6'),
@@ -74,7 +74,7 @@ guard.check_ranges(globals(), [
 device_type = guard.check_device(device)
 context = scripts.autocast(device_type, dtype)
 config = GPTConfig(**{name: globals()[name] for name in settings})
-guard.need(what != 'decode' or prompt_tokens + new_tokens <= config.block_size,
+guard.need(_what != 'decode' or prompt_tokens + new_tokens <= config.block_size,
            f'prompt_tokens={prompt_tokens} and new_tokens={new_tokens} do not fit in block_size={config.block_size}')
 
 
@@ -130,7 +130,7 @@ def build(name):
     import transformers
     transformers.logging.set_verbosity_error()
     if name == 'transformers':
-        if config.num_nextn_predict_layers > 0 and what == 'train':
+        if config.num_nextn_predict_layers > 0 and _what == 'train':
             print('transformers does not train MTP modules: its row is the main stack alone', file=sys.stderr)
         main = dataclasses.replace(config, num_nextn_predict_layers=0)
         hf = transformers.DeepseekV3Config(
@@ -287,11 +287,11 @@ def table(lines):
 
 
 if 'BENCH_CHILD' in os.environ:
-    print(json.dumps({'peer': peer} | {'train': train, 'decode': decode, 'loss': loss}[what](peer)))
+    print(json.dumps({'peer': peer} | {'train': train, 'decode': decode, 'loss': loss}[_what](peer)))
     raise SystemExit
 results = []
 for name in peer.split(','):
-    child = subprocess.run([sys.executable, __file__, what, *sys.argv[1:], f'--peer={name}'], capture_output=True,
+    child = subprocess.run([sys.executable, __file__, _what, *sys.argv[1:], f'--peer={name}'], capture_output=True,
                            text=True, env=os.environ | {'BENCH_CHILD': '1'})
     lines = child.stdout.splitlines()
     if child.returncode == 0 and lines:

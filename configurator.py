@@ -90,7 +90,8 @@ def _excepthook(kind, error, trace):
 
 _sys.excepthook = _excepthook
 if hasattr(_sys.stdout, 'reconfigure'):
-    _sys.stdout.reconfigure(line_buffering=True)  # into a pipe too: tee and grep see each line at once
+    # into a pipe too: tee and grep see each line at once; a terminal may lack some characters
+    _sys.stdout.reconfigure(line_buffering=True, errors='replace')
 
 
 def mistake(text):
@@ -136,7 +137,7 @@ def _set_at(key, source):
 
 def _read_config(path):
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             source = f.read()
     except OSError as e:
         raise mistake(f'config file {path}: {e.strerror}') from None
@@ -195,6 +196,9 @@ def _read_flag(arg):
 
 
 _keys = list(_settings(globals()))
+for _name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
+    if not _os.environ.get(_name, '0').isdigit():
+        raise mistake(f'{_name}={_os.environ[_name]} in the environment must be a number: torchrun sets it')
 if __name__ != 'configurator':
     if {'--help', '-h'} & set(_sys.argv[1:]):
         _help()

@@ -349,7 +349,7 @@ def main():
     guard.need(path.endswith('.html') and os.path.isdir(os.path.dirname(path) or '.'),
                f'out={path!r} must end in .html, in a folder that is there')
     guard.check_device(device)
-    words = scripts.read_text(text, newline='')
+    words = scripts.read_text(text)
     model, checkpoint, tokenizer = scripts.load_checkpoint(out_dir, device)
     dtype = (checkpoint.get('config') or {}).get('dtype') or 'float32'
     ids = tokenizer.begin + tokenizer.encode(words)

@@ -20,8 +20,6 @@ import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
 
 if hasattr(signal, 'SIGPIPE'):  # Windows has none
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that leaves, as `head` does, ends it silently
-if hasattr(sys.stdout, 'reconfigure'):
-    sys.stdout.reconfigure(errors='replace')  # a terminal may lack some of the characters
 
 import torch
 

@@ -34,7 +34,7 @@ RANGES = [  # settings, a test that their values must pass, and the test in word
     ('init_from', lambda x: x in ('scratch', 'resume') or os.path.isdir(x),
      "be 'scratch', 'resume', another run's out_dir or a folder with a DeepSeek-V2 or V3 family checkpoint: GPT-2's "
      'weights do not fit this architecture'),
-    ('out_dir', lambda x: x != '', 'name a folder'),
+    ('out_dir', lambda x: 0 < len(x) < 1000, 'name a folder'),
 ]
 
 

@@ -23,10 +23,10 @@ from extras import experts, folder, guard, integrity, tokenizer
 from model import GPT, Mistake, first_line
 
 
-def read_text(path, newline=None):
+def read_text(path):
     """The text of a UTF-8 file that the user named."""
     try:
-        with open(path, encoding='utf-8', newline=newline) as f:
+        with open(path, encoding='utf-8-sig') as f:  # without Windows' mark and line ends, as prepare.py reads
             return f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise Mistake(f'{path} cannot be read: {first_line(e)}') from None

@@ -63,7 +63,7 @@ def expect(clone, script, flags, message, run=run_inside):
     ('--vocab_size=20', 'beyond vocab_size'), ('--block_size=500', 'too few'), ('--block_size=100000', 'too few'),
     # where the run is written, or taken up
     ('--out_dir=model.py', 'cannot be written'), ('--out_dir=model.py/out', 'cannot be written'),
-    ('--out_dir=/proc/self', 'cannot be written'),
+    ('--out_dir=/proc/self', 'cannot be written'), ('--out_dir=' + 'a/' * 2500, 'must name a folder'),
     (RESUME, 'out/ckpt.pt is missing: train a model first, or name the out_dir it is in'),
 ])
 def test_flags(small, flag, message):
@@ -78,6 +78,12 @@ def test_flags(small, flag, message):
 def test_config_files(small, text, message):
     (small / 'given.py').write_bytes(text if isinstance(text, bytes) else text.encode())
     expect(small, 'train.py', ['given.py'], message)
+
+
+@pytest.mark.parametrize('name', ['RANK', 'LOCAL_RANK', 'WORLD_SIZE'])
+def test_ranks_that_are_no_numbers(small, monkeypatch, name):
+    monkeypatch.setenv(name, 'x')
+    expect(small, 'train.py', [], f'{name}=x in the environment must be a number')
 
 
 def tokens(**files):
@@ -312,7 +318,7 @@ def test_sample_from_an_odd_checkpoint(trained, change):
     ('plot.py', [], 'required'), ('plot.py', ['nowhere.jsonl'], 'No such file'),
     ('plot.py', ['train.py'], 'no records'), ('plot.py', ['out/ckpt.pt'], 'no records'),
     ('bench.py', [], 'usage'), ('bench.py', ['fast'], 'usage'),
-    ('bench.py', ['train', '--peer=gpt5'], 'must name some of'),
+    ('bench.py', ['train', '--peer=gpt5'], 'must name some of'), ('bench.py', ['train', '--what=x'], 'unknown key'),
     ('bench.py', ['train', '--stps=3'], 'did you mean steps'),
     ('data/shakespeare_char/prepare.py', ['--input=nowhere'], 'no such text file'),
     ('data/shakespeare_char/prepare.py', ['--input=data/abc/train.bin'], 'UTF-8'),

@@ -185,3 +185,15 @@ runpy.run_path('train.py', run_name='__main__')
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == 'interrupted\n' and process.returncode == 130
     assert not (small / 'out').exists()
+
+
+def test_a_config_file_may_begin_with_windows_mark(tmp_path, monkeypatch):
+    (tmp_path / 'given.py').write_bytes('\ufeffsteps = 20\n'.encode())
+    assert configure(monkeypatch, tmp_path / 'given.py', **DEFAULTS)['steps'] == 20
+
+
+def test_output_that_the_terminal_cannot_show(tmp_path):
+    script = f'out_dir = ""; exec(open({str(ROOT / "configurator.py")!r}).read())'
+    done = subprocess.run([sys.executable, '-c', script, '--out_dir=caf\u00e9'], capture_output=True, text=True,
+                          env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    assert (done.returncode, done.stdout) == (0, 'Overriding: out_dir = caf?\n'), done.stderr

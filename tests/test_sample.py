@@ -143,6 +143,16 @@ def test_damaged_files_of_a_folder(here, name, data, message):
     assert message in ends(here, 'convert.py', 'import', '--hf_dir=hf', '--out_dir=new')
 
 
+def test_a_text_file_of_windows_is_read_as_prepare_reads_it(here):
+    (here / 'plain.txt').write_bytes(b'1+2\n3')
+    (here / 'windows.txt').write_bytes('\ufeff1+2\r\n3'.encode('utf-8'))
+    samples = [run_inside(str(ROOT / 'sample.py'), *FEW[:-1], '--out_dir=out', f'--start=FILE:{name}.txt', cwd=here)
+               for name in ('plain', 'windows')]
+    assert samples[0][0] == samples[1][0] == 0
+    assert samples[0][1].partition('1+2')[2].partition('tokens in')[0] == \
+        samples[1][1].partition('1+2')[2].partition('tokens in')[0] != ''
+
+
 def test_a_prompt_that_fails_fails_before_the_weights_are_read(here, monkeypatch):
     monkeypatch.setattr('extras.hf.from_pretrained', lambda *_: pytest.fail('read'))
     for flags in (['--start=é'], ['--start=FILE:nowhere'], ['--start='], ['--dtype=int8'], ['--temperature=-1']):
