@@ -806,6 +806,15 @@ def test_flops_are_counted_from_the_structure():
     assert model.flops_per_token() == 6 * (attn + ffn + 8 * 32 + norms + 61 * 32 + scores)
 
 
+def test_each_embedding_is_dropped_out():
+    """The main stack's, and each MTP module's."""
+    model, kept = tiny_model(dropout=0.5).train(), []
+    model.transformer.drop.register_forward_hook(lambda module, x, out: kept.append((out != 0).float().mean().item()))
+    idx = torch.randint(61, (2, 17))
+    model(idx[:, :-1], idx[:, 1:])
+    assert len(kept) == 1 + len(model.mtp) and all(0.4 < share < 0.6 for share in kept)
+
+
 def test_recomputed_blocks_run_compiled():
     """Each block, and the loss. Once, recompute() wrapped them so that dynamo ran them eagerly, without a word."""
     def runs(recompute):

@@ -1,5 +1,7 @@
 """train.py in shards (FSDP2, HSDP, expert parallelism) and its sharded checkpoints: on gloo, by torchrun."""
 
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import time
 import pytest
 import soak
 import torch
-from conftest import SMALL, load, log, losses, run, run_inside, torchrun, train
+from conftest import SMALL, load, log, losses, run, run_inside, tiny_model, torchrun, train
 from safetensors.torch import save_file
 
 from extras import dcp, hf, parallel
@@ -96,6 +98,14 @@ def test_fsdp_with_expert_parallelism_and_a_sharded_checkpoint(small):
     assert 'going on from three/ckpt.dcp, iteration 3' in printed
     assert 'wrote three/ckpt.pt\nwrote three/ckpt_best.pt\n' in convert(small, 'three')
     assert_same_run(small, 'three')
+
+
+def test_copies_of_the_weights_exchange_their_gradients(small):
+    """Two copies of all but the experts, as in HSDP, and two micro-batches a rank: the last one exchanges."""
+    train(small, *FLAGS, '--max_iters=2', '--out_dir=one')
+    code, printed = torchrun(small, *FLAGS, '--max_iters=2', '--expert_parallel=2', '--out_dir=two')
+    assert code == 0, printed[-4000:]
+    assert_same_run(small, 'two')
 
 
 def test_fsdp_goes_on_from_one_process_and_back(small):
@@ -367,6 +377,49 @@ def test_a_sharded_checkpoint_that_cannot_be_written(small, monkeypatch, call):
     assert names == sorted({last, os.path.basename(os.path.realpath(small / 'out/ckpt_best.dcp')), 'ckpt.dcp',
                             'ckpt_best.dcp', 'log.jsonl', '.lock'})
     assert last == 'ckpt-6.dcp'
+
+
+def saved_as_dcp(model, folder, iteration, best):
+    """Begin to write a model, as train.py does."""
+    checkpoint = {'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter_num': iteration,
+                  'optimizer': {'state': {}, 'param_groups': []}}
+    dcp.save_checkpoint(checkpoint, f'{folder}/ckpt.dcp', f'{folder}/ckpt_best.dcp' if best else None)
+
+
+def test_training_goes_on_while_shards_are_written_and_does_not_change_them(tmp_path, monkeypatch):
+    """The best one's folder stays, with what is in it, while the last one moves on."""
+    write = dcp.dcp.FileSystemWriter.write_data
+    monkeypatch.setattr(dcp.dcp.FileSystemWriter, 'write_data', lambda *args: time.sleep(0.3) or write(*args))
+    model, kept = tiny_model(), []
+    for iteration in (1, 2, 3):
+        kept.append(copy.deepcopy(model.state_dict()))
+        saved_as_dcp(model, tmp_path, iteration, best=iteration == 1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 1
+    dcp.finish()
+    for name, of in (('ckpt_best.dcp', 1), ('ckpt.dcp', 3)):
+        loaded, saved = dcp.from_checkpoint(str(tmp_path / name))
+        assert saved['iter_num'] == of
+        torch.testing.assert_close(loaded.state_dict(), kept[of - 1], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='the files of open descriptors are read there')
+def test_a_sharded_checkpoint_is_on_the_disk_before_it_gets_its_names(tmp_path, monkeypatch):
+    """Its files, its folder, then its name, then the best one's link before the last one's, then the run's folder."""
+    events, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+
+    def name_of(path):
+        return os.path.basename(os.fspath(path))
+
+    monkeypatch.setattr('os.fsync', lambda file: events.append(name_of(os.readlink(f'/proc/self/fd/{file}')))
+                        or fsync(file))
+    monkeypatch.setattr('os.rename', lambda a, b: events.append('name ' + name_of(b)) or rename(a, b))
+    monkeypatch.setattr('os.replace', lambda a, b: events.append('link ' + name_of(b)) or replace(a, b))
+    saved_as_dcp(tiny_model(), tmp_path, 1, best=True)
+    dcp.finish()
+    tail = ['rest.pt', 'ckpt.dcp.new', 'name ckpt-1.dcp', 'link ckpt_best.dcp', 'link ckpt.dcp', tmp_path.name]
+    assert events[-6:] == tail and '__0_0.distcp' in events[:-6]
 
 
 def test_a_new_run_keeps_the_sharded_checkpoints_of_earlier_ones(small):

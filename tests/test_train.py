@@ -98,6 +98,16 @@ def test_best_val_loss_is_the_best(small):
     assert evals[-1] > min(evals) + 0.05 and best == min(evals)
 
 
+def test_the_best_is_judged_by_the_validation_loss(small):
+    """One character is the whole training split: what the model learns makes it worse on the other split."""
+    np.full(600, 6, dtype=np.uint16).tofile(small / 'data/abc/train.bin')
+    train(small, '--eval_interval=2', '--learning_rate=0.1', '--decay_lr=False')
+    train_losses, val_losses = ([r[name] for r in log(small) if name in r] for name in ('train_loss', 'val_loss'))
+    assert train_losses[1] > train_losses[2] > train_losses[3] and val_losses[1] < val_losses[2] < val_losses[3]
+    best = torch.load(small / 'out/ckpt_best.pt')
+    assert (best['iter_num'], best['best_val_loss'], best['val_loss']) == (2, val_losses[1], val_losses[1])
+
+
 def test_a_diverging_run_saves_its_first_evaluation(small):
     """Worse than at step 0, but step 0 is never saved: the run would leave nothing behind."""
     train(small, '--learning_rate=0.3', '--decay_lr=False', '--warmup_iters=0', '--max_iters=3',
@@ -352,7 +362,8 @@ def test_the_mtp_weight_falls_late_in_the_run(small, monkeypatch, early, weights
         return out
 
     monkeypatch.setattr(model.GPT, 'forward', spy)
-    flags = ['--max_iters=7', f'--mtp_lambda={early}', '--aux_loss_alpha=0.0', '--gradient_accumulation_steps=1']
+    flags = ['--max_iters=7', '--lr_decay_iters=14', f'--mtp_lambda={early}', '--aux_loss_alpha=0.0',
+             '--gradient_accumulation_steps=1']
     code, _, said = run_inside('train.py', *SMALL, *flags, cwd=small)
     assert code == 0, said
     assert seen[1:] == pytest.approx(weights, rel=1e-4)              # the first forward is before the loop

@@ -137,6 +137,17 @@ def test_an_optimizer_that_does_not_fit_is_refused(nanogpt):
         assert said == 'model.Mistake: the optimizer in out/ckpt.pt does not fit'
 
 
+def test_the_scale_of_fp16_gradients_goes_on(nanogpt):
+    flags = ['--dtype=float16', '--n_routed_experts=0', '--num_nextn_predict_layers=0']
+    train(nanogpt, *flags, '--max_iters=3')
+    saved = torch.load(nanogpt / 'out/ckpt.pt')
+    assert saved['scaler']['_growth_tracker'] == 3
+    torch.save(saved | {'scaler': saved['scaler'] | {'scale': 1024.0}}, nanogpt / 'out/ckpt.pt')
+    train(nanogpt, *flags, '--max_iters=5', '--init_from=resume')
+    scaler = torch.load(nanogpt / 'out/ckpt.pt')['scaler']
+    assert (scaler['scale'], scaler['_growth_tracker']) == (1024.0, 5)
+
+
 def test_two_ranks_are_as_one(nanogpt):
     train(nanogpt, '--out_dir=one')
     python(nanogpt, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', 'config/abc.py',
