@@ -41,8 +41,7 @@ MUTANTS = [
      'train reliability'),
     ('model.py', 'os.replace(new, path)\n        sync_folder(', 'os.replace(new, path)\n        str(',
      'train reliability'),
-    ('model.py', "kth = logits.topk(top_k, dim=-1).values[..., -1:]",
-     "kth = logits.topk(top_k, dim=-1).values[..., :1]",
+    ('model.py', 'logits.topk(top_k, dim=-1).values[..., -1:]', 'logits.topk(top_k, dim=-1).values[..., :1]',
      'model sample'),
     # the loop
     ('train.py', 'if it > lr_decay_iters:', 'if it > 2 * lr_decay_iters:', 'train'),
