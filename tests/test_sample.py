@@ -124,7 +124,7 @@ def test_mistakes(made, flags, message):
 def test_a_model_that_computes_nan(here, flags):
     """The last prompt fills the context."""
     saved = torch.load(here / 'out/ckpt.pt', weights_only=True)
-    saved['model']['transformer.ln_f.weight'].fill_(math.nan)
+    saved['model']['transformer.ln_f.weight'].fill_(3e38)  # finite, as a checkpoint must be
     torch.save(saved, here / 'out/ckpt.pt')
     assert ends(here, 'sample.py', *FEW, *flags).startswith('the model computes nan or infinity: its weights hold some')
 
@@ -263,7 +263,6 @@ def test_ctrl_c_while_converting_leaves_nothing_half_written(here, monkeypatch):
     for args in (['export', '--out_dir=out', '--hf_dir=new'], ['import', '--hf_dir=hf', '--out_dir=plain/new']):
         code, out, said = run_inside(str(ROOT / 'convert.py'), *args, cwd=here)
         assert code == 130 and said == 'interrupted\n'
-    shutil.rmtree(here / 'plain/new')  # an empty folder
     assert sorted(here.rglob('*')) == before
 
 
