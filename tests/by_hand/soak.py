@@ -91,7 +91,8 @@ def kill(clone, kills, iterations=300):
     out = clone / 'out'
     made = writing = starting = finished = equal = 0
     tmp_seen = None
-    while made < kills or (out / 'ckpt.pt').exists():
+    # the last kill may come before a checkpoint: then a new run must still show that it finishes
+    while made < kills or not finished or (out / 'ckpt.pt').exists():
         resume = ['--init_from=resume'] if (out / 'ckpt.pt').exists() else []
         process = start(clone, *flags, *resume, '--out_dir=out')
         if made < kills:
