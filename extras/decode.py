@@ -114,7 +114,7 @@ class Decoder:
                 ends, scores = s.known.tolist(), s.scores.tolist()
                 for i, row, end, of_row in zip(places, s.tokens.tolist(), ends, scores):
                     new = slice(len(contexts[i]), end)
-                    if not all(map(math.isfinite, of_row[new])):
+                    if not all(score < math.inf for score in of_row[new]):  # nor for nan
                         raise Mistake(NOT_FINITE)
                     rows[i] += row[new]
                     self.log_probs[i] = of_row[new] if temperature >= GREEDY else []

@@ -20,13 +20,14 @@ import forks
 import numpy as np
 import torch
 import torch._functorch.config
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from extras import folder as folder_file
 from extras import optim
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, RMSNorm
 
 TINY = dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32, n_routed_experts=8, num_experts_per_tok=3)
 
@@ -46,8 +47,12 @@ def signals():
 
 
 def tiny_model(std=0.2, **overrides):
-    """A model whose logits are far from flat, so that a wrong path cannot hide in their noise."""
-    return GPT(GPTConfig(**{**TINY, 'initializer_range': std, **overrides}))
+    """A model whose logits are far from flat: a wrong path cannot hide in noise, nor a dropped norm weight in ones."""
+    model = GPT(GPTConfig(**{**TINY, 'initializer_range': std, **overrides}))
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
 
 
 @pytest.fixture(params=[(8, 0), (9, 0)], ids='sm_{0[0]}{0[1]}'.format)
