@@ -215,15 +215,15 @@ def test_a_temperature_next_to_zero_is_zero(made):
 
 def test_the_stop_token_is_the_checkpoints_or_the_tokenizers(here):
     """config.json's eos_token_id goes first, then the eos_token of tokenizer_config.json."""
-    whole = text(here, '--init_from=hf')
+    whole = text(here, '--init_from=hf', '--temperature=1')
     places = [i for i in range(4, len(whole)) if whole[i] not in whole[3:i]]  # where a character comes first
     (first, *_, second), places = (whole[i] for i in places), (places[0], places[-1])
     settings = json.loads((here / 'hf/tokenizer_config.json').read_text())
     (here / 'hf/tokenizer_config.json').write_text(json.dumps(settings | {'eos_token': {'content': second}}))
-    assert text(here, '--init_from=hf') == whole[:places[1]]
+    assert text(here, '--init_from=hf', '--temperature=1') == whole[:places[1]]
     config = json.loads((here / 'hf/config.json').read_text())
     (here / 'hf/config.json').write_text(json.dumps(config | {'eos_token_id': CHARS[first]}))
-    assert text(here, '--init_from=hf') == whole[:places[0]]
+    assert text(here, '--init_from=hf', '--temperature=1') == whole[:places[0]]
 
 
 def start(*args, cwd, **kwargs):
