@@ -76,6 +76,7 @@ guard.need(len(model.mtp) > 0 or not speculative, 'speculative=True needs MTP mo
 scripts.use_kernels(model.eval())
 dtype = dtype or (checkpoint.get('config') or {}).get('dtype') or 'float32'
 model = for_decoding(model, getattr(torch, dtype))
+scripts.use_few_threads(model, num_samples)
 
 # generate
 total = len(prompt) + max_new_tokens

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 import convert
-from extras import tokenizer
+from extras import scripts, tokenizer
 
 FEW = ['--device=cpu', '--dtype=float32', '--num_samples=1', '--max_new_tokens=20', '--temperature=0', '--start=1+2']
 CHARS = {chr(i): i for i in range(61)}
@@ -206,6 +206,18 @@ def test_odd_settings(here, settings, message):
 
 # -----------------------------------------------------------------------------
 # sampling
+
+@pytest.mark.parametrize('rows, given, threads', [(1, None, 1), (10_000, None, 5), (1, '5', 5)])
+def test_a_small_step_has_one_thread(monkeypatch, rows, given, threads):
+    """Threads that wait for each other make a small step slow on a busy machine; a user's own number stays."""
+    chosen = [5]
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    if given:
+        monkeypatch.setenv('OMP_NUM_THREADS', given)
+    scripts.use_few_threads(tiny_model(), rows)
+    assert chosen[-1] == threads
+
 
 def test_a_temperature_next_to_zero_is_zero(made):
     for lowest in ('1e-300', '1e-39', '1e-7'):
