@@ -26,10 +26,14 @@ def check_checkpoint(path, model, checkpoint, max_over_ranks=int):
 
 def check_finite(path, state, max_over_ranks=int):
     """Mistake if a weight of the state dict, which `path` holds, is not finite."""
-    tensors = [x.to_local() if hasattr(x, 'to_local') else x for x in state.values()]
-    ends = torch.stack([end.float() for x in tensors if x.numel() for end in x.aminmax()])  # nan if there is one
-    if max_over_ranks(not ends.isfinite().all()):
+    if max_over_ranks(not all_finite(state)):
         raise Mistake(f'{path} holds weights that are not finite: {ADVICE}')
+
+
+def all_finite(state):
+    tensors = [x.to_local() if hasattr(x, 'to_local') else x for x in state.values()]
+    ends = [end.float() for x in tensors if x.numel() for end in x.aminmax()]  # nan if there is one
+    return bool(torch.stack(ends).isfinite().all())
 
 
 def changed_part(path, checkpoint):

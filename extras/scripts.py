@@ -103,7 +103,7 @@ def keep_activations(share):
 
 def check_weights(model, path):
     """Call before the checkpoint at `path` is written. Mistake if a weight is not finite."""
-    finite = torch.stack([x.isfinite().all() for x in model.state_dict().values()]).all()
+    finite = integrity.all_finite(model.state_dict())
     guard.need(finite, f'the weights are not finite any more: {path} is not written, and what was saved before stays; '
                'try a smaller learning_rate')
 
