@@ -11,8 +11,9 @@ import zlib
 
 import torch
 
-from model import Mistake
+from model import Mistake, first_line
 
+OTHER = '{} has another checksum than was written'
 ADVICE = 'restore it from a copy, or take another checkpoint'
 
 
@@ -20,7 +21,7 @@ def check_checkpoint(path, model, checkpoint, max_over_ranks=int):
     """Mistake if the file or folder at `path` has changed since it was written, or if a weight is not finite."""
     changed = changed_part(path, checkpoint) if os.environ.get('RANK', '0') == '0' else ''
     if max_over_ranks(changed != ''):
-        raise Mistake(f'{path} is damaged: {changed or "a part"} has another checksum than was written: {ADVICE}')
+        raise Mistake(f'{path} is damaged: {changed or OTHER.format("a part")}: {ADVICE}')
     check_finite(path, model.state_dict(), max_over_ranks)
 
 
@@ -37,14 +38,18 @@ def all_finite(state):
 
 
 def changed_part(path, checkpoint):
-    """The first part of the file or folder that has another CRC-32 than when it was written, or an empty text."""
-    if isinstance(checkpoint.get('crc32'), dict):
-        there = os.listdir(path)  # perhaps with a file of another program, which nothing reads
-        for name, crc32 in checkpoint['crc32'].items():
-            if name not in there or crc32_of(os.path.join(path, name)) != crc32:
-                return str(name)
-    with zipfile.ZipFile(os.path.join(path, 'rest.pt') if os.path.isdir(path) else path) as file:
-        return file.testzip() or ''
+    """In words, the first part of the file or folder that is not as it was written; an empty text if all are."""
+    try:
+        if isinstance(checkpoint.get('crc32'), dict):
+            there = os.listdir(path)  # perhaps with a file of another program, which nothing reads
+            for name, crc32 in checkpoint['crc32'].items():
+                if name not in there or crc32_of(os.path.join(path, name)) != crc32:
+                    return OTHER.format(name)
+        with zipfile.ZipFile(os.path.join(path, 'rest.pt') if os.path.isdir(path) else path) as file:
+            name = file.testzip()
+            return OTHER.format(name) if name else ''
+    except Exception as e:  # a damaged table of contents raises many kinds; the other ranks must learn of it
+        return f'{type(e).__name__}: {first_line(e)}'
 
 
 def crc32_of(path):

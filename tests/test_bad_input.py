@@ -210,7 +210,8 @@ def test_a_flipped_bit_of_a_checkpoint_changes_no_weight(trained):
     path = trained / 'out/ckpt.pt'
     data, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
     weights = GPT.from_checkpoint(path)[0].state_dict()
-    for bit in rng.integers(8 * len(data), size=60).tolist():
+    contents = data.rindex(b'PK\1\2')  # the last entry of the table of contents, on which zipfile raises many kinds
+    for bit in (*rng.integers(8 * len(data), size=60).tolist(), *range(8 * contents + 6, 8 * (contents + 70), 8)):
         flip_bit(path, bit)
         try:
             model, checkpoint = GPT.from_checkpoint(path)
@@ -219,7 +220,7 @@ def test_a_flipped_bit_of_a_checkpoint_changes_no_weight(trained):
         except Mistake:
             refused += 1
         path.write_bytes(data)
-    assert refused > 50
+    assert refused > 50 + 20
 
 
 @pytest.mark.parametrize('spoil, flag, message', [
