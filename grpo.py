@@ -308,6 +308,7 @@ if __name__ == '__main__':
     source = out_dir if resume else init_from
     model, checkpoint, tokenizer = load_model(source, device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    model.mtp.requires_grad_(False)  # not trained, though the optimizer counts them
     iter_num, seconds = 0, 0.0
     config['reference'] = reference or init_from
     if resume:

@@ -147,7 +147,7 @@ def load_optimizer(opt, found, path, max_over_ranks=int, shards=None):
         fit = False
     if max_over_ranks(not fit):
         raise Mistake(f'the optimizer in {path} is damaged, or does not fit: resume with the --optimizer of its run')
-    if len(states) < len(params) and os.environ.get('RANK', '0') == '0':
-        print(f'note: {path} has the optimizer state of {len(states)} of {len(params)} parameters; the '
-              'others begin anew')
+    trained = sum(p.requires_grad for p in params)
+    if len(states) < trained and os.environ.get('RANK', '0') == '0':
+        print(f'note: {path} has the optimizer state of {len(states)} of {trained} parameters; the others begin anew')
     opt.load_state_dict({'state': states, 'param_groups': opt.state_dict()['param_groups']})

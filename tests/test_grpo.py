@@ -837,10 +837,12 @@ def test_weights_that_are_not_finite_are_not_saved(workshop):
 
 
 def test_the_flags_decide_the_optimizers_settings_of_a_resume(workshop):
-    """Its moments go on; betas and decay are the flags', whatever the checkpoint says."""
+    """Its moments go on; betas and decay are the flags', whatever the checkpoint says. MTP modules have no moments."""
+    inside('train.py', *SFT, '--num_nextn_predict_layers=1', '--out_dir=out-mtp', cwd=workshop)
     flags = [*GRPO, '--reward_file=odd.py', '--out_dir=out-flags', '--eval_interval=1']
-    inside('grpo.py', *flags, '--max_iters=1', cwd=workshop)
-    inside('grpo.py', *flags, '--max_iters=2', '--init_from=resume', '--beta2=0.7', '--weight_decay=0.25', cwd=workshop)
+    inside('grpo.py', *flags, '--max_iters=1', '--init_from=out-mtp', cwd=workshop)
+    again = '--max_iters=2', '--init_from=resume', '--beta2=0.7', '--weight_decay=0.25'
+    assert 'begin anew' not in inside('grpo.py', *flags, *again, cwd=workshop)
     saved = torch.load(workshop / 'out-flags/ckpt.pt')['optimizer']
     assert [(g['betas'], g['weight_decay']) for g in saved['param_groups']] == [((0.9, 0.7), 0.25), ((0.9, 0.7), 0.0)]
     assert {state['step'].item() for state in saved['state'].values()} == {2}
