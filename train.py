@@ -439,7 +439,7 @@ while True:
         now = time.time()
         dt = (now - t_log) / iters_logged
         t_log, iters_logged = now, 0
-        running_dt = dt if math.isnan(running_dt) else 0.9 * running_dt + 0.1 * dt
+        running_dt = 0.9 * running_dt + 0.1 * dt if dt > running_dt / 2 else dt  # the first may include compiling
         mfu, running_mfu = (raw_model.estimate_mfu(batch_size * accumulation, t) for t in (dt, running_dt))
         record = {'step': iter_num, **numbers, 'lr': lr, 'tokens_per_s': tokens_per_iter / dt, 'mfu': mfu}
         if master:
@@ -469,7 +469,7 @@ while True:
 
 if dcp:
     dcp.finish()  # wait until the last checkpoint is written
-if master and not (signalled or eval_only):
+if master and os.path.exists(os.path.join(out_dir, 'ckpt.pt')) and not (signalled or eval_only or dcp):
     print(f'done; to sample from the model: python sample.py --out_dir={out_dir}')
 if wandb_log and master:
     wandb.finish()
