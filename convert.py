@@ -59,16 +59,17 @@ def write_tokenizer(out_dir, folder, meta, vocab_size):
 @contextlib.contextmanager
 def new_folder(path):
     """A folder to write to, closed to other users. At the end it becomes `path`, whole: a kill leaves no `path`."""
-    parent, name = os.path.split(path)
+    target = os.path.realpath(path)  # if the path is a link to an empty folder, the link stays
+    parent, name = os.path.split(target)
     try:
-        os.makedirs(parent or '.', exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent or '.', prefix=f'{name}.') as temporary:
+        os.makedirs(parent, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=f'{name}.') as temporary:
             folder = os.path.join(temporary, name)
             os.mkdir(folder)
             yield folder
-            if os.path.isdir(path):
-                os.rmdir(path)  # an empty one
-            os.rename(folder, path)
+            if os.path.isdir(target):
+                os.rmdir(target)  # an empty one
+            os.rename(folder, target)
     except (OSError, SafetensorError) as e:
         raise Mistake(f'{path} cannot be written: {first_line(e)}') from None
 
@@ -77,6 +78,8 @@ def check_new(path):
     """-> the path, normalised; a Mistake if it is more than an empty folder"""
     if os.path.exists(path) and not (os.path.isdir(path) and os.listdir(path) == []):
         raise Mistake(f'{path} exists already: remove it, or name another')
+    if os.path.ismount(path) or os.path.realpath(path) == os.getcwd():
+        raise Mistake(f'{path} is a mount or the working directory, which is not replaced: name a folder in it')
     return os.path.normpath(path)
 
 

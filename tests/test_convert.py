@@ -700,6 +700,23 @@ def test_an_import_goes_into_a_new_folder(exported, script, name):
     assert 'run exists already' in said and os.listdir('run') == [name]
 
 
+def test_an_import_goes_through_a_link_but_replaces_neither_a_mount_nor_the_working_directory(exported, monkeypatch):
+    """Once, a link or a mount was refused after the last weight was read."""
+    (exported / 'disk').mkdir()
+    (exported / 'link').symlink_to('disk')
+    convert.import_folder('hf', 'link')
+    assert os.path.islink('link') and os.path.exists('disk/ckpt.pt')
+    (exported / 'empty').mkdir()
+    monkeypatch.setattr(os.path, 'ismount', lambda path: path == 'empty')
+    with pytest.raises(Mistake, match='empty is a mount or the working directory'):
+        convert.import_folder('hf', 'empty')
+    hf_dir = os.path.abspath('hf')
+    (exported / 'here').mkdir()
+    monkeypatch.chdir('here')
+    with pytest.raises(Mistake, match='. is a mount or the working directory'):
+        convert.import_folder(hf_dir, '.')
+
+
 def test_a_killed_import_can_be_repeated(exported, monkeypatch):
     """A kill runs no clean-up: whatever stands in the new folder then is under another name."""
     def killed(*_):
