@@ -12,7 +12,7 @@ import sys
 import time
 
 if not os.path.isdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'extras')):
-    print('this sample.py needs the folder extras/ beside it; model.py and train.py alone go with that of nanoGPT',
+    print("this sample.py needs the folder extras/; with model.py and train.py alone, use nanoGPT's sample.py",
           file=sys.stderr)
     sys.exit(2)
 

@@ -142,7 +142,8 @@ def check_same(folder, meta, tokens):
     """A Mistake if `tokens` (words for data or a model), by their meta.pkl, are not the folder's tokenizer.json's."""
     path = os.path.join(folder, 'tokenizer.json')
     if meta.get('stoi'):
-        same = read_table(path).get('model', {}).get('vocab') == meta['stoi']
+        model = read_table(path).get('model')
+        same = type(model) is dict and model.get('vocab') == meta['stoi']
     elif 'tokenizer' in meta:
         same = os.path.exists(path) and sha256_of(path) == meta['tokenizer']
     else:

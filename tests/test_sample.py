@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import convert
 from extras import scripts, tokenizer
+from model import Mistake
 
 FEW = ['--device=cpu', '--dtype=float32', '--num_samples=1', '--max_new_tokens=20', '--temperature=0', '--start=1+2']
 CHARS = {chr(i): i for i in range(61)}
@@ -353,6 +354,12 @@ def test_sampling_begins_with_the_bos(tmp_path):
         assert seen[name] == text(tmp_path, '--start=the', f'--out_dir={name}-back')
         assert seen[name].startswith('the')
     assert seen['with'] != seen['without']
+
+
+def test_a_tokenizer_whose_model_is_no_table(tmp_path):
+    (tmp_path / 'tokenizer.json').write_text('{"model": []}')
+    with pytest.raises(Mistake, match='has other tokens than'):
+        tokenizer.check_same(str(tmp_path), {'stoi': {'a': 0}}, 'data/abc')
 
 
 def test_one_convention_for_every_tokenizer(tmp_path, tiktoken_cache, monkeypatch):
