@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-SERVERS = {}  # {LD_PRELOAD: this process's socket to the server that was started with it}
+SERVERS = {}  # {what libraries read when they are loaded: this process's socket to the server started with it}
 
 
 class Process:
@@ -27,16 +27,16 @@ class Process:
 
     def __init__(self, args, cwd, env, out, err):
         """args: the script and its arguments; out, err: files for what it prints"""
-        preload = env.get('LD_PRELOAD')
-        if preload not in SERVERS:
-            SERVERS[preload], theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        key = tuple(env.get(name) for name in ('LD_PRELOAD', 'LD_LIBRARY_PATH', 'FAKE_SM'))
+        if key not in SERVERS:
+            SERVERS[key], theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             one = {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'}  # no thread before a fork
             subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                              env=env | one, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             theirs.close()
         self.reply, theirs = os.pipe()
         request = json.dumps({'args': [str(a) for a in args], 'cwd': str(cwd), 'env': env}).encode()
-        socket.send_fds(SERVERS[preload], [request], [out.fileno(), err.fileno(), theirs])
+        socket.send_fds(SERVERS[key], [request], [out.fileno(), err.fileno(), theirs])
         os.close(theirs)
         self.pid = int(os.read(self.reply, 8))
         self.returncode = None
@@ -88,6 +88,7 @@ def torchrun(args, cwd, env, n, timeout=600):
                         code, until = 1, min(until, time.monotonic() + 30)
                         i = rank[process.pid]
                         report = f'  rank      : {i} (local_rank: {i})\n  exitcode  : {process.returncode}\n'
+                        time.sleep(1)  # torchrun is no faster: the others may still say what is wrong
                         for other in running:
                             other.kill(signal.SIGTERM)
         finally:

@@ -74,16 +74,18 @@ def run(library, sm, script, *args, cwd, timeout=600):
     path = Path(library) / f'report{os.getpid()}.json'
     code, printed, said = forks.run([HERE / 'fakegpu.py', 'inside', path, script, *args], cwd, env, timeout)
     assert code == 0, (printed + said)[-4000:]
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    assert found['sm'] == int(sm)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # in that process
 
 def report(script, args):
-    """Run the script, and return as a dict: its exit `code`; what it `printed`; the counters in `total`, and what each
-    of its `iterations` (from one optimizer step to the next) and decoding `steps` added to them; `graph_breaks`; and
-    the allocator's peak in GiB: `allocated` to tensors, and `reserved` for them.
+    """Run the script, and return as a dict: the GPU's `sm`; the exit `code`; what it `printed`; counters in `total`,
+    and what each of its `iterations` (from one optimizer step to the next) and decoding `steps` added to them;
+    `graph_breaks`; and the allocator's peak in GiB: `allocated` to tensors, and `reserved` for them.
 
     With the counters, `waits`: the project's lines at which the host waited.
     """
@@ -124,7 +126,8 @@ def report(script, args):
             code = e.code or 0
     after = now()
     ctypes.c_void_p.in_dll(fake, 'fake_on_sync').value = None
-    found = {'code': code, 'printed': printed.getvalue(), 'total': difference(before, after),
+    major, minor = torch.cuda.get_device_capability()
+    found = {'sm': 10 * major + minor, 'code': code, 'printed': printed.getvalue(), 'total': difference(before, after),
              'graph_breaks': sum(torch._dynamo.utils.counters['graph_break'].values()),
              'allocated': torch.cuda.max_memory_allocated() / 2**30,
              'reserved': torch.cuda.max_memory_reserved() / 2**30}
