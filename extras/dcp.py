@@ -151,6 +151,10 @@ class Reader(dcp.FileSystemReader):
 def load_tensors(path, tensors):
     """Into these tensors, by name; each rank reads what its shards need."""
     try:
+        Reader(path).read_metadata()
+    except Exception as e:  # damaged, in many ways; torch would print two tracebacks
+        raise Mistake(f'{path} cannot be read: .metadata: {first_line(e)}') from None
+    try:
         dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
     except (dcp.api.CheckpointException, OSError, pickle.UnpicklingError) as e:
         raise Mistake(f'{path} cannot be read: {cause(e)}') from None

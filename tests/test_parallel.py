@@ -489,13 +489,15 @@ def test_of_both_forms_the_newer_one_goes_on(small):
 
 
 @pytest.mark.parametrize('name', ['rest.pt', '.metadata', '__0_0.distcp'])
-def test_a_damaged_sharded_checkpoint(small, name):
+def test_a_damaged_sharded_checkpoint(small, name, caplog):
+    """In one line: torch once added two tracebacks about .metadata."""
     train(small, '--checkpoint=dcp', '--max_iters=1')
     path = small / 'out/ckpt.dcp' / name
     path.write_bytes(path.read_bytes()[:-100])
     assert 'out/ckpt.dcp is no checkpoint of this model' in train(small, RESUME, code=2).splitlines()[-1]
     os.remove(path)
     assert 'out/ckpt.dcp is no checkpoint of this model' in train(small, RESUME, code=2).splitlines()[-1]
+    assert 'metadata is not found' not in caplog.text
 
 
 def test_a_flipped_bit_in_a_sharded_checkpoint(small):
