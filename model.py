@@ -669,7 +669,7 @@ def rope_table(config):
     if factor > 1:
         trained = config.rope_original_max_position_embeddings
         low, high = (r * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-                     for turns in (config.rope_beta_fast, config.rope_beta_slow))  # pairs that make so many turns there
+                     for turns in (config.rope_beta_fast, config.rope_beta_slow))  # the pairs that make these turns
         low, high = max(math.floor(low), 0), min(math.ceil(high), r - 1)
         slowed = ((torch.arange(r // 2) - low) / (high - low or 0.001)).clamp(0, 1)            # (r/2,): 0 to 1
         freq = freq * (1 - slowed) + freq / factor * slowed

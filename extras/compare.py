@@ -127,8 +127,8 @@ class Released:
 
 
 def differ(ours, theirs):
-    """(..., C) each -> a relative error, 0 if equal: that of the token at 95%, because rounding may choose a few tokens
-    other experts
+    """(..., C) each -> the relative error that 95% of the tokens do not exceed, 0 if it is only rounding. Rounding may
+    choose other experts for the rest.
     """
     ours, theirs = ours.flatten(0, -2).float(), theirs.flatten(0, -2)
     error = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-20)).nan_to_num(math.inf)
