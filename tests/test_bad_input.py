@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SMALL, run_inside, run_outside
 
-from extras.integrity import check_checkpoint
+from extras.integrity import all_finite, check_checkpoint
 from model import GPT, Mistake
 
 RESUME = '--init_from=resume'
@@ -221,6 +221,12 @@ def test_a_flipped_bit_of_a_checkpoint_changes_no_weight(trained):
             refused += 1
         path.write_bytes(data)
     assert refused > 50 + 20
+
+
+@pytest.mark.parametrize('values, finite', [([], True), ([1.0], True), ([1.0, math.nan], False), ([-math.inf], False)])
+def test_weights_that_are_finite(values, finite):
+    """A rank of many may hold no rows of any tensor."""
+    assert all_finite({'a': torch.tensor(values), 'b': torch.zeros(0)}) == finite
 
 
 @pytest.mark.parametrize('spoil, flag, message', [
