@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import tempfile
 
 import configurator  # noqa: F401 (a mistake is one line and exit code 2)
@@ -210,6 +211,8 @@ def export_folder(out_dir, hf_dir, fp8=False):
         write(folder, 'config.json', json.dumps(settings, indent=2) + '\n')
         write(folder, 'generation_config.json', json.dumps(ids, indent=2) + '\n')
         write(folder, 'README.md', model_card(model, checkpoint, settings, words, left_out, out_dir))
+        # safetensors closes its file to other users
+        shutil.copymode(os.path.join(folder, 'config.json'), os.path.join(folder, 'model.safetensors'))
     for line in left_out:
         print(line)
     print(f'wrote {hf_dir}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()) / 1e6:,.1f} MB in '
@@ -222,9 +225,10 @@ def export_folder(out_dir, hf_dir, fp8=False):
 def memory_estimate(config, bytes_per_weight):
     with torch.device('meta'):
         n = GPT(config).get_num_params(non_embedding=False)
-    here, sample, train = (f'{n * size / 1e9:.3g} GB' for size in (bytes_per_weight, 4 + bytes_per_weight, 16))
-    return (f'{n / 1e9:.4g}B parameters. Memory for this import, and disk for its ckpt.pt: {here} each; memory for '
-            f'sampling: {sample}, for training with AdamW: {train} and more')
+    scale, letter, unit = (1e9, 'B', 'GB') if n >= 1e8 else (1e6, 'M', 'MB')
+    here, sample, train = (f'{n * size / scale:.3g} {unit}' for size in (bytes_per_weight, 4 + bytes_per_weight, 16))
+    return (f'{n / scale:.4g}{letter} parameters. Memory for this import, and disk for its ckpt.pt: {here} each; '
+            f'memory for sampling: {sample}, for training with AdamW: {train} and more')
 
 
 def import_folder(hf_dir, out_dir):

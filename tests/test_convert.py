@@ -209,6 +209,7 @@ def test_a_model_that_the_format_cannot_express_is_not_exported(tmp_path, monkey
         convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
     assert part in str(refused.value) and 'DeepseekV3ForCausalLM' in str(refused.value)
     assert sorted(os.listdir(tmp_path)) == ['out', 'plain']
+    assert len({path.stat().st_mode for path in (tmp_path / 'plain').iterdir()}) == 1  # also model.safetensors
 
 
 def test_a_parameter_of_ones_own_is_not_exported(tmp_path, monkeypatch):
@@ -607,7 +608,7 @@ def script():
 
 
 def test_sample_speaks_with_the_tokenizer_that_travels_along(exported, script):
-    script('convert.py', 'import', '--hf_dir=hf', '--out_dir=back')
+    assert 'M parameters' in script('convert.py', 'import', '--hf_dir=hf', '--out_dir=back')
     said = []
     for where in (['--out_dir=out'], ['--out_dir=back'], ['--init_from=hf', '--out_dir=nowhere']):
         printed = script('sample.py', '--start=1 + 2', '--temperature=0', '--num_samples=1', '--max_new_tokens=20',
@@ -683,7 +684,7 @@ def test_a_damaged_folder_gets_one_line_and_leaves_nothing_behind(exported, dama
     (['export', '--out_dir=out', '--hf_dir=hf'], 'hf exists already'),
     (['export', '--out_dir=nowhere', '--hf_dir=new'], 'ckpt.pt is missing'),
     (['import', '--hf_dir=hf', '--out_dir=out'], 'out exists already'),
-    (['import', '--hf_dir=nowhere', '--out_dir=new'], 'cannot be read'),
+    (['import', '--hf_dir=nowhere', '--out_dir=new'], 'nowhere has no config.json, and no ckpt.pt'),
     (['export', '--out_dir=out', '--hf_dir=out/ckpt.pt/new'], 'out/ckpt.pt/new cannot be written'),
     (['import', '--hf_dir=hf', '--out_dir=out/ckpt.pt/new'], 'out/ckpt.pt/new cannot be written'),
 ])
