@@ -201,8 +201,8 @@ else:
     raw_model = source.from_pretrained(init_from, overrides)
 raw_model.to(device)
 if guard:
-    guard.check_tokens(data, raw_model.config, config, meta, max_over_ranks)
     guard.check_fit(init_from, path, raw_model, loaded, config, overrides, meta, max_over_ranks)
+    guard.check_tokens(data, raw_model.config, config, meta, max_over_ranks)
 loaded = loaded if init_from == 'resume' else {}  # a new run takes the weights alone
 
 # -----------------------------------------------------------------------------

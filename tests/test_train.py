@@ -479,6 +479,7 @@ def test_a_new_run_begins_with_another_runs_weights(small, form):
     chars = ''.join(chr(80 + i) for i in range(40))
     meta = {'vocab_size': 40, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
     (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps(meta))
+    (small / 'data/abc/train.bin').write_bytes(np.full(1000, 77, np.uint16).tobytes())  # beyond the checkpoint's, too
     said = train(small, *still, code=2)
     assert f'another vocabulary than out/ckpt{end} was trained on' in said and not (small / 'tuned.old1').exists()
 
