@@ -556,7 +556,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None):
-        raise Mistake(f"{model_type!r} cannot be loaded: GPT-2's weights do not fit this architecture; see extras/")
+        raise Mistake(f"{model_type!r} has no ckpt.pt, and GPT-2's weights do not fit this architecture; see extras/")
 
     @classmethod
     def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):

@@ -32,8 +32,8 @@ RANGES = [  # settings, a test that their values must pass, and the test in word
     ('fp8_scaling', lambda x: x in ('tile', 'row', 'tensor'), "be 'tile', 'row' or 'tensor'"),
     ('fp8_grad', lambda x: x in ('e4m3', 'e5m2'), "be 'e4m3' or 'e5m2'"),
     ('init_from', lambda x: x in ('scratch', 'resume') or os.path.isdir(x),
-     "be 'scratch', 'resume', another run's out_dir or a folder with a DeepSeek-V2 or V3 family checkpoint: GPT-2's "
-     'weights do not fit this architecture'),
+     "be 'scratch', 'resume' or a folder that exists: another run's out_dir, or a checkpoint of the DeepSeek-V2 or V3 "
+     "family (GPT-2's weights do not fit this architecture)"),
     ('out_dir', lambda x: 0 < len(x) < 1000, 'name a folder'),
 ]
 

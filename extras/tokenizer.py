@@ -81,6 +81,15 @@ def read_table(path):
     return table
 
 
+def read_config(folder):
+    """The config.json of a folder in Hugging Face's format."""
+    if not os.path.exists(os.path.join(folder, 'config.json')):
+        run = os.path.exists(os.path.join(folder, 'ckpt.pt'))
+        raise mistake(f'{folder} has no config.json, ' + ('but a ckpt.pt: it is the out_dir of a run' if run else
+                                                          'and no ckpt.pt'))
+    return read_table(os.path.join(folder, 'config.json'))
+
+
 def sha256_of(path):
     with open(path, 'rb') as f:
         return hashlib.sha256(f.read()).hexdigest()
@@ -186,7 +195,7 @@ def of_checkpoint(folder, meta=None, vocab_size=None):
     if os.path.exists(os.path.join(folder, 'tokenizer.json')):
         return from_folder(folder)
     if vocab_size is None:
-        vocab_size = read_table(os.path.join(folder, 'config.json')).get('vocab_size')
+        vocab_size = read_config(folder).get('vocab_size')
     if type(vocab_size) is int and 50257 <= vocab_size <= 51200:  # GPT-2's, padded to a multiple of up to 1,024
         return gpt2()
     other = next((name for name in ('tiktoken.model', 'tokenizer.model', 'vocab.json')

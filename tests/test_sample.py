@@ -114,7 +114,7 @@ def test_speculation_without_drafts_says_so(made, flag):
     (['--start=FILE:out/ckpt.pt'], "can't decode byte"), (['--num_samples=0'], 'must be positive'),
     (['--temperature=-1'], 'not be negative'), (['--seed=' + '1' * 23], 'must fit in 64 bits'),
     (['--device=meta'], "device='meta' cannot be used"),
-    (['--init_from=out'], 'config.json cannot be read'), (['--start=\udcff'], "characters '\\udcff'"),
+    (['--init_from=out'], 'has no config.json, but a ckpt.pt'), (['--start=\udcff'], "characters '\\udcff'"),
     (['--init_from=hf', '--start=\udcff'], 'does not know all of'),
 ])
 def test_mistakes(made, flags, message):

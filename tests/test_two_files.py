@@ -158,7 +158,7 @@ def test_two_ranks_are_as_one(nanogpt):
 
 
 @pytest.mark.parametrize('flag, message', [
-    ('--init_from=gpt2', "'gpt2' cannot be loaded: GPT-2's weights do not fit this architecture"),
+    ('--init_from=gpt2', "'gpt2' has no ckpt.pt, and GPT-2's weights do not fit this architecture"),
     ('--shard=0', 'shard or expert_parallel needs extras/parallel.py: copy the folder extras/'),
     ('--optimizer=muon', 'optimizer=muon needs extras/optim.py: copy the folder extras/'),
     ('--init_from=resume', 'out/ckpt.pt is no checkpoint of this model: FileNotFoundError'),
