@@ -110,7 +110,7 @@ def test_out_of_memory_says_what_to_try_until_it_fits(on_gpu):
     assert 12 < found['reserved'] < 24
 
 
-BUDGETS = {'eager': (1150, 112), 'compiled': (670, 112)}  # of GROUPED: kernels and GEMMs of two micro-batches
+BUDGETS = {'eager': (1150, 112), 'compiled': (680, 112)}  # of GROUPED: kernels and GEMMs of two micro-batches
 
 
 @pytest.mark.parametrize('sm, mode', [
