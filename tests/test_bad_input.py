@@ -320,7 +320,7 @@ def test_sample_from_an_odd_checkpoint(trained, change):
     ('convert.py', ['export', '--hf_dir=hf'], '--out_dir'),
     ('convert.py', ['export', '--out_dir=nowhere', '--hf_dir=hf'], 'is missing'),
     ('convert.py', ['export', '--out_dir=out', '--hf_dir=data'], 'exists already'),
-    ('convert.py', ['import', '--out_dir=new', '--hf_dir=nowhere'], 'cannot be read'),
+    ('convert.py', ['import', '--out_dir=new', '--hf_dir=nowhere'], 'nowhere has no config.json'),
     ('convert.py', ['import', '--out_dir=out', '--hf_dir=data'], 'exists already'),
     ('plot.py', [], 'required'), ('plot.py', ['nowhere.jsonl'], 'No such file'),
     ('plot.py', ['train.py'], 'no records'), ('plot.py', ['out/ckpt.pt'], 'no records'),
