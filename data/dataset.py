@@ -7,6 +7,7 @@ import http.client
 import os
 import pickle
 import re
+import signal
 import sys
 import urllib.request
 
@@ -160,58 +161,117 @@ def tokenizer_files(folder):
     return found
 
 
-def remove_others(folder, names):
-    """Remove what an earlier data set in the folder has and the new one has not."""
-    from extras.tokenizer import TOKENIZER_FILES
-    for name in {'meta.pkl', 'train_mask.bin', 'val_mask.bin', *TOKENIZER_FILES} - set(names):
+def lock(folder):
+    """Keep other prepare scripts out of the folder -> its descriptor, which holds the lock; None on Windows."""
+    if os.name == 'nt':
+        return None
+    import fcntl
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise mistake(f'another prepare.py is writing to {os.path.relpath(folder)}: wait for its end') from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+def remove(folder, names):
+    for name in names:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
 
 
+def put_in_place(folder, names, others, descriptor):
+    """Rename the finished files to their names, and remove the others, which an earlier data set in the folder has.
+
+    An earlier train.bin goes first, and the new one comes last: without it there is no data set. So neither kill -9 nor
+    a power failure can leave the files of two data sets side by side.
+    """
+    def reach_the_disk():
+        if descriptor is not None:
+            os.fsync(descriptor)
+
+    if 'train.bin' in names:
+        remove(folder, ['train.bin'])
+        reach_the_disk()
+        remove(folder, others)
+    for name in sorted(names, key=lambda name: name == 'train.bin'):
+        if name == 'train.bin':
+            reach_the_disk()
+        os.replace(os.path.join(folder, name + '.tmp'), os.path.join(folder, name))
+    reach_the_disk()
+
+
 @contextlib.contextmanager
 def written(folder, names):
-    """Files to write to, beside those names: they get the names when all are whole. Nothing is left of a failure."""
-    files = {}
+    """Files to write to, NAME.tmp each; they get their names when all are whole. A failure, Ctrl-C or SIGTERM leaves
+    none of them. What kill -9 leaves, the next run removes.
+    """
+    from extras.tokenizer import TOKENIZER_FILES
+    others = {'val.bin', 'meta.pkl', 'train_mask.bin', 'val_mask.bin', *TOKENIZER_FILES} - set(names)
+    descriptor, files = None, {}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def set_signals(*values):
+        for number, handler in zip(handlers, values):
+            signal.signal(number, handler)
+
+    set_signals(handlers[signal.SIGINT], lambda *_: sys.exit(143))
     try:
         os.makedirs(folder, exist_ok=True)
+        for path in (os.path.join(folder, name) for name in names):
+            need(not os.path.isdir(path), f'{os.path.relpath(path)} is a folder: remove it')
+        descriptor = lock(folder)
+        remove(folder, [name + '.tmp' for name in {*names, *others}])
         for name in names:
             files[name] = open(os.path.join(folder, name + '.tmp'), 'wb')
         yield files
         for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
-        if 'train.bin' in files:
-            remove_others(folder, files)
-        for name, file in files.items():
-            os.replace(file.name, os.path.join(folder, name))
+        set_signals(signal.SIG_IGN, signal.SIG_IGN)  # the rest takes a moment
+        put_in_place(folder, names, others, descriptor)
     except OSError as e:
         raise mistake(f'{os.path.relpath(folder)} cannot be written: {e}') from None
     finally:
+        set_signals(signal.SIG_IGN, signal.SIG_IGN)
         for file in files.values():
             with contextlib.suppress(OSError):
                 file.close()
-            if os.path.exists(file.name):
-                os.remove(file.name)
+        remove(folder, [name + '.tmp' for name in files])
+        if descriptor is not None:
+            os.close(descriptor)
+        set_signals(*handlers.values())
 
 
 def write_files(folder, files):
-    """{name: bytes}, all written beside, then all renamed: an interrupted run leaves no half-written file."""
+    """{name: bytes}: all written under other names, then renamed."""
     with written(folder, files) as out:
         for name, data in files.items():
             out[name].write(data)
 
 
-def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenizer=None):
+def meta_bytes(meta, **sizes):
+    """meta.pkl with the sizes of train.bin and val.bin in bytes, so that train.py notices a copy that was cut."""
+    return pickle.dumps(meta | {'sizes': {f'{split}.bin': size for split, size in sizes.items()}})
+
+
+def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenizer=None, more=None):
     """train.bin and val.bin from lists of token ids, and meta.pkl where train.py or sample.py needs one.
 
     tokenizer: the folder whose tokenizer.json made the tokens, if one did.
     masks: {'train': list of 0 and 1, 'val': ...}, as long as the tokens: 0 where a token is no target.
+    more: {name: bytes} of other files that belong to them, such as grpo.py's prompts.
     """
     dtype = token_dtype(vocab_size)
     meta = (meta or {}) | token_meta(vocab_size)
     files = {'train.bin': np.asarray(train, dtype=dtype).tobytes(), 'val.bin': np.asarray(val, dtype=dtype).tobytes()}
-    files |= tokenizer_files(tokenizer)
+    files |= tokenizer_files(tokenizer) | (more or {})
     if meta:
-        files['meta.pkl'] = pickle.dumps(meta)
+        files['meta.pkl'] = meta_bytes(meta, train=len(files['train.bin']), val=len(files['val.bin']))
     for split, mask in (masks or {}).items():
         files[f'{split}_mask.bin'] = np.asarray(mask, dtype=np.uint8).tobytes()
     write_files(folder, files)

@@ -1,6 +1,7 @@
 """The prepare scripts, through the real tiktoken, tokenizers and datasets, and a hub on this machine."""
 
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -57,7 +58,7 @@ def test_characters_of_a_local_text(clone, tmp_path):
     assert code == 0 and 'into data/mine.' in printed and 'python train.py --dataset=mine\n' in printed
     assert sorted((clone / 'data/shakespeare_char').iterdir()) == before           # the bundled data set is not touched
     meta, (train, val) = meta_of(clone / 'data/mine'), both(clone / 'data/mine')
-    assert set(meta) == {'vocab_size', 'itos', 'stoi'} and meta['vocab_size'] == len(set(TEXT))
+    assert set(meta) == {'vocab_size', 'itos', 'stoi', 'sizes'} and meta['vocab_size'] == len(set(TEXT))
     assert ''.join(meta['itos'][i] for i in train + val) == TEXT and len(train) == int(0.9 * len(TEXT))
 
 
@@ -235,6 +236,114 @@ def test_workers_end_with_a_killed_preparation_and_the_next_begins_anew(clone, t
     assert {path.name for path in (clone / 'data/docs').iterdir()} == {'train.bin', 'val.bin'}
 
 
+def with_signal(number, step, *script, cwd):
+    """Run a script in a copy of this process, which gets a signal before its fsync or rename of that number."""
+    pid = os.fork()
+    if pid == 0:
+        operations = itertools.count()
+
+        def counted(operation):
+            def operate(*args, **kwargs):
+                if next(operations) == step:
+                    os.kill(os.getpid(), number)
+                return operation(*args, **kwargs)
+            return operate
+
+        for name in ('fsync', 'replace'):
+            setattr(os, name, counted(getattr(os, name)))
+        os._exit(run_inside(*script, cwd=cwd)[0])
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def again(clone, tmp_path, tiktoken_cache, monkeypatch):
+    """A function of a script -> two commands that make a data set, what is there after each, and a function that tells
+    what is there now: None if train.py refuses it, in a line that says what to do.
+    """
+    from extras import guard
+    from model import Mistake, load_meta
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))
+    folder = clone / 'data/mine'
+
+    def make(script):
+        commands = [(f'data/{script}/prepare.py', f'--input={tmp_path}/{name}.txt', '--name=mine') for name in 'ab']
+
+        def there():
+            try:
+                guard.check_files(str(folder), load_meta(folder / 'meta.pkl'), 8)
+            except Mistake as e:
+                assert 'prepare.py' in str(e)
+                return None
+            return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != '.tmp'}
+
+        states = []
+        for command in commands:
+            code, _, said = run_inside(*command, cwd=clone)
+            assert code == 0, said
+            states.append(there())
+        assert states[0] != states[1]
+        return commands, states, there
+
+    (tmp_path / 'a.txt').write_text(TEXT)
+    (tmp_path / 'b.txt').write_text(TEXT[::-1] + 'Another end!')
+    return make
+
+
+@pytest.mark.parametrize('script', ['shakespeare_char', 'shakespeare'])
+def test_kill_9_between_renames_mixes_no_data_sets(clone, again, script):
+    """An old val.bin stood beside a new train.bin; or its kind was not known, and the next preparation refused."""
+    (first, second), states, there = again(script)
+    seen = []
+    for step in itertools.count():
+        assert run_inside(*first, cwd=clone)[0] == 0 and there() == states[0]
+        code = with_signal(signal.SIGKILL, step, *second, cwd=clone)
+        seen.append(there())
+        assert seen[-1] in (*states, None)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        code, _, said = run_inside(*second, cwd=clone)
+        assert code == 0 and there() == states[1] and not list((clone / 'data/mine').glob('*.tmp')), said
+    assert all(state in seen for state in (*states, None))
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_the_earlier_data_set_or_the_new_one(clone, again, number, code):
+    (first, second), states, there = again('shakespeare_char')
+    codes = []
+    for step in range(9):
+        assert run_inside(*first, cwd=clone)[0] == 0
+        codes.append(with_signal(number, step, *second, cwd=clone))
+        assert there() == states[codes[-1] == 0] and not list((clone / 'data/mine').glob('*.tmp'))
+    assert set(codes) == {0, code}
+
+
+def test_two_preparations_of_one_data_set(clone, tmp_path):
+    import fcntl
+    (tmp_path / 'in.txt').write_text(TEXT)
+    (clone / 'data/in').mkdir()
+    prepare = 'data/shakespeare_char/prepare.py', f'--input={tmp_path}/in.txt'
+    descriptor = os.open(clone / 'data/in', os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    code, _, said = run_inside(*prepare, cwd=clone)
+    os.close(descriptor)
+    assert (code, said) == (2, 'another prepare.py is writing to data/in: wait for its end\n')
+    assert run_inside(*prepare, cwd=clone)[0] == 0
+
+
+def test_a_copy_that_was_cut_is_refused(again, clone):
+    """At a whole token; without meta.pkl, as in nanoGPT's data sets, or with nanoGPT's own meta.pkl it is a file."""
+    _, _, there = again('shakespeare_char')
+    folder = clone / 'data/mine'
+    (folder / 'val.bin').write_bytes((folder / 'val.bin').read_bytes()[:-2])
+    assert there() is None
+    meta = meta_of(folder)
+    (folder / 'meta.pkl').write_bytes(pickle.dumps({key: meta[key] for key in ('vocab_size', 'itos', 'stoi')}))
+    assert there() is not None
+    (folder / 'meta.pkl').unlink()
+    assert there() is not None
+
+
 # tokens of a tokenizer.json
 
 def make_tokenizer(folder, size=300, begin='<s>', add_bos_token=True):
@@ -268,7 +377,8 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
                                   f'--tokenizer={tmp_path}/bpe', cwd=clone)
     train, val = both(clone / 'data/docs')
     assert code == 0 and train + val == expected and len(train) == int(0.9 * len(expected))
-    assert meta_of(clone / 'data/docs') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256}
+    assert meta_of(clone / 'data/docs') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256, 'sizes': {
+        'train.bin': 2 * len(train), 'val.bin': 2 * len(val)}}
     assert printed.endswith('python train.py --dataset=docs\n')             # the folder has no weights to begin with
     (tmp_path / 'bpe/config.json').write_text('{}')                         # now it has
     code, printed, _ = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/docs',
@@ -279,7 +389,8 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
         '--num_proc=1', cwd=clone)
     train, val = both(clone / 'data/web')
     assert sorted(train + val) == sorted(expected) and val.count(bpe.end) == 1 and train.count(bpe.end) == 9
-    assert meta_of(clone / 'data/web') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256}
+    assert meta_of(clone / 'data/web') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256, 'sizes': {
+        'train.bin': 2 * len(train), 'val.bin': 2 * len(val)}}
 
 
 def test_a_special_token_written_in_a_corpus_is_words(clone, tmp_path):

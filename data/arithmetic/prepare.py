@@ -140,11 +140,10 @@ def main():
     val, val_mask = dataset.rows(examples(lines['val']), stoi, length)
 
     folder = os.path.join(here, name)
-    os.makedirs(folder, exist_ok=True)
-    dataset.write_files(folder, {f'{split}_prompts.txt': ''.join(f'{p}\t{a}\n' for p, a in prompts.items()).encode()
-                                for split, prompts in questions.items()})
+    prompts = {f'{split}_prompts.txt': ''.join(f'{p}\t{a}\n' for p, a in pairs.items()).encode()
+               for split, pairs in questions.items()}
     meta = {'vocab_size': len(CHARS), 'itos': itos, 'stoi': stoi, 'row_length': length}
-    dataset.write_splits(folder, train, val, len(CHARS), meta, {'train': train_mask, 'val': val_mask})
+    dataset.write_splits(folder, train, val, len(CHARS), meta, {'train': train_mask, 'val': val_mask}, more=prompts)
     print(f'{len(lines["train"]):,} lines in rows of {length} tokens (--block_size={length}), such as\n'
           f'{lines["train"][0]}into {folder}')
 

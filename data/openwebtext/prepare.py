@@ -20,7 +20,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -148,11 +147,9 @@ def main():
     bpe = load_tokenizer(args.tokenizer)
     meta = dataset.token_meta(bpe.vocab_size, bpe.sha256)
 
-    # signals end the workers at once, and this process after it has removed the unfinished files
     pipe = multiprocessing.Pipe(duplex=False)
     with ProcessPoolExecutor(args.num_proc, initializer=start_worker, initargs=pipe) as pool:
         pool.submit(int).result()  # starts the workers, before datasets starts threads
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         if args.input:
             batches, n = ([dataset.read_file(file)] for file in files), len(files)
         else:
@@ -170,7 +167,7 @@ def main():
             need(all(count.values()),
                  f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
             if meta:
-                pickle.dump(meta, out['meta.pkl'])
+                out['meta.pkl'].write(dataset.meta_bytes(meta, **{s: out[f'{s}.bin'].tell() for s in count}))
             for name, data in with_it.items():
                 out[name].write(data)
     print(f'train: {count["train"]:,} tokens\nval: {count["val"]:,} tokens')
