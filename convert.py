@@ -1,7 +1,7 @@
 """
 Checkpoints out to Hugging Face transformers and in from it: the DeepSeek-V2 and V3 family, logit for logit.
 
-    python convert.py export --out_dir=out-x --hf_dir=DIR    # ckpt.pt -> weights, tokenizer, model card
+    python convert.py export --out_dir=out-x --hf_dir=DIR    # a run -> weights, tokenizer, model card
                                                              # --fp8: weights as V3's are released
     python convert.py import --hf_dir=DIR --out_dir=out-y    # a local Hugging Face folder -> ckpt.pt
 
@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from extras.compare import check_export
-from extras.folder import copy_tokenizer, missing
+from extras.folder import copy_tokenizer
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
-from extras.integrity import check_checkpoint, check_finite
+from extras.integrity import check_finite
+from extras.scripts import open_checkpoint
 from extras.tokenizer import character_tokenizer, gpt2_tokenizer, of_checkpoint
 from model import GPT, Mistake, first_line, save_checkpoint
 
@@ -182,12 +183,7 @@ def released_tensors(config, state, with_mtp):
 
 def export_folder(out_dir, hf_dir, fp8=False):
     hf_dir = check_new(hf_dir)
-    path = os.path.join(out_dir, 'ckpt.pt')
-    if not os.path.exists(path):
-        raise Mistake(missing(path))
-    with torch.device('meta'):  # its parameters are the checkpoint's tensors
-        model, checkpoint = GPT.from_checkpoint(path, assign=True)
-    check_checkpoint(path, model, checkpoint)
+    path, model, checkpoint = open_checkpoint(out_dir, assign=True)  # its parameters are the checkpoint's tensors
     config, state = model.config, model.state_dict()
     if type(checkpoint.get('config') or {}) is not dict or type(checkpoint.get('best_val_loss', 0.0)) is not float:
         raise Mistake(f'{path} is no checkpoint of this model: its config or best_val_loss has a wrong type')
@@ -257,7 +253,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('direction', choices=('export', 'import'))
-    parser.add_argument('--out_dir', required=True, help='the folder of ckpt.pt')
+    parser.add_argument('--out_dir', required=True, help='the folder of the checkpoint')
     parser.add_argument('--hf_dir', required=True, help='the folder in Hugging Face format')
     parser.add_argument('--fp8', action='store_true', help="export: weights in FP8, as V3's are released")
     args = parser.parse_args()

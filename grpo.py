@@ -232,10 +232,10 @@ def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, refer
 
 
 def load_model(source, device):
-    """The model of a folder's ckpt.pt, without dropout; the checkpoint; its tokenizer."""
+    """The model of a folder's checkpoint, without dropout; the checkpoint; its tokenizer."""
     model, checkpoint, tokenizer = scripts.load_checkpoint(source, device, dropout=0.0)
     if model.config.eos_token_id < 0:  # a response ends with the tokenizer's end of text instead
-        guard.need(tokenizer.end is not None, f'{source}/ckpt.pt has no eos_token_id, with which a response ends: '
+        guard.need(tokenizer.end is not None, f'the model in {source} has no eos_token_id, with which a response ends: '
                    'train it with one, as config/sft_arithmetic.py')
         model.config.eos_token_id = tokenizer.end
     scripts.use_kernels(model)

@@ -24,7 +24,7 @@ from model import MoE
 from plot import read_log
 
 # -----------------------------------------------------------------------------
-out_dir = 'out'  # the folder of ckpt.pt
+out_dir = 'out'  # the folder of the checkpoint
 text = ''  # the file to read; its first block_size tokens are on the page
 out = ''  # the page; '': inside.html in out_dir
 count_tokens = 16384  # so many tokens of the file tell the experts' load and typical tokens
@@ -232,7 +232,7 @@ def heads_of(model, states, ids):
     heads = []
     for k, h in enumerate(states):
         logits = model.lm_head(h[0]).float()                                           # (T-k, V)
-        guard.need(logits.isfinite().all(), f"{out_dir}/ckpt.pt: the model's logits are not finite")
+        guard.need(logits.isfinite().all(), f"the checkpoint in {out_dir}: the model's logits are not finite")
         p = logits.softmax(dim=-1)
         likeliest = p.topk(min(5, p.size(1)), dim=-1)
         came = p[:-1].gather(1, ids[k + 1:].unsqueeze(1))                              # (T-k-1, 1)
@@ -342,7 +342,7 @@ def page(data, title):
 def main():
     path = out or os.path.join(out_dir, 'inside.html')
     guard.check_ranges(globals(), [
-        ('out_dir', lambda x: x != '', 'name the folder of ckpt.pt'),
+        ('out_dir', lambda x: x != '', 'name the folder of a run'),
         ('text', lambda x: x != '', 'name the file to read'),
         ('count_tokens map_bytes', lambda x: x > 0, 'be positive'),
     ])

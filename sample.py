@@ -48,7 +48,7 @@ guard.check_ranges(globals(), [
     ('init_from', lambda x: x == 'resume' or os.path.isdir(x),
      "be 'resume' or a folder that exists, with a checkpoint of the DeepSeek-V2 or V3 family (GPT-2's weights do not "
      'fit this architecture)'),
-    ('out_dir', lambda x: x != '', 'name the folder of ckpt.pt'),
+    ('out_dir', lambda x: x != '', 'name the folder of a run'),
     ('num_samples', lambda x: x > 0, 'be positive'),
     ('max_new_tokens temperature top_k', lambda x: x >= 0, 'not be negative'),
     ('seed', lambda x: -2**63 <= x < 2**64, 'fit in 64 bits'),

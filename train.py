@@ -469,7 +469,7 @@ while True:
 
 if dcp:
     dcp.finish()  # wait until the last checkpoint is written
-if master and os.path.exists(os.path.join(out_dir, 'ckpt.pt')) and not (signalled or eval_only or dcp):
+if master and os.path.exists(last_path) and not (signalled or eval_only):
     print(f'done; to sample from the model: python sample.py --out_dir={out_dir}')
 if wandb_log and master:
     wandb.finish()

@@ -179,7 +179,7 @@ def load_optimizer(state, params=None):
     return {'state': entries, 'param_groups': state['param_groups']}
 
 
-def from_checkpoint(path, device='cpu', assign=False, **overrides):
+def from_checkpoint(path, device='cpu', assign=False, with_optimizer=True, **overrides):
     """As GPT.from_checkpoint(), for a sharded one. With assign, the tensors stay in its files: see load_optimizer()."""
     try:
         rest = torch.load(os.path.join(path, 'rest.pt'), map_location='cpu', weights_only=True)
@@ -189,7 +189,7 @@ def from_checkpoint(path, device='cpu', assign=False, **overrides):
             model = GPT(replace(config, **overrides))
         if not assign:
             load_tensors(path, {f'model.{name}': x.detach() for name, x in tensors_of(model.to(device)).items()})
-            rest['optimizer'] = load_optimizer(rest['optimizer'])
+            rest['optimizer'] = load_optimizer(rest['optimizer']) if with_optimizer else None
     except Exception as e:  # a damaged file, another program's
         raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
     return model, rest

@@ -16,7 +16,7 @@ locks = []  # open files, because closing a file ends its lock
 
 
 def last_checkpoint(out_dir, last=('ckpt', 'ckpt_last')):
-    """The path of the last checkpoint by iteration, else of the best one, else out_dir/ckpt.pt"""
+    """The path of the last checkpoint by iteration, whole or sharded, else of the best one, else out_dir/ckpt.pt"""
     def iteration(path):
         try:
             path = os.path.join(path, 'rest.pt') if path.endswith('.dcp') else path
@@ -26,17 +26,16 @@ def last_checkpoint(out_dir, last=('ckpt', 'ckpt_last')):
 
     for names in (last, ('ckpt_best',)):
         paths = [os.path.join(out_dir, name + end) for name in names for end in ('.pt', '.dcp')]
-        if any(map(os.path.exists, paths)):
-            return max(filter(os.path.exists, paths), key=iteration)
+        if any(map(os.path.lexists, paths)):  # a link to nothing too: nothing older is read in silence
+            return max(filter(os.path.lexists, paths), key=iteration)
     return os.path.join(out_dir, 'ckpt.pt')
 
 
 def missing(path):
     """The message for a checkpoint that is not at `path`, with a hint where it may be."""
-    out_dir, sharded = os.path.dirname(path) or '.', path.removesuffix('.pt') + '.dcp'
-    kept = sorted(map(os.path.relpath, glob.glob(f'{glob.escape(os.path.realpath(out_dir))}.old*')))
-    hint = f'. There is {sharded}: convert it with python -m extras.dcp {out_dir}' if os.path.exists(sharded) else \
-        f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
+    out_dir = os.path.realpath(os.path.dirname(path))
+    kept = sorted(map(os.path.relpath, glob.glob(f'{glob.escape(out_dir)}.old*')))
+    hint = f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
     return f'{path} is missing: train a model first, or name the out_dir it is in{hint}'
 
 
@@ -111,10 +110,11 @@ def check_rename(out_dir, folder, must_stay):
 
 
 def keep_names(folder, always_save):
-    """Rename the checkpoints if always_save_checkpoint has changed, so that the run overwrites none."""
-    for end in ('.pt', '.dcp'):
-        last, main, best = (os.path.join(folder, f'ckpt{which}{end}') for which in ('_last', '', '_best'))
-        old_main, new_main = (best, last) if always_save else (last, best)
-        for source, target in ((main, old_main), (new_main, main)):  # a kill between them: the next resume goes on
-            if os.path.lexists(new_main) and os.path.lexists(source) and not os.path.lexists(target):
-                os.rename(source, target)
+    """Rename the checkpoints, of both forms, if always_save_checkpoint has changed, so that the run overwrites none."""
+    old_main, new_main = ('ckpt_best', 'ckpt_last') if always_save else ('ckpt_last', 'ckpt_best')
+    pairs = ('ckpt', old_main), (new_main, 'ckpt')
+    renames = [[os.path.join(folder, name + end) for name in pair] for pair in pairs for end in ('.pt', '.dcp')]
+    if any(os.path.lexists(old) for old, _ in renames[2:]):  # the setting has changed
+        for old, new in renames:
+            if os.path.lexists(old) and not os.path.lexists(new):  # a kill between two: the next resume goes on
+                os.rename(old, new)

@@ -51,13 +51,26 @@ def autocast(device_type, dtype):
     return contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 
 
+def open_checkpoint(out_dir, device='cpu', assign=False, **overrides):
+    """A run's folder -> the path of its checkpoint, the model, and the checkpoint; one of shards without its optimizer.
+    assign: leave the weights of a whole one in the file, in its dtypes. overrides: GPTConfig fields to replace
+    """
+    path = folder.last_checkpoint(out_dir, ['ckpt'])
+    guard.need(os.path.exists(path), folder.missing(path))
+    if path.endswith('.dcp'):
+        from extras import dcp  # a slow import
+        path = os.path.relpath(os.path.realpath(path))  # the run may set the link to another one meanwhile
+        model, checkpoint = dcp.from_checkpoint(path, device, with_optimizer=False, **overrides)
+    else:
+        with torch.device('meta') if assign else contextlib.nullcontext():
+            model, checkpoint = GPT.from_checkpoint(path, device, assign, **overrides)
+    integrity.check_checkpoint(path, model, checkpoint)
+    return path, model, checkpoint
+
+
 def load_checkpoint(out_dir, device, **overrides):
     """The model of a run's folder on the device, the checkpoint itself, and its tokenizer."""
-    path = os.path.join(out_dir, 'ckpt.pt')
-    if not os.path.exists(path):
-        raise Mistake(folder.missing(path))
-    model, checkpoint = GPT.from_checkpoint(path, device, **overrides)
-    integrity.check_checkpoint(path, model, checkpoint)
+    path, model, checkpoint = open_checkpoint(out_dir, device, **overrides)
     config = checkpoint.get('config') or {}
     guard.need(type(config) is dict and (config.get('dtype') or 'float32') in guard.DTYPES,
                f'{path} is no checkpoint of this model: its config is no table with a dtype of '

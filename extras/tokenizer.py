@@ -84,8 +84,8 @@ def read_table(path):
 def read_config(folder):
     """The config.json of a folder in Hugging Face's format."""
     if not os.path.exists(os.path.join(folder, 'config.json')):
-        run = os.path.exists(os.path.join(folder, 'ckpt.pt'))
-        raise mistake(f'{folder} has no config.json, ' + ('but a ckpt.pt: it is the out_dir of a run' if run else
+        run = [name for name in ('ckpt.pt', 'ckpt.dcp') if os.path.exists(os.path.join(folder, name))]
+        raise mistake(f'{folder} has no config.json, ' + (f'but a {run[0]}: it is the out_dir of a run' if run else
                                                           'and no ckpt.pt'))
     return read_table(os.path.join(folder, 'config.json'))
 

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from extras.guard import need
-from model import GPT, Mistake, first_line
+from extras.scripts import open_checkpoint
+from model import Mistake, first_line
 
 
 def losses_by_position(model, rows):
@@ -61,8 +62,8 @@ kinds = sorted(fig.canvas.get_supported_filetypes())
 need(os.path.splitext(args.out)[1][1:].lower() in kinds, f'--out={args.out} must end in one of .{", .".join(kinds)}')
 need(os.path.isdir(os.path.dirname(args.out) or '.'), f'--out={args.out}: there is no folder for it')
 for out_dir in args.out_dirs:
-    path = os.path.join(out_dir, 'ckpt.pt')
-    config = GPT.from_checkpoint(path)[0].config
+    path, model, _ = open_checkpoint(out_dir)
+    config = model.config
     trained = config.block_size
     need(rows.max() < config.vocab_size, f'{path} was not trained on {args.data}, which holds the token {rows.max()}')
     ways = {f'{out_dir}: trained at {trained}': {'block_size': max(trained, args.length)}}
@@ -70,7 +71,7 @@ for out_dir in args.out_dirs:
         ways[f'{out_dir}: the same with YaRN, untrained'] = {
             'block_size': args.length, 'rope_factor': math.ceil(args.length / trained)}
     for label, overrides in ways.items():
-        model, _ = GPT.from_checkpoint(path, **overrides)
+        model = open_checkpoint(out_dir, **overrides)[1]
         losses = losses_by_position(model.eval(), rows).view(-1, 32).mean(dim=1)                 # (T / 32,)
         parts = ', '.join(f'{part.mean():.3f}' for part in losses.chunk(4))
         print(f'{label}: mean loss in each quarter of the context: {parts}')

@@ -20,9 +20,9 @@ import pytest
 import soak
 import torch
 from conftest import SMALL, load, log, losses, run, run_inside, tiny_model, torchrun, train
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from extras import dcp, hf, parallel
+from extras import dcp, hf, parallel, scripts
 from model import MLA, GPTConfig, Mistake
 
 RESUME = '--init_from=resume'
@@ -452,7 +452,6 @@ def test_what_is_not_a_checkpoint_of_ours_stays(small):
             for name in ('ckpt.dcp', 'ckpt.dcp.old', 'ckpt-good.dcp')]
     assert kept == [2, 1, 1]
     assert len(list((small / 'copied').glob('ckpt-[0-9]*.dcp'))) == 1
-    assert 'convert it with python -m extras.dcp copied' in run_inside('sample.py', '--out_dir=copied', cwd=small)[2]
 
 
 def test_a_malicious_sharded_checkpoint_runs_nothing(small):
@@ -486,6 +485,25 @@ def test_of_both_forms_the_newer_one_goes_on(small):
     assert 'going on from out/ckpt.dcp, iteration 1' in train(small, RESUME, '--max_iters=2')
     assert 'going on from out/ckpt.pt, iteration 2' in train(small, RESUME, '--max_iters=3', '--checkpoint=dcp')
     assert 'going on from out/ckpt.dcp, iteration 3' in train(small, RESUME, '--max_iters=4')
+
+
+@pytest.mark.parametrize('forms', [('whole', 'dcp'), ('dcp', 'whole')])
+def test_every_script_reads_the_newer_one_of_both_forms(small, forms):
+    """Once, all but train.py read ckpt.pt, even if it was older; the weights are those that were trained last."""
+    (small / 'text.txt').write_text('0123456789' * 3)
+    for n, form in enumerate(forms, start=1):
+        train(small, RESUME if n > 1 else '--init_from=scratch', f'--checkpoint={form}', f'--max_iters={n}')
+    end = {'whole': 'ckpt.pt', 'dcp': 'ckpt-2.dcp'}[forms[1]]
+    path, model, saved = scripts.open_checkpoint(small / 'out')
+    assert os.path.basename(path) == end and saved['iter_num'] == 2
+    code, _, said = run_inside('sample.py', '--device=cpu', '--start=0', '--max_new_tokens=2', cwd=small)
+    assert code == 0, said
+    code, _, said = run_inside('inside.py', '--out_dir=out', '--text=text.txt', '--device=cpu', cwd=small)
+    assert code == 0 and '"iteration":2,' in (small / 'out/inside.html').read_text(), said
+    code, _, said = run_inside('convert.py', 'export', '--out_dir=out', '--hf_dir=hf', cwd=small)
+    assert code == 0 and '| iterations | 2' in (small / 'hf/README.md').read_text(), said
+    exported = load_file(small / 'hf/model.safetensors')
+    assert torch.equal(exported['model.norm.weight'], model.state_dict()['transformer.ln_f.weight'])
 
 
 @pytest.mark.parametrize('name', ['rest.pt', '.metadata', '__0_0.distcp'])

@@ -17,7 +17,7 @@ import torch
 from conftest import SMALL, load, log, losses, optimizer_of, run, run_inside, tiny_model, torchrun, train
 
 import model
-from extras import dcp, folder
+from extras import dcp, folder, scripts
 from model import GPT
 
 RESUME = '--init_from=resume'
@@ -180,6 +180,20 @@ def test_a_resume_that_changes_the_form_of_checkpoints_saves_no_worse_one_as_the
                                          'ckpt' + end[second]: 4}
 
 
+@pytest.mark.parametrize('first', [True, False])
+def test_a_resume_that_changes_both_the_form_and_the_names_reads_the_best_and_the_last(small, first):
+    """Whole, then shards that are no better, then the other names: those of the shards stayed, the last one as the best
+    one's or the best one as the last one's.
+    """
+    best, _, _ = diverging(small, f'--always_save_checkpoint={first}')
+    for always, n in ((first, 4), (not first, 5)):
+        train(small, RESUME, '--checkpoint=dcp', f'--always_save_checkpoint={always}', f'--max_iters={n}',
+              '--learning_rate=0', '--min_lr=0')
+    main, other = ('ckpt', 'ckpt_best') if not first else ('ckpt_last', 'ckpt')
+    assert iterations(small / 'out') == {f'{main}.pt': 3, f'{other}.pt': best, f'{main}.dcp': 5}
+    assert scripts.open_checkpoint(small / 'out')[2]['iter_num'] == (best if first else 5)
+
+
 @pytest.mark.parametrize('always', [True, False])
 def test_a_kill_between_two_renames_of_checkpoints(tmp_path, monkeypatch, always):
     """The next resume, with the same setting or the other, gives both of them a name that it looks for."""
@@ -209,7 +223,7 @@ def test_which_checkpoint_is_the_last_one(tmp_path):
     """That of the highest iteration, of either form; the best one, which was not the last, if there is no other."""
     def save(name, iteration):
         if name.endswith('.dcp'):
-            (tmp_path / name).mkdir()
+            (tmp_path / name).mkdir(exist_ok=True)
             name += '/rest.pt'
         torch.save({'iter_num': iteration}, tmp_path / name)
 
@@ -219,8 +233,14 @@ def test_which_checkpoint_is_the_last_one(tmp_path):
                                   ('ckpt_last.pt', 8, 'ckpt_last.pt'), ('ckpt.pt', 12, 'ckpt.pt')):
         save(name, iteration)
         assert folder.last_checkpoint(tmp_path) == str(tmp_path / last)
+    assert folder.last_checkpoint(tmp_path, ['ckpt']) == str(tmp_path / 'ckpt.pt')
+    save('ckpt.dcp', 13)
+    assert folder.last_checkpoint(tmp_path, ['ckpt']) == str(tmp_path / 'ckpt.dcp')
     (tmp_path / 'ckpt_last.pt').write_bytes(b'cut short')  # nothing older goes on in silence
     assert folder.last_checkpoint(tmp_path) == str(tmp_path / 'ckpt_last.pt')
+    shutil.rmtree(tmp_path / 'ckpt.dcp')
+    os.symlink('ckpt-13.dcp', tmp_path / 'ckpt.dcp')  # which was deleted by hand, or not copied
+    assert folder.last_checkpoint(tmp_path, ['ckpt']) == str(tmp_path / 'ckpt.dcp')
 
 
 # where a run is written
