@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import urllib.request
+import zlib
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository's root
 from configurator import mistake  # whose import makes a mistake one line and exit code 2
@@ -254,11 +255,6 @@ def write_files(folder, files):
             out[name].write(data)
 
 
-def meta_bytes(meta, **sizes):
-    """meta.pkl with the sizes of train.bin and val.bin in bytes, so that train.py notices a copy that was cut."""
-    return pickle.dumps(meta | {'sizes': {f'{split}.bin': size for split, size in sizes.items()}})
-
-
 def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenizer=None, more=None):
     """train.bin and val.bin from lists of token ids, and meta.pkl where train.py or sample.py needs one.
 
@@ -270,10 +266,11 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenize
     meta = (meta or {}) | token_meta(vocab_size)
     files = {'train.bin': np.asarray(train, dtype=dtype).tobytes(), 'val.bin': np.asarray(val, dtype=dtype).tobytes()}
     files |= tokenizer_files(tokenizer) | (more or {})
-    if meta:
-        files['meta.pkl'] = meta_bytes(meta, train=len(files['train.bin']), val=len(files['val.bin']))
     for split, mask in (masks or {}).items():
         files[f'{split}_mask.bin'] = np.asarray(mask, dtype=np.uint8).tobytes()
+    if meta:  # with checksums, so that train.py notices a file that was cut, changed or mixed up
+        meta['crc32'] = {name: zlib.crc32(data) for name, data in files.items() if name.endswith('.bin')}
+        files['meta.pkl'] = pickle.dumps(meta)
     write_files(folder, files)
     print(f'train: {len(train):,} tokens\nval: {len(val):,} tokens')
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from extras.folder import begin, last_checkpoint, missing  # noqa: F401 (train.py calls guard.begin)
-from extras.integrity import check_checkpoint, check_finite
+from extras.integrity import as_prepared, check_checkpoint, check_finite
 from extras.optim import load_optimizer  # noqa: F401 (train.py and grpo.py call guard.load_optimizer)
 from extras.tokenizer import check_data
 from model import Mistake, first_line, is_out_of_memory
@@ -114,7 +114,7 @@ def check_ranks(store, device_type):
 
 def check_files(data_dir, meta, block_size):
     """Mistake if a data set's meta.pkl, tokens or masks are missing, damaged or too few for block_size."""
-    kinds = dict(vocab_size=int, stoi=dict, itos=dict, dtype=str, row_length=int, tokenizer=str, sizes=dict)
+    kinds = dict(vocab_size=int, stoi=dict, itos=dict, dtype=str, row_length=int, tokenizer=str, crc32=dict)
     for name, kind in kinds.items():
         need(type(meta.get(name, kind())) is kind and (name != 'row_length' or meta.get(name, 1) > 0),
              f'{data_dir}/meta.pkl cannot be used: its {name} must be {kind.__name__}' + ' > 0' * (name == 'row_length')
@@ -129,8 +129,8 @@ def check_files(data_dir, meta, block_size):
             raise Mistake(f'{path} is missing: run its prepare.py first, or choose a prepared data set: '
                           f'{", ".join(sets) or "there is none yet"}')
         size = os.path.getsize(path)
-        need(size % size_of == 0 and meta.get('sizes', {}).get(f'{split}.bin', size) == size,
-             f'{path} is cut short, or not the file that belongs to meta.pkl: run prepare.py again')
+        need(size % size_of == 0 and as_prepared(path, meta) and as_prepared(mask, meta),
+             f'{path} (or its mask) is cut short, changed, or of another data set than meta.pkl: run prepare.py again')
         need(size > block_size * size_of,
              f'{path} holds {size // size_of} tokens, too few: block_size={block_size} needs {block_size + 1}')
         need(not os.path.exists(mask) or os.path.getsize(mask) == size // size_of,

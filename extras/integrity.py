@@ -2,7 +2,8 @@
 Are a checkpoint's bytes those that were written? Each script asks when it has opened one, before it uses the weights.
 
 A .pt file is a zip file with the CRC-32 of each of its parts; a sharded checkpoint keeps its files' CRC-32 in rest.pt.
-Checking reads every byte once. A safetensors file has no checksum: a changed weight is found only if it is not finite.
+A data set's meta.pkl keeps the CRC-32 of its .bin files. Checking reads every byte once: 0.3 s for 1 GB from memory.
+A safetensors file has no checksum: a changed weight is found only if it is not finite.
 """
 
 import os
@@ -50,6 +51,12 @@ def changed_part(path, checkpoint):
             return OTHER.format(name) if name else ''
     except Exception as e:  # a damaged table of contents raises many kinds; the other ranks must learn of it
         return f'{type(e).__name__}: {first_line(e)}'
+
+
+def as_prepared(path, meta):
+    """True if a data set's file has the CRC-32 that its meta.pkl keeps of it, if it keeps one. The first rank asks."""
+    kept = meta.get('crc32', {}).get(os.path.basename(path))
+    return kept is None or os.environ.get('RANK', '0') != '0' or os.path.exists(path) and crc32_of(path) == kept
 
 
 def crc32_of(path):

@@ -128,6 +128,7 @@ ONE_TOO_LARGE = np.append(TEN, 40).astype(np.uint16)
     (meta({'vocab_size': 40, 'dtype': 'O'}), 'its dtype uint16 or uint32'), (meta({'vocab_size': -1}), 'positive'),
     (meta({'vocab_size': 40, 'stoi': 'ab'}), 'stoi must be dict'),
     (meta({'vocab_size': 40, 'itos': 3}), 'meta.pkl cannot be used'),
+    (meta({'vocab_size': 40, 'crc32': 3}), 'crc32 must be dict'),
     (meta({'vocab_size': 40, 'dtype': 'uint32'}), 'beyond vocab_size'), (no_meta, 'meta.pkl is missing'),
 ])
 def test_data(small, spoil, message):

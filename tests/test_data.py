@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -23,6 +24,10 @@ def tokens(path, dtype=np.uint16):
 
 def both(folder, dtype=np.uint16):
     return tuple(tokens(folder / f'{split}.bin', dtype).tolist() for split in ('train', 'val'))
+
+
+def crc32_of(folder):
+    return {f'{split}.bin': zlib.crc32((folder / f'{split}.bin').read_bytes()) for split in ('train', 'val')}
 
 
 def meta_of(folder):
@@ -58,7 +63,7 @@ def test_characters_of_a_local_text(clone, tmp_path):
     assert code == 0 and 'into data/mine.' in printed and 'python train.py --dataset=mine\n' in printed
     assert sorted((clone / 'data/shakespeare_char').iterdir()) == before           # the bundled data set is not touched
     meta, (train, val) = meta_of(clone / 'data/mine'), both(clone / 'data/mine')
-    assert set(meta) == {'vocab_size', 'itos', 'stoi', 'sizes'} and meta['vocab_size'] == len(set(TEXT))
+    assert set(meta) == {'vocab_size', 'itos', 'stoi', 'crc32'} and meta['vocab_size'] == len(set(TEXT))
     assert ''.join(meta['itos'][i] for i in train + val) == TEXT and len(train) == int(0.9 * len(TEXT))
 
 
@@ -331,11 +336,13 @@ def test_two_preparations_of_one_data_set(clone, tmp_path):
     assert run_inside(*prepare, cwd=clone)[0] == 0
 
 
-def test_a_copy_that_was_cut_is_refused(again, clone):
-    """At a whole token; without meta.pkl, as in nanoGPT's data sets, or with nanoGPT's own meta.pkl it is a file."""
-    _, _, there = again('shakespeare_char')
-    folder = clone / 'data/mine'
-    (folder / 'val.bin').write_bytes((folder / 'val.bin').read_bytes()[:-2])
+@pytest.mark.parametrize('change', ['cut at a whole token', 'a bit', "another data set's"])
+def test_files_that_are_not_as_they_were_written(again, clone, change):
+    """They pass only without meta.pkl, as nanoGPT's sets of GPT-2 tokens, or with nanoGPT's own meta.pkl."""
+    _, states, there = again('shakespeare_char')
+    folder, val = clone / 'data/mine', states[1]['val.bin']
+    (folder / 'val.bin').write_bytes({'cut at a whole token': val[:-2], 'a bit': bytes([val[0] ^ 1]) + val[1:],
+                                      "another data set's": states[0]['val.bin']}[change])
     assert there() is None
     meta = meta_of(folder)
     (folder / 'meta.pkl').write_bytes(pickle.dumps({key: meta[key] for key in ('vocab_size', 'itos', 'stoi')}))
@@ -377,8 +384,8 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
                                   f'--tokenizer={tmp_path}/bpe', cwd=clone)
     train, val = both(clone / 'data/docs')
     assert code == 0 and train + val == expected and len(train) == int(0.9 * len(expected))
-    assert meta_of(clone / 'data/docs') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256, 'sizes': {
-        'train.bin': 2 * len(train), 'val.bin': 2 * len(val)}}
+    assert meta_of(clone / 'data/docs') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256,
+                                              'crc32': crc32_of(clone / 'data/docs')}
     assert printed.endswith('python train.py --dataset=docs\n')             # the folder has no weights to begin with
     (tmp_path / 'bpe/config.json').write_text('{}')                         # now it has
     code, printed, _ = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/docs',
@@ -389,8 +396,8 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
         '--num_proc=1', cwd=clone)
     train, val = both(clone / 'data/web')
     assert sorted(train + val) == sorted(expected) and val.count(bpe.end) == 1 and train.count(bpe.end) == 9
-    assert meta_of(clone / 'data/web') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256, 'sizes': {
-        'train.bin': 2 * len(train), 'val.bin': 2 * len(val)}}
+    assert meta_of(clone / 'data/web') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256,
+                                              'crc32': crc32_of(clone / 'data/web')}
 
 
 def test_a_special_token_written_in_a_corpus_is_words(clone, tmp_path):

@@ -20,9 +20,11 @@ import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -155,19 +157,21 @@ def main():
         else:
             batches, n = open_corpus(args.hub or 'Skylion007/openwebtext', args.config, args.split, args.column)
 
-        count = {'train': 0, 'val': 0}
+        count, crc32 = {'train': 0, 'val': 0}, {'train.bin': 0, 'val.bin': 0}
         with_it = dataset.tokenizer_files(args.tokenizer)
         with dataset.written(folder, ['train.bin', 'val.bin', *['meta.pkl'] * bool(meta), *with_it]) as out:
             try:
                 for split, ids in tokens(pool, args.tokenizer, batches, n, 4 * args.num_proc):
-                    out[f'{split}.bin'].write(ids.tobytes())
+                    name, data = f'{split}.bin', ids.tobytes()
+                    out[name].write(data)
+                    crc32[name] = zlib.crc32(data, crc32[name])
                     count[split] += len(ids)
             except BrokenProcessPool:
                 raise mistake('a worker process died, for want of memory perhaps: try a smaller --num_proc') from None
             need(all(count.values()),
                  f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
             if meta:
-                out['meta.pkl'].write(dataset.meta_bytes(meta, **{s: out[f'{s}.bin'].tell() for s in count}))
+                pickle.dump(meta | {'crc32': crc32}, out['meta.pkl'])
             for name, data in with_it.items():
                 out[name].write(data)
     print(f'train: {count["train"]:,} tokens\nval: {count["val"]:,} tokens')
