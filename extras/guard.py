@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from extras.folder import begin, last_checkpoint, missing  # noqa: F401 (train.py calls guard.begin)
-from extras.integrity import as_prepared, check_checkpoint, check_finite
+from extras.integrity import as_prepared, check_checkpoint, check_finite, check_run
 from extras.optim import load_optimizer  # noqa: F401 (train.py and grpo.py call guard.load_optimizer)
 from extras.tokenizer import check_data
 from model import Mistake, first_line, is_out_of_memory
@@ -176,12 +176,9 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
         return
     if found:
         check_checkpoint(path, model, found, max_over_ranks)
-        number, best, trained_on = (found.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
-        need((type(number), type(best), type(trained_on or {})) == (int, float, dict) and number >= 0,
-             f'{path} is no checkpoint of a training run: its iter_num, best_val_loss or meta has a wrong type')
-        need(max_over_ranks(number) == -max_over_ranks(-number), 'the ranks hold checkpoints of different iterations: '
-             f'{os.path.dirname(path)} must be one folder for all')
-        need(not found.get('optimizer') or all((trained_on or {}).get(k) == meta.get(k) for k in ('stoi', 'tokenizer')),
+        check_run(init_from, path, found, config, max_over_ranks)
+        trained_on = found.get('meta') or {}
+        need(not found.get('optimizer') or all(trained_on.get(k) == meta.get(k) for k in ('stoi', 'tokenizer')),
              f'dataset={config["dataset"]} has another vocabulary than {path} was trained on: use the same dataset, or '
              'restore its meta.pkl')
     else:

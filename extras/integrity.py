@@ -1,6 +1,7 @@
 """
 Are a checkpoint's bytes those that were written? Each script asks when it has opened one, before it uses the weights.
 
+Then train.py asks check_run() whether it can begin with it.
 A .pt file is a zip file with the CRC-32 of each of its parts; a sharded checkpoint keeps its files' CRC-32 in rest.pt.
 A data set's meta.pkl keeps the CRC-32 of its .bin files. Checking reads every byte once: 0.3 s for 1 GB from memory.
 A safetensors file has no checksum: a changed weight is found only if it is not finite.
@@ -24,6 +25,26 @@ def check_checkpoint(path, model, checkpoint, max_over_ranks=int):
     if max_over_ranks(changed != ''):
         raise Mistake(f'{path} is damaged: {changed or OTHER.format("a part")}: {ADVICE}')
     check_finite(path, model.state_dict(), max_over_ranks)
+
+
+def check_run(init_from, path, checkpoint, config, max_over_ranks):
+    """For train.py: Mistake if it cannot begin with the checkpoint at `path`. Says where the run begins, if it may
+    surprise.
+    """
+    number, best, meta = (checkpoint.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
+    out_dir, resume = os.path.dirname(path), init_from == 'resume'
+    if (type(number), type(best), type(meta or {})) != (int, float, dict) or number < 0:
+        raise Mistake(f'{path} is no checkpoint of a run: its iter_num, best_val_loss or meta has a wrong type')
+    if max_over_ranks(number) != -max_over_ranks(-number):
+        raise Mistake(f'the ranks hold checkpoints of different iterations: {out_dir} must be one folder for all')
+    if resume and 'seconds' in checkpoint:  # only grpo.py saves them
+        raise Mistake(f'{path} was written by grpo.py: begin with --init_from={out_dir} and another out_dir')
+    if os.environ.get('RANK', '0') != '0':
+        return
+    if not resume:
+        print(f'beginning with the weights of {path}, iteration {number}')
+    elif number >= config['max_iters'] and not config['eval_only']:
+        print(f'note: {path} has all {number} iterations: to train on, raise max_iters={config["max_iters"]}')
 
 
 def check_finite(path, state, max_over_ranks=int):

@@ -554,6 +554,18 @@ def test_checkpoints_that_no_run_of_grpo_wrote(workshop):
         assert code == 2 and words in said and len(said.splitlines()) == 1, said
 
 
+def test_train_py_does_not_go_on_from_grpo(workshop):
+    """Once, it did: with the data set's loss, over the only checkpoint of the reinforcement learning."""
+    inside('grpo.py', *GRPO, '--reward_file=odd.py', '--out_dir=out-mixed', '--max_iters=1', cwd=workshop)
+    path = workshop / 'out-mixed/ckpt.pt'
+    before = path.read_bytes()
+    code, _, said = run_inside('train.py', *SFT, '--out_dir=out-mixed', '--init_from=resume', cwd=workshop)
+    assert code == 2 and path.read_bytes() == before
+    assert said == ('out-mixed/ckpt.pt was written by grpo.py: begin with --init_from=out-mixed and another out_dir\n')
+    assert 'beginning with the weights of out-mixed/ckpt.pt, iteration 1\n' in inside(
+        'train.py', *SFT, '--out_dir=out-tuned', '--init_from=out-mixed', '--max_iters=1', cwd=workshop)
+
+
 def test_a_kl_is_shown_where_one_is_computed(workshop):
     """With kl_coef, or with a reference alone; otherwise neither the line nor the log has it."""
     flags = [*GRPO, '--reward_file=odd.py', '--out_dir=out-kl', '--max_iters=2']

@@ -144,6 +144,7 @@ def test_a_resume_with_nothing_to_train_evaluates(small):
     train(small, '--max_iters=4', '--eval_interval=4')
     printed = train(small, '--init_from=resume', '--max_iters=2')
     assert 'going on from out/ckpt.pt, iteration 4 of 2\n' in printed
+    assert 'note: out/ckpt.pt has all 4 iterations: to train on, raise max_iters=2\n' in printed
     assert re.findall(r'^step (\d+): train loss', printed, re.M) == ['4'] and 'iter 4' not in printed
 
 
@@ -468,7 +469,8 @@ def test_a_new_run_begins_with_another_runs_weights(small, form):
     end = '.pt' if form == 'whole' else '.dcp'
     before = (GPT if form == 'whole' else dcp).from_checkpoint(str(small / f'out/ckpt{end}'))[0].state_dict()
     still = ['--init_from=out', '--out_dir=tuned', '--learning_rate=0', '--min_lr=0', '--bias_update_speed=0.0']
-    assert 'going on from' not in train(small, *still, '--max_iters=2')
+    printed = train(small, *still, '--max_iters=2')
+    assert 'going on from' not in printed and f'beginning with the weights of out/ckpt{end}, iteration 3\n' in printed
     after = torch.load(small / 'tuned/ckpt.pt', weights_only=True)
     assert log(small, 'tuned')[1]['step'] == 0 and after['iter_num'] == 2
     assert after['optimizer']['state'][0]['step'] == 2 and after['model_args']['n_layer'] == 1
