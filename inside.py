@@ -19,7 +19,7 @@ import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
 import torch
 from torch.nn import functional as F
 
-from extras import decode, guard, scripts
+from extras import decode, guard, output, scripts
 from model import MoE
 from plot import read_log
 
@@ -336,7 +336,8 @@ def page(data, title):
     with open(os.path.join(here, 'extras', 'inside.html'), encoding='utf-8') as f:
         template = f.read()
     data = json.dumps(data, allow_nan=False, separators=(',', ':')).replace('<', '\\u003c')
-    return template.replace('TITLE', html.escape(visible(title))).replace('"DATA"', data)
+    template = template.replace('GENERATOR', output.MARK).replace('TITLE', html.escape(visible(title)))
+    return template.replace('"DATA"', data)
 
 
 def main():
@@ -348,6 +349,7 @@ def main():
     ])
     guard.need(path.endswith('.html') and os.path.isdir(os.path.dirname(path) or '.'),
                f'out={path!r} must end in .html, in a folder that is there')
+    output.check(path, [text])
     guard.check_device(device)
     words = scripts.read_text(text)
     model, checkpoint, tokenizer = scripts.load_checkpoint(out_dir, device)
@@ -364,8 +366,7 @@ def main():
              'iteration': checkpoint.get('iter_num'), 'parameters': model.get_num_params(),
              'active': model.get_num_active_params(), 'tokenizer': tokenizer.name}
     content = page(data, f'Inside {data["model"]}: {data["text"]}')
-    with open(path, 'w', encoding='utf-8', newline='\n') as f:
-        f.write(content)
+    output.write(path, content.encode(), [text])
     T = len(data['ids'])
     rest = f'; the file has {len(ids)}, the context holds {T}' if len(ids) > T else ''
     print(f'wrote {path}: {T} tokens{rest}; {len(content) / 1e6:.2f} MB')

@@ -9,11 +9,13 @@ The second draws by how much the smoothed training loss of each run differs from
 """
 
 import argparse
+import io
 import json
 import math
 import os
 
 from configurator import mistake  # whose import makes a mistake one line and exit code 2
+from extras import output
 
 
 def need(ok, message):
@@ -217,8 +219,11 @@ def main():
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
+    inputs = []
+
     def read(path):
         path = os.path.join(path, 'log.jsonl') if os.path.isdir(path) else path
+        inputs.append(path)
         header, train, evals = read_log(path)
         name = os.path.basename(os.path.dirname(os.path.abspath(path)))
         return name.replace('$', r'\$'), train, evals, header  # between two $ matplotlib reads formulas
@@ -239,11 +244,15 @@ def main():
     default = os.path.join(first, 'log.png' if len(logs + bases) == 1 else 'logs.png')
     out = default if args.out is None else args.out
     kinds = sorted(fig.canvas.get_supported_filetypes())
-    need(os.path.splitext(out)[1][1:].lower() in kinds, f'--out={out} must end in one of .{", .".join(kinds)}')
+    kind = os.path.splitext(out)[1][1:].lower()
+    need(kind in kinds, f'--out={out} must end in one of .{", .".join(kinds)}')
+    mark = {'metadata': {'Creator': output.MARK}} if kind in ('eps', 'pdf', 'png', 'ps', 'svg') else {}
+    drawn = io.BytesIO()
     try:
-        fig.savefig(out, dpi=130)
-    except (OSError, RuntimeError) as e:  # no such folder; a format whose program is missing
+        fig.savefig(drawn, format=kind, dpi=130, **mark)
+    except (OSError, RuntimeError) as e:  # a format whose program is missing
         raise mistake(f'--out={out} cannot be written: {e}') from None
+    output.write(out, drawn.getvalue(), inputs)
     print(f'wrote {out}')
 
 

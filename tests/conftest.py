@@ -170,6 +170,18 @@ def run(*args, cwd, ok=True, **kwargs):
     return printed + said
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond this size."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def writer_to(pipe, process):
     """The writing end of a named pipe, open once the process reads the other one."""
     while process.poll() is None:

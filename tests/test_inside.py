@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_inside, tiny_model
+from conftest import ROOT, full_disk, run_inside, tiny_model
 from test_decode import counting_model
 from test_sample import write_tokenizer
 from torch.nn import functional as F
@@ -345,7 +345,7 @@ def test_tokenizer_json_and_gpt2(tmp_path, tiktoken_cache, monkeypatch):
     (['--text='], "text='' must name the file"), (['--text=nowhere'], 'No such file'), (['--text=binary'], 'codec'),
     (['--text=short'], 'must have 4 at least'), (['--text=empty'], 'has 0 tokens'), (['--text=other'], 'does not know'),
     (['--out=text.txt'], 'must end in .html'), (['--out=nowhere/a.html'], 'must end in .html'),
-    (['--out=folder.html'], 'cannot be used: Is a dir'), (['--out_dir=nowhere', '--out=a.html'], 'is missing'),
+    (['--out=folder.html'], 'this program did not write it'), (['--out_dir=nowhere', '--out=a.html'], 'is missing'),
     (['--out_dir='], 'must name the folder'), (['--count_tokens=0'], 'positive'), (['--device=gpu'], 'cannot be used'),
     (['--map_bytes=0'], 'positive'), (['--tekst=a'], 'did you mean text'),
     (['--out_dir=nan', '--out=a.html'], 'finite'),
@@ -366,6 +366,29 @@ def test_mistakes(tmp_path, flags, message):
     assert code == 2 and message in said and said.count('\n') == 1, said
     assert sorted(tmp_path.rglob('*')) == before
     assert (tmp_path / 'text.txt').read_bytes() == b'(())'
+
+
+def test_what_a_page_replaces(tmp_path):
+    """An earlier page, whole or not at all; neither another file nor the text."""
+    write_checkpoint(tmp_path / 'out')
+    texts = {'text.txt': '(())', 'note.html': '<p>', 'page.html': '(()('}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / 'link.html').symlink_to('page.html')
+    args = str(ROOT / 'inside.py'), '--out_dir=out', '--device=cpu', '--count_tokens=64'
+    for flags in (['--text=text.txt', '--out=note.html'], ['--text=page.html', '--out=link.html']):
+        code, _, said = run_inside(*args, *flags, cwd=tmp_path)
+        assert code == 2 and 'did not write it' in said or 'is the file to read' in said
+        assert {name: (tmp_path / name).read_text() for name in texts} == texts
+    (tmp_path / 'page.html').unlink()
+    for _ in range(2):
+        code, _, said = run_inside(*args, '--text=text.txt', '--out=link.html', cwd=tmp_path)
+        assert code == 0 and (tmp_path / 'link.html').is_symlink(), said
+    before = (tmp_path / 'page.html').read_bytes()
+    with full_disk(20_000):
+        code, _, said = run_inside(*args, '--text=text.txt', '--out=link.html', cwd=tmp_path)
+    assert (code, said) == (2, 'link.html cannot be written: File too large\n')
+    assert (tmp_path / 'page.html').read_bytes() == before and not list(tmp_path.rglob('*.tmp'))
 
 
 # -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_inside, tiny_model, writer_to
+from conftest import ROOT, full_disk, run_inside, tiny_model, writer_to
 
 import plot
 
@@ -127,6 +127,35 @@ def test_where_it_cannot_be_drawn(log, out, words):
     code, _, said = run_inside(ROOT / 'plot.py', log, f'--out={out}', cwd=log.parent)
     assert code == 2 and words in said and len(said.splitlines()) == 1
     assert [path.name for path in log.parent.iterdir()] == ['log.jsonl'] and log.read_bytes() == before
+
+
+@pytest.mark.parametrize('kind', ['png', 'svg', 'pdf', 'eps', 'jpg'])
+def test_what_a_figure_replaces(log, kind):
+    """An earlier figure, whole or not at all. A file without the mark stays; some formats have no room for it."""
+    log.write_text('{"loss": 1, "step": 1}\n')                              # few panels are drawn faster
+    out, args = log.parent / f'a.{kind}', (ROOT / 'plot.py', log, f'--out=a.{kind}')
+    code, said, _ = run_inside(*args, cwd=log.parent)
+    assert (code, said) == (0, f'wrote a.{kind}\n')
+    before = out.read_bytes()
+    with full_disk(2000):
+        code, _, said = run_inside(*args, cwd=log.parent)
+    words = 'cannot be written: File too large' if kind != 'jpg' else 'is there, and this program did not write it'
+    assert code == 2 and said.startswith(f'a.{kind} {words}') and said.count('\n') == 1
+    assert out.read_bytes() == before and len(list(log.parent.iterdir())) == 2
+    if kind == 'png':
+        assert run_inside(*args, cwd=log.parent)[0] == 0
+        out.write_bytes(b"another program's")
+        assert run_inside(*args, cwd=log.parent)[0] == 2 and out.read_bytes() == b"another program's"
+
+
+def test_a_figure_does_not_replace_its_log(log):
+    from extras import output
+    log = log.rename(log.with_suffix('.png'))
+    with open(log, 'a') as f:
+        f.write(json.dumps({'note': output.MARK}))
+    before = log.read_bytes()
+    code, _, said = run_inside(ROOT / 'plot.py', log.name, f'--out={log}', cwd=log.parent)
+    assert code == 2 and 'is the file to read' in said and log.read_bytes() == before
 
 
 @pytest.mark.parametrize('name, words', [('nowhere', 'No such file'), ('.', './log.jsonl cannot be used: No such file'),
