@@ -18,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 import time
 
 import numpy as np
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from extras import folder, guard, scripts
 from extras.decode import Decoder
 from extras.scripts import all_reduce, autocast
-from model import Mistake, MoE, balance_and_load, first_line, save_checkpoint
+from model import Mistake, MoE, balance_and_load, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -242,23 +241,6 @@ def load_model(source, device):
     return model, checkpoint, tokenizer
 
 
-def load_prompts(split, tokenizer, block_size):
-    """[(prompt, answer)] of the data set's file, whose lines are a prompt, a tab and its answer."""
-    path = os.path.join(here, 'data', dataset, f'{split}_prompts.txt')
-    try:
-        with open(path, encoding='utf-8') as f:
-            pairs = [tuple(line.removesuffix('\n').split('\t')) for line in f]
-        lengths = [len(tokenizer.begin + tokenizer.encode(pair[0])) for pair in pairs]
-    except (OSError, ValueError) as e:  # not there, not UTF-8, or no tokens for a prompt
-        raise Mistake(f'{path} cannot be used ({first_line(e)}): run the prepare.py of {dataset}') from None
-    guard.need(pairs, f'{path} is empty')
-    for pair, length in zip(pairs, lengths):
-        guard.need(len(pair) == 2 and pair[0], f'{path}: a line is a prompt, a tab and its answer, not {pair!r}')
-        guard.need(length + max_new_tokens <= block_size, f'{path}: {pair[0]!r} and max_new_tokens={max_new_tokens} do '
-                   f'not fit in the checkpoint\'s block_size={block_size}')
-    return pairs
-
-
 def write_traces(questions, answer, end):
     """Rejection sampling (R1 section 2.3.3): to each prompt its first response that is right, well-formed and ended."""
     torch.manual_seed(seed)
@@ -270,13 +252,7 @@ def write_traces(questions, answer, end):
             if score.min() >= 1 and response[-1] == end:
                 accepted.setdefault(prompt, text.removesuffix('\n') + '\n')
     guard.need(accepted, f'{traces} is not written: none of {len(questions)} prompts has an accepted response')
-    try:
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(traces) or '.') as unfinished:
-            with open(os.path.join(unfinished, 'traces'), 'w', encoding='utf-8') as f:
-                f.writelines(prompt + text for prompt, text in accepted.items())
-            os.replace(f.name, traces)
-    except OSError as e:
-        raise Mistake(f'traces={traces!r} cannot be written: {e.strerror}') from None
+    scripts.write_whole('traces', traces, [prompt + text for prompt, text in accepted.items()])
     print(f'{len(accepted)} of {len(questions)} prompts have an accepted response of {group_size}: {traces}')
 
 
@@ -300,23 +276,26 @@ if __name__ == '__main__':
     ctx = autocast(device_type, dtype)
 
     # the model, its optimizer, and the frozen reference
-    path = os.path.join(out_dir, 'ckpt.pt')
+    path, best_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_best.pt'))
+    found = folder.last_checkpoint(out_dir, ['ckpt'])
     resume = init_from == 'resume'
     if ddp and not eval_only and store.check(['begun']):  # torchrun lost a rank and started all again
-        found = torch.tensor(int(os.path.exists(path)), device=device)
-        resume = resume or all_reduce(found, dist.ReduceOp.MIN).item() == 1  # all ranks or none
+        there = torch.tensor(int(os.path.exists(found)), device=device)
+        resume = resume or all_reduce(there, dist.ReduceOp.MIN).item() == 1  # all ranks or none
     source = out_dir if resume else init_from
     model, checkpoint, tokenizer = load_model(source, device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
     model.mtp.requires_grad_(False)  # not trained, though the optimizer counts them
-    iter_num, seconds = 0, 0.0
+    iter_num, seconds, best_accuracy = 0, 0.0, -math.inf
     config['reference'] = reference or init_from
     if resume:
         iter_num, seconds = checkpoint.get('iter_num'), checkpoint.get('seconds')
+        best_accuracy = checkpoint.get('best_accuracy', -math.inf)
         config['reference'] = reference or (checkpoint.get('config') or {}).get('reference')
-        guard.need((type(iter_num), type(seconds), type(config['reference'])) == (int, float, str) and iter_num >= 0,
-                   f'{path} was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
-        guard.load_optimizer(optimizer, checkpoint.get('optimizer'), path)
+        kinds = [type(x) for x in (iter_num, seconds, best_accuracy, config['reference'])]
+        guard.need(kinds == [int, float, float, str] and iter_num >= 0,
+                   f'{found} was not written by grpo.py: begin with --init_from={out_dir} and another out_dir')
+        guard.load_optimizer(optimizer, checkpoint.get('optimizer'), found)
     ends = all_reduce(torch.tensor([iter_num, -iter_num], device=device), dist.ReduceOp.MAX)
     guard.need(ends.sum() == 0, f'the ranks hold different checkpoints: {out_dir} must be one folder for all')
     meta, frozen = checkpoint.get('meta') or {}, None
@@ -330,7 +309,8 @@ if __name__ == '__main__':
     decoder = Decoder(model, compile)
 
     # the task
-    pairs = {split: load_prompts(split, tokenizer, model.config.block_size) for split in ('train', eval_split)}
+    data_dir, lengths = os.path.join(here, 'data', dataset), (max_new_tokens, model.config.block_size)
+    pairs = {split: scripts.load_prompts(data_dir, split, tokenizer, *lengths) for split in ('train', eval_split)}
     reward = scripts.load_reward(os.path.join(here, reward_file))
 
     def answer(questions, temperature):
@@ -349,7 +329,7 @@ if __name__ == '__main__':
         raise SystemExit
 
     def evaluate():
-        """Greedy answers to eval_prompts held-out prompts, shared out over the ranks -> a record to log."""
+        """Greedy answers to eval_prompts held-out prompts, shared out over the ranks -> accuracy, a record to log."""
         questions = pairs[eval_split][:eval_prompts]
         mine = questions[rank::world]
         sums = torch.zeros(3, device=device)
@@ -360,8 +340,8 @@ if __name__ == '__main__':
         if master:
             print(f'step {iter_num}: {eval_split} accuracy {accuracy:.1%}, format {form:.1%}, '
                   f'length {length:.1f}, after {seconds:.0f} s')
-        return {'step': iter_num, 'seconds': seconds, f'{eval_split}_accuracy': accuracy,
-                f'{eval_split}_format': form, f'{eval_split}_length': length}
+        return accuracy, {'step': iter_num, 'seconds': seconds, f'{eval_split}_accuracy': accuracy,
+                          f'{eval_split}_format': form, f'{eval_split}_length': length}
 
     def log(record):
         try:
@@ -371,8 +351,16 @@ if __name__ == '__main__':
         if wandb_log:
             wandb.log(record, step=record['step'])
 
+    def save(best):
+        """Write the last checkpoint, in train.py's format. It is also the best one if `best`, or if there is none."""
+        if master:
+            save_checkpoint({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': {},
+                             'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': math.inf,
+                             'config': config, 'meta': meta, 'seconds': seconds, 'best_accuracy': best_accuracy},
+                            path, best_path if best or best_accuracy == -math.inf else None)
+
     # whatever can fail comes before an earlier run's folder is renamed: an evaluation, wandb
-    record = evaluate()
+    accuracy, record = evaluate()
     if master:
         if wandb_log:
             import wandb
@@ -383,10 +371,15 @@ if __name__ == '__main__':
         log_file = scripts.open_log(log_path, scripts.header(model, config))
         log(record)
         if resume:
-            print(f'going on from {path}, iteration {iter_num}')
+            print(f'going on from {found}, iteration {iter_num} of {max_iters}'
+                  + '; to train on, raise max_iters' * (iter_num >= max_iters and not eval_only))
     if ddp:
         dist.barrier()  # all ranks are ready
         store.set('begun', '')  # a restart resumes from here on
+    if resume and not eval_only and accuracy > best_accuracy:  # a signal had come before this evaluation
+        best_accuracy = accuracy
+        save(best=True)
+    signals = scripts.catch_signals()
 
     # the loop
     options = {k: config[k] for k in ('mu', 'clip_low', 'clip_high', 'kl_coef', 'length_norm', 'max_new_tokens',
@@ -423,9 +416,9 @@ if __name__ == '__main__':
         # log
         cut = sum(response[-1] != end for response in responses)
         sums = torch.tensor([rewards.sum(), *scores.sum(dim=0), sum(map(len, responses)), cut,
-                             idle.sum() * group_size])
+                             idle.sum() * group_size, len(signals)])
         sums = all_reduce(sums.to(device)) / (prompts_per_iter * group_size)
-        reward_mean, accuracy, form, length, cut, zero_advantage = sums.tolist()
+        reward_mean, accuracy, form, length, cut, zero_advantage, signalled = sums.tolist()
         dt = time.time() - t0
         seconds += dt
         if master:
@@ -445,15 +438,21 @@ if __name__ == '__main__':
                       f'{dataset}? The response {text!r} to {prompt!r}, answer {right!r}, gets 0')
         iter_num += 1
 
-        # evaluate and save
-        if iter_num % eval_interval == 0 or iter_num == max_iters:
+        # evaluate and save; after a signal to any rank, all ranks leave after the same iteration
+        due = iter_num % eval_interval == 0 or iter_num == max_iters
+        if due or signalled:
             scripts.check_weights(model, path)
-            record = evaluate()
+        if signalled:
+            save(best=False)
+            if master:
+                print(f'stopped by a signal before iteration {iter_num}; add --init_from=resume to go on from {path}')
+            break
+        if due:
+            accuracy, record = evaluate()
             if master:
                 log(record)
-                save_checkpoint({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': {},
-                                 'model_args': model_args, 'iter_num': iter_num, 'best_val_loss': math.inf,
-                                 'config': config, 'meta': meta, 'seconds': seconds}, path)  # train.py's format
+            improved, best_accuracy = accuracy > best_accuracy, max(best_accuracy, accuracy)
+            save(best=improved)
 
     if wandb_log and master:
         wandb.finish()

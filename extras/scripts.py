@@ -10,8 +10,10 @@ import platform
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from datetime import timedelta
 
@@ -30,6 +32,17 @@ def read_text(path):
             return f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise Mistake(f'{path} cannot be read: {first_line(e)}') from None
+
+
+def write_whole(setting, path, lines):
+    """Write the lines to the new file that a setting names: it is whole, or not there."""
+    try:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or '.') as unfinished:
+            with open(os.path.join(unfinished, 'new'), 'w', encoding='utf-8') as f:
+                f.writelines(lines)
+            os.replace(f.name, path)
+    except OSError as e:
+        raise Mistake(f'{setting}={path!r} cannot be written: {e.strerror}') from None
 
 
 def failed_at(error, path):
@@ -144,6 +157,37 @@ def load_reward(path):
         return accuracy, form
 
     return checked
+
+
+def load_prompts(data_dir, split, tokenizer, max_new_tokens, block_size):
+    """[(prompt, answer)] of a data set's file, whose lines are a prompt, a tab and its answer."""
+    path = os.path.join(data_dir, f'{split}_prompts.txt')
+    try:
+        with open(path, encoding='utf-8') as f:
+            pairs = [tuple(line.removesuffix('\n').split('\t')) for line in f]
+        lengths = [len(tokenizer.begin + tokenizer.encode(pair[0])) for pair in pairs]
+    except (OSError, ValueError) as e:  # not there, not UTF-8, or no tokens for a prompt
+        raise Mistake(f'{path} cannot be used ({first_line(e)}): run the prepare.py of {data_dir}') from None
+    guard.need(pairs, f'{path} is empty')
+    for pair, length in zip(pairs, lengths):
+        guard.need(len(pair) == 2 and pair[0], f'{path}: a line is a prompt, a tab and its answer, not {pair!r}')
+        guard.need(length + max_new_tokens <= block_size, f'{path}: {pair[0]!r} and max_new_tokens={max_new_tokens} do '
+                   f'not fit in the checkpoint\'s block_size={block_size}')
+    return pairs
+
+
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C only append to the list that is returned; a second Ctrl-C ends at once."""
+    caught = []
+
+    def on_signal(number, frame):
+        if number == signal.SIGINT and caught:
+            os._exit(130)
+        caught.append(number)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    return caught
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import forks
 import pytest
@@ -19,7 +20,7 @@ from conftest import ROOT, copy_project, run, run_inside, tiny_model
 
 import grpo
 import model as model_module
-from extras import guard, tokenizer
+from extras import guard, scripts, tokenizer
 from extras.decode import Decoder
 
 STOP = 0
@@ -237,6 +238,7 @@ def test_a_policy_that_computes_nan():
 
 TWO_RANKS = '''
 import sys
+import time
 import torch
 import torch.distributed as dist
 import grpo
@@ -594,18 +596,15 @@ def test_a_task_of_ones_own(clone):
     assert 'step 2: val accuracy' in said and (clone / 'out-grpo-letters/ckpt.pt').exists()
 
 
-def test_prompts_end_at_newlines_alone(tmp_path, monkeypatch):
+def test_prompts_end_at_newlines_alone(tmp_path):
     """A line separator, a form feed or U+0085 is a character of a prompt or an answer."""
     said = 'a\u2028b\fc\x85d'
-    (tmp_path / 'data/odd').mkdir(parents=True)
-    (tmp_path / 'data/odd/train_prompts.txt').write_text(f'{said}\tx\u2029y\nb\t\n', encoding='utf-8')
-    monkeypatch.setattr(grpo, 'here', tmp_path)
-    monkeypatch.setattr(grpo, 'dataset', 'odd')
+    (tmp_path / 'train_prompts.txt').write_text(f'{said}\tx\u2029y\nb\t\n', encoding='utf-8')
     letters = tokenizer.characters({ch: i for i, ch in enumerate(said)}, dict(enumerate(said)))
-    assert grpo.load_prompts('train', letters, 100) == [(said, 'x\u2029y'), ('b', '')]
-    (tmp_path / 'data/odd/train_prompts.txt').write_text('')
+    assert scripts.load_prompts(tmp_path, 'train', letters, 40, 100) == [(said, 'x\u2029y'), ('b', '')]
+    (tmp_path / 'train_prompts.txt').write_text('')
     with pytest.raises(model_module.Mistake, match='is empty'):
-        grpo.load_prompts('train', letters, 100)
+        scripts.load_prompts(tmp_path, 'train', letters, 40, 100)
 
 
 def test_rejected_traces_are_refused(workshop):
@@ -630,15 +629,107 @@ def test_traces_are_not_written_over(workshop):
     assert (workshop / 'mine.txt').read_text() == 'months of work\n'
 
 
-def test_ctrl_c_says_one_line(workshop):
-    """In the middle of a run."""
-    child = subprocess.Popen([sys.executable, '-u', 'grpo.py', *GRPO, '--max_iters=10000', '--out_dir=out-interrupted'],
-                             cwd=workshop, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not child.stdout.readline().startswith('iter 1:'):
-        assert child.poll() is None, child.stderr.read()
-    child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 130 and said == 'interrupted\n'
+@contextlib.contextmanager
+def running(folder, *flags, until):
+    """grpo.py, from the moment when it has printed `until`; and the path of what it prints."""
+    path = folder / 'printed'
+    with open(path, 'wb') as out:
+        process = forks.Process(['grpo.py', *GRPO, *flags], folder, {**os.environ, 'OMP_NUM_THREADS': '1'}, out, out)
+    try:
+        end = time.monotonic() + 60
+        while until not in path.read_text():
+            assert time.monotonic() < end, path.read_text()
+            time.sleep(0.02)
+        yield process, path
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint(workshop, number):
+    """After the iteration, and the run goes on as an uninterrupted one. Once, what followed an evaluation was lost."""
+    out = f'out-signal{number}'
+    flags = ['--reward_file=odd.py', '--eval_interval=1000', '--decay_lr=False']
+    with running(workshop, *flags, f'--out_dir={out}', '--max_iters=10000', until='iter 1:') as (process, path):
+        process.kill(number)
+        assert process.wait(60) == 0
+        said = path.read_text().splitlines()[-1]
+    stopped = int(re.fullmatch(r'stopped by a signal before iteration (\d+); add --init_from=resume to go on from '
+                               f'{out}/ckpt.pt', said)[1])
+    assert torch.load(workshop / out / 'ckpt.pt')['iter_num'] == stopped >= 2
+    assert os.path.samefile(workshop / out / 'ckpt.pt', workshop / out / 'ckpt_best.pt')  # there is no other
+    flags.append(f'--max_iters={stopped + 1}')
+    inside('grpo.py', *GRPO, *flags, f'--out_dir={out}', '--init_from=resume', cwd=workshop)
+    inside('grpo.py', *GRPO, *flags, '--out_dir=out-no-signal', cwd=workshop)
+    ended, whole = (torch.load(workshop / name / 'ckpt.pt')['model'] for name in (out, 'out-no-signal'))
+    assert all(torch.equal(ended[name], whole[name]) for name in whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(workshop):
+    """The first one waits for the iteration, which here takes a minute."""
+    (workshop / 'slow.py').write_text("""
+import time
+calls = 0
+def reward(prompt, response, answer):
+    global calls
+    calls += 1
+    if calls == 10:  # an evaluation has 8 calls
+        print('slow', flush=True)
+        end = time.time() + 60
+        while time.time() < end:
+            time.sleep(0.01)
+    return 0, 0
+""")
+    with running(workshop, '--reward_file=slow.py', '--out_dir=out-slow', until='\nslow\n') as (process, _):
+        process.kill(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.kill(signal.SIGINT)
+        assert process.wait(5) == 130
+
+
+def test_a_signal_to_one_rank_ends_both_after_the_same_iteration(workshop):
+    """Rank 1 gets it in its rollout of iteration 1: 4 calls of an evaluation, 8 of an iteration."""
+    (workshop / 'signals.py').write_text("""
+import os, signal
+calls = 0
+def reward(prompt, response, answer):
+    global calls
+    calls += 1
+    if os.environ['RANK'] == '1' and calls == 13:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return sum(map(ord, response)) % 2, 1
+""")
+    said = torchrun('grpo.py', *GRPO, '--reward_file=signals.py', '--out_dir=out-two-signals', cwd=workshop)
+    assert said.count('stopped by a signal before iteration 2; ') == 1
+    assert torch.load(workshop / 'out-two-signals/ckpt.pt')['iter_num'] == 2
+
+
+def test_the_best_checkpoint_stays_beside_the_last(workshop):
+    """Its evaluation's accuracy is the highest, and of equal ones the first; a resume remembers it, and an evaluation
+    at its start counts.
+    """
+    (workshop / 'scores.py').write_text("""
+import os
+calls, scores = 0, list(map(float, os.environ['SCORES'].split()))
+def reward(prompt, response, answer):
+    global calls
+    calls += 1
+    return scores[(calls - 1) // 24], sum(map(ord, response)) % 2  # 8 calls of an evaluation, 16 of an iteration
+""")
+    flags = ['--reward_file=scores.py', '--out_dir=out-best', '--eval_interval=1']
+
+    def best_and_last(scores, *more):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv('SCORES', scores)
+            inside('grpo.py', *GRPO, *flags, *more, cwd=workshop)
+        saved = [torch.load(workshop / 'out-best' / name) for name in ('ckpt_best.pt', 'ckpt.pt')]
+        return *(checkpoint['iter_num'] for checkpoint in saved), saved[1]['best_accuracy']
+
+    assert best_and_last('1 .25 .5 .5 .125', '--max_iters=4') == (2, 4, 0.5)  # the start is not saved: it is not best
+    assert best_and_last('.125 .5 .25', '--max_iters=6', '--init_from=resume') == (2, 6, 0.5)
+    assert best_and_last('.75 .5', '--max_iters=7', '--init_from=resume') == (6, 7, 0.75)
+    assert best_and_last('1', '--init_from=resume', '--eval_only=True') == (6, 7, 0.75)
 
 
 def test_ranges(monkeypatch):
