@@ -25,11 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from extras.compare import check_export
-from extras.folder import copy_tokenizer
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
 from extras.integrity import check_finite
 from extras.scripts import open_checkpoint
-from extras.tokenizer import character_tokenizer, gpt2_tokenizer, of_checkpoint
+from extras.tokenizer import character_tokenizer, copy_tokenizer, gpt2_tokenizer, of_checkpoint, tokenizer_files
 from model import GPT, Mistake, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -230,6 +229,7 @@ def memory_estimate(config, bytes_per_weight):
 def import_folder(hf_dir, out_dir):
     out_dir = check_new(out_dir)
     config, tensors = open_folder(hf_dir)
+    tokenizer_files(hf_dir)  # what is wrong with them is said before the weights are read
     try:
         of_checkpoint(hf_dir, vocab_size=config.vocab_size)
     except Mistake as e:

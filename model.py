@@ -595,14 +595,14 @@ def is_out_of_memory(error):
 
 
 CHECKS = [  # fields, a test of each value x (c: the config), the test in words; a default of -1 always passes
-    ('block_size vocab_size n_layer n_head n_embd rms_norm_eps initializer_range kv_lora_rank qk_nope_head_dim '
-     'qk_rope_head_dim v_head_dim rope_theta moe_intermediate_size intermediate_size mtp_n_layer '
-     'rope_original_max_position_embeddings rope_beta_fast rope_beta_slow', lambda x, c: x > 0, 'must be positive'),
+    ('block_size vocab_size n_layer mtp_n_layer n_head rms_norm_eps initializer_range kv_lora_rank qk_nope_head_dim '
+     'qk_rope_head_dim rope_beta_slow rope_theta moe_intermediate_size intermediate_size n_embd rope_beta_fast '
+     'v_head_dim rope_original_max_position_embeddings', lambda x, c: 1e-300 < x < 2**31, 'must be positive, < 2**31'),
     ('q_lora_rank n_routed_experts n_shared_experts num_experts_per_tok first_k_dense_replace routed_scaling_factor '
      'bias_update_speed aux_loss_alpha num_nextn_predict_layers mtp_lambda rope_mscale rope_mscale_all_dim',
-     lambda x, c: x >= 0, 'must not be negative'),
+     lambda x, c: 0 <= x < 2**31, 'must not be negative, nor 2**31 or more'),
     ('dropout', lambda x, c: 0 <= x < 1, 'must lie in [0, 1)'),
-    ('rope_factor', lambda x, c: x >= 1, 'must be at least 1 (1: no YaRN)'),
+    ('rope_factor', lambda x, c: x == 1 or 1 < x < 2**31 and c.rope_theta > 2, 'must be 1 or more, and rope_theta > 2'),
     ('n_head', lambda x, c: c.n_embd % x == 0, 'must divide n_embd={n_embd}'),
     ('qk_rope_head_dim', lambda x, c: x % 2 == 0, 'must be even: RoPE rotates pairs'),
     ('first_k_dense_replace', lambda x, c: x <= c.n_layer, 'must lie in 0..n_layer={n_layer}'),

@@ -183,8 +183,8 @@ if ddp and scripts and store.check(['begun']) and max_over_ranks(os.path.exists(
     init_from = 'resume'  # torchrun lost a rank and has restarted all ranks
 if init_from != 'resume':  # another run's checkpoint, the one that sample.py reads
     path = guard.last_checkpoint(init_from, ['ckpt']) if guard else os.path.join(init_from, 'ckpt.pt')
-elif guard:
-    guard.check_path(path, max_over_ranks)
+if guard:
+    guard.check_path(init_from, path, overrides, max_over_ranks)
 
 torch.manual_seed(seed)
 parallel = import_extra('parallel', 'shard or expert_parallel') if sharded else None

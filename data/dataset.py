@@ -154,12 +154,8 @@ def tokenizer_files(folder):
     """{name: bytes} of the folder that --tokenizer names, if any. They go with the data, and train.py copies them to
     the checkpoint.
     """
-    from extras.tokenizer import TOKENIZER_FILES
-    found = {}
-    for name in TOKENIZER_FILES if folder else ():
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), 'rb') as f:
-            found[name] = f.read()
-    return found
+    from extras import tokenizer
+    return tokenizer.tokenizer_files(folder) if folder else {}
 
 
 def lock(folder):

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import model as model_file
-from extras.integrity import check_checkpoint, crc32_of
+from extras.integrity import check_checkpoint, check_context, check_stored, check_tensors, crc32_of
 from model import GPT, GPTConfig, Mistake, PlainUnpickler, first_line, sync_folder
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one process is one process
@@ -179,11 +179,33 @@ def load_optimizer(state, params=None):
     return {'state': entries, 'param_groups': state['param_groups']}
 
 
+def check_shards(path, config):
+    """ValueError if the tensors that .metadata names are not those of the config's model, or have more bytes than the
+    folder.
+    """
+    sizes = {file.name: file.stat().st_size for file in os.scandir(path) if file.is_file()}
+    metadata = Reader(path).read_metadata()
+    if not {part.relative_path for part in metadata.storage_data.values()} <= set(sizes):
+        raise ValueError('.metadata names something else than files of the folder')
+    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype, device='meta')
+               for name, about in metadata.state_dict_metadata.items()}
+    needed, size = sum(x.nbytes for x in tensors.values()), sum(sizes.values())
+    if needed > size:
+        raise ValueError(f'its tensors are {needed:,} bytes, and it has {size:,}')
+    weights = {name.removeprefix('model.'): x for name, x in tensors.items() if name.startswith('model.')}
+    if config.tie_word_embeddings:
+        weights['lm_head.weight'] = weights['transformer.wte.weight']
+    check_tensors(config, weights, size)
+
+
 def from_checkpoint(path, device='cpu', assign=False, with_optimizer=True, **overrides):
     """As GPT.from_checkpoint(), for a sharded one. With assign, the tensors stay in its files: see load_optimizer()."""
     try:
+        check_stored(os.path.join(path, 'rest.pt'))
         rest = torch.load(os.path.join(path, 'rest.pt'), map_location='cpu', weights_only=True)
         config = GPTConfig(**rest['model_args'])
+        check_shards(path, config)
+        check_context(path, replace(config, **overrides))
         rest['optimizer']['folder'] = path
         with torch.device('meta') if assign else contextlib.nullcontext():
             model = GPT(replace(config, **overrides))

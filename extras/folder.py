@@ -9,7 +9,7 @@ import shutil
 
 import torch
 
-from extras.tokenizer import TOKENIZER_FILES
+from extras.tokenizer import copy_tokenizer, tokenizer_files
 from model import Mistake
 
 locks = []  # open files, because closing a file ends its lock
@@ -20,9 +20,11 @@ def last_checkpoint(out_dir, last=('ckpt', 'ckpt_last')):
     def iteration(path):
         try:
             path = os.path.join(path, 'rest.pt') if path.endswith('.dcp') else path
-            return torch.load(path, map_location='meta', weights_only=True, mmap=True)['iter_num']
+            if os.path.isfile(path):  # no pipe, which would never answer
+                return torch.load(path, map_location='meta', weights_only=True, mmap=True)['iter_num']
         except Exception:  # damaged, or another program's: the error comes when it is opened
-            return math.inf
+            pass
+        return math.inf
 
     for names in (last, ('ckpt_best',)):
         paths = [os.path.join(out_dir, name + end) for name in names for end in ('.pt', '.dcp')]
@@ -37,13 +39,6 @@ def missing(path):
     kept = sorted(map(os.path.relpath, glob.glob(f'{glob.escape(out_dir)}.old*')))
     hint = f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
     return f'{path} is missing: train a model first, or name the out_dir it is in{hint}'
-
-
-def copy_tokenizer(source, target):
-    """Copy the tokenizer's files, if `source` has any: a data set and each run keep their own copy."""
-    for name in TOKENIZER_FILES:
-        if os.path.exists(os.path.join(source, name)):
-            shutil.copy(os.path.join(source, name), os.path.join(target, name))
 
 
 def lock(folder, out_dir):
@@ -79,6 +74,7 @@ def take(out_dir, tokenizer_from=None, *must_stay):
         earlier = os.path.isdir(folder) and any(name.startswith(('ckpt', 'log.jsonl')) for name in os.listdir(folder))
         if tokenizer_from is None:
             return lock(folder, out_dir)
+        tokenizer_files(tokenizer_from)  # what is wrong with them is said before anything is written
         if earlier:
             check_rename(out_dir, folder, (os.getcwd(), os.path.dirname(__file__), tokenizer_from, *must_stay))
             lock(folder, out_dir)

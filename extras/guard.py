@@ -10,8 +10,8 @@ import socket
 import numpy as np
 import torch
 
-from extras.folder import begin, last_checkpoint, missing  # noqa: F401 (train.py calls guard.begin)
-from extras.integrity import as_prepared, check_checkpoint, check_finite, check_run
+from extras.folder import begin, last_checkpoint  # noqa: F401 (train.py calls guard.begin)
+from extras.integrity import as_prepared, check_checkpoint, check_context, check_finite, check_path, check_run  # noqa: F401
 from extras.optim import load_optimizer  # noqa: F401 (train.py and grpo.py call guard.load_optimizer)
 from extras.tokenizer import check_data
 from model import Mistake, first_line, is_out_of_memory
@@ -162,16 +162,9 @@ def check_tokens(data, model_config, config, meta, max_over_ranks):
              f'holds only tokens below {top + 1}: run prepare.py again, or set --vocab_size={top + 1}')
 
 
-def check_path(path, max_over_ranks):
-    """Mistake on all ranks if a machine lacks the checkpoint: the others would wait long for it."""
-    here, absent = max_over_ranks(os.path.exists(path)), max_over_ranks(not os.path.exists(path))
-    need(not (here and absent), f'{path} is missing on some machines: {os.path.dirname(path)} must be one folder for '
-         'all of them')
-    need(here, missing(path))
-
-
 def check_fit(init_from, path, model, found, config, overrides, meta, max_over_ranks):
     """Mistake if the checkpoint `found` at `path`, or the folder init_from, does not fit the settings or the data."""
+    check_context(config['out_dir'], model.config)
     if init_from == 'scratch':
         return
     if found:

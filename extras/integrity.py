@@ -1,19 +1,23 @@
 """
-Are a checkpoint's bytes those that were written? Each script asks when it has opened one, before it uses the weights.
+Does a checkpoint hold the model that its config names, and are its bytes those that were written? Each script asks the
+first before it builds that model, and the second before it uses the weights. Then train.py asks check_run() whether it
+can begin with the checkpoint.
 
-Then train.py asks check_run() whether it can begin with it.
 A .pt file is a zip file with the CRC-32 of each of its parts; a sharded checkpoint keeps its files' CRC-32 in rest.pt.
 A data set's meta.pkl keeps the CRC-32 of its .bin files. Checking reads every byte once: 0.3 s for 1 GB from memory.
 A safetensors file has no checksum: a changed weight is found only if it is not finite.
 """
 
 import os
+import re
 import zipfile
 import zlib
+from dataclasses import replace
 
 import torch
 
-from model import Mistake, first_line
+from extras.folder import missing
+from model import GPT, GPTConfig, Mistake, first_line, is_out_of_memory
 
 OTHER = '{} has another checksum than was written'
 ADVICE = 'restore it from a copy, or take another checkpoint'
@@ -45,6 +49,74 @@ def check_run(init_from, path, checkpoint, config, max_over_ranks):
         print(f'beginning with the weights of {path}, iteration {number}')
     elif number >= config['max_iters'] and not config['eval_only']:
         print(f'note: {path} has all {number} iterations: to train on, raise max_iters={config["max_iters"]}')
+
+
+def check_path(init_from, path, overrides, max_over_ranks):
+    """For train.py. Mistake on all ranks if a machine lacks the checkpoint: the others would wait long for it."""
+    if init_from == 'scratch' or init_from != 'resume' and not os.path.exists(path):
+        return
+    here, absent = max_over_ranks(os.path.exists(path)), max_over_ranks(not os.path.exists(path))
+    if here and absent:
+        raise Mistake(f'{path} is missing on some machines: {os.path.dirname(path)} must be one folder for all of them')
+    if absent:
+        raise Mistake(missing(path))
+    if path.endswith('.pt'):
+        check_sizes(path, **overrides)
+
+
+def check_context(path, config):
+    """Mistake if the tables of cos and sin alone would take gigabytes. No weight has the context's size."""
+    if config.block_size * config.qk_rope_head_dim > 2**27:  # a million tokens of V3's 64, and twice as many
+        raise Mistake(f'{path}: a context of {config.block_size:,} tokens is too long for RoPE over '
+                      f'{config.qk_rope_head_dim} numbers: their product may be {2**27:,}')
+
+
+def check_sizes(path, **overrides):
+    """Mistake if the config of the .pt file at `path` asks for another model than its tensors make. Call it before that
+    model is built. overrides: as in GPT.from_checkpoint()
+    """
+    try:
+        check_stored(path)
+        found = torch.load(path, map_location='meta', weights_only=True, mmap=True)
+        tensors = {name.removeprefix('_orig_mod.'): x for name, x in found['model'].items()}
+        config = GPTConfig(**found['model_args'])
+        if 'transformer.wpe.weight' not in tensors:  # nanoGPT's, of which from_checkpoint() tells
+            check_tensors(config, tensors, os.path.getsize(path))
+    except Exception as e:  # damaged, or another program's
+        if is_out_of_memory(e):
+            raise
+        raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+    check_context(path, replace(config, **overrides))
+
+
+def check_stored(path):
+    """ValueError if a .pt file is a pipe, which never answers, or compressed, so that a little becomes a lot."""
+    if not os.path.isfile(path):
+        raise ValueError('it is no regular file')
+    with zipfile.ZipFile(path) as file:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+            raise ValueError('its parts are compressed, as torch never writes them')
+
+
+def check_tensors(config, tensors, size):
+    """ValueError if the tensors, of `size` bytes together, are not those of a model of this config."""
+    D = config.num_nextn_predict_layers
+    for there, asked, what in ((r'transformer\.h\.(\d+)\.', config.n_layer, 'n_layer'),
+                               (r'mtp\.(\d+)\.', D, 'num_nextn_predict_layers'),
+                               (r'mtp\.0\.h\.(\d+)\.', config.mtp_n_layer if D else 0, 'mtp_n_layer')):
+        n = len({m[1] for m in (re.match(there, name) for name in tensors) if m})
+        if n != asked:
+            raise ValueError(f'{what}={asked}, and there are weights for {n}')
+    with torch.device('meta'):
+        wanted = GPT(config).state_dict()
+    for name in wanted:
+        if name not in tensors or tensors[name].shape != wanted[name].shape:
+            raise ValueError(f'{name} has the shape {list(tensors[name].shape) if name in tensors else None}, '
+                             f'and the config asks for {list(wanted[name].shape)}')
+    tied = {'transformer.wte.weight'} if config.tie_word_embeddings else set()
+    needed = sum(x.numel() * tensors[name].itemsize for name, x in wanted.items() if name not in tied)
+    if needed > size:
+        raise ValueError(f'its weights are {needed:,} bytes, and it has {size:,}')
 
 
 def check_finite(path, state, max_over_ranks=int):

@@ -75,6 +75,7 @@ def open_checkpoint(out_dir, device='cpu', assign=False, **overrides):
         path = os.path.relpath(os.path.realpath(path))  # the run may set the link to another one meanwhile
         model, checkpoint = dcp.from_checkpoint(path, device, with_optimizer=False, **overrides)
     else:
+        integrity.check_sizes(path, **overrides)
         with torch.device('meta') if assign else contextlib.nullcontext():
             model, checkpoint = GPT.from_checkpoint(path, device, assign, **overrides)
     integrity.check_checkpoint(path, model, checkpoint)

@@ -3,20 +3,25 @@ The tokenizers that a checkpoint can speak: the characters of its data, GPT-2's 
 with it from Hugging Face. If there is no such tokenizer, every function here raises a Mistake.
 """
 
+import base64
+import contextlib
 import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from extras.files import mistake, read_bytes, read_table
+
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
-
-
-def mistake(text, error=''):
-    """A model.Mistake. model.py imports torch, which takes seconds: the prepare scripts do without it."""
-    from model import Mistake, first_line
-    return Mistake(text + (first_line(error) if error else ''))
+SETTINGS = {  # of the two other files
+    'tokenizer_class', 'bos_token', 'eos_token', 'unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token',
+    'additional_special_tokens', 'extra_special_tokens', 'added_tokens_decoder', 'add_bos_token', 'add_eos_token',
+    'add_prefix_space', 'chat_template', 'clean_up_tokenization_spaces', 'errors', 'legacy', 'model_input_names',
+    'model_max_length', 'padding_side', 'truncation_side', 'spaces_between_special_tokens', 'split_special_tokens',
+    'use_default_system_prompt'}
 
 
 class Tokenizer(NamedTuple):
@@ -69,18 +74,6 @@ def gpt2(special=True):
     return Tokenizer("GPT-2's byte-level BPE", encode, decode, bpe.n_vocab, [], bpe.eot_token)
 
 
-def read_table(path):
-    """A JSON file that holds a table."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            table = json.load(f)
-        if type(table) is not dict:
-            raise ValueError('it holds no table')
-    except (OSError, ValueError, RecursionError) as e:
-        raise mistake(f'{path} cannot be read: ', e) from None
-    return table
-
-
 def read_config(folder):
     """The config.json of a folder in Hugging Face's format."""
     if not os.path.exists(os.path.join(folder, 'config.json')):
@@ -91,8 +84,74 @@ def read_config(folder):
 
 
 def sha256_of(path):
-    with open(path, 'rb') as f:
-        return hashlib.sha256(f.read()).hexdigest()
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def tokenizer_files(folder):
+    """{name: bytes} of the files that travel with a tokenizer. Settings that are not in SETTINGS stay behind: others
+    may name code, as auto_map does.
+    """
+    found = {}
+    for path in (os.path.join(folder, name) for name in TOKENIZER_FILES):
+        if not os.path.exists(path):
+            continue
+        data = read_bytes(path)
+        if not path.endswith('tokenizer.json'):
+            table = read_table(path)
+            known = {key: table[key] for key in table if key in SETTINGS}
+            data = data if known == table else json.dumps(known, indent=2).encode() + b'\n'
+        found[os.path.basename(path)] = data
+    return found
+
+
+def copy_tokenizer(source, target):
+    """Copy the tokenizer's files, if `source` has any: a data set and each run keep their own copy."""
+    for name, data in tokenizer_files(source).items():
+        with open(os.path.join(target, name), 'wb') as f:
+            f.write(data)
+
+
+@contextlib.contextmanager
+def rust(message=''):
+    """What the library tokenizers raises becomes a Mistake. A panic of it is no Exception, and prints a backtrace to
+    the standard error output, which is held back.
+    """
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    except BaseException as e:
+        if isinstance(e, Exception) or type(e).__name__ == 'PanicException':
+            raise mistake(message, e) from None
+        raise
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def check_growth(table):
+    """A ValueError if a tokenizer.json may make a text a thousand times longer: forty steps that double it, say."""
+    growth, steps = 1.0, [table]
+    while steps:
+        step = steps.pop()
+        steps += step if type(step) is list else [step.get(key) for key in (
+            'normalizer', 'normalizers', 'pre_tokenizer', 'pretokenizers', 'decoder', 'decoders')
+            if type(step.get(key)) in (dict, list)]
+        if type(step) is list:
+            continue
+        content, pattern = step.get('content') or '', step.get('pattern')
+        if step.get('type') == 'Replace':  # an expression may match between any two characters
+            size = len(pattern.get('String') or '')
+            growth *= max(1, len(content) / size) if size else 1 + len(content)
+        elif step.get('type') == 'Prepend':
+            growth *= 1 + len(step.get('prepend') or '')
+        elif step.get('type') == 'Precompiled':  # a table of 4 + n bytes, then texts that replace others
+            texts = base64.b64decode(step.get('precompiled_charsmap') or '')
+            growth *= 1 + max(map(len, texts[4 + int.from_bytes(texts[:4], 'little'):].split(b'\0')))
+    if growth > 1000:
+        raise ValueError('its steps may make a text more than 1,000 times longer')
 
 
 def from_folder(folder, special=True):
@@ -105,15 +164,14 @@ def from_folder(folder, special=True):
     path, settings_path = (os.path.join(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json'))
     settings = read_table(settings_path) if os.path.exists(settings_path) else {}
     import tokenizers
-    try:
-        sha256 = sha256_of(path)
-        bpe = tokenizers.Tokenizer.from_file(path)
+    data = read_bytes(path)
+    with rust(f'{path} cannot be read: '):
+        check_growth(json.loads(data))
+        bpe = tokenizers.Tokenizer.from_buffer(data)
         bpe.no_truncation()
         bpe.no_padding()
         added = bpe.encode('').ids
         bpe.encode_special_tokens = not special
-    except Exception as e:  # tokenizers raises plain Exceptions
-        raise mistake(f'{path} cannot be read: ', e) from None
 
     def id_of(name):
         """The id of a special token, given as a string or as a table with its content."""
@@ -121,16 +179,20 @@ def from_folder(folder, special=True):
         token = token.get('content') if isinstance(token, dict) else token
         return bpe.token_to_id(token) if isinstance(token, str) else None
 
+    def ids(text):
+        with rust():
+            return bpe.encode(text, add_special_tokens=False).ids
+
     def knows(text):
         try:
-            return bpe.encode(text, add_special_tokens=False) is not None
-        except Exception:
+            return ids(text) is not None
+        except ValueError:
             return False
 
     def encode(text):
         try:
-            return bpe.encode(text, add_special_tokens=False).ids
-        except Exception as e:  # a text that it has no tokens for
+            return ids(text)
+        except ValueError as e:  # a text that it has no tokens for
             characters = sorted(set(text))
             unknown = [ch for ch in characters if not knows(ch)]
             if 0 < len(unknown) < len(characters):  # a tokenizer of words knows no character
@@ -139,12 +201,16 @@ def from_folder(folder, special=True):
                 what = f'all of {text[:80]!r}'
             raise mistake(f'{path} does not know {what}: ', e) from None
 
+    def decode(ids):
+        with rust(f'{path} cannot spell the tokens: '):
+            return bpe.decode(ids)
+
     begin, end = id_of('bos_token'), id_of('eos_token')
     if added and added[-1] == end and (len(added) > 1 or begin != end):  # a template that ends texts too
         added = added[:-1]
     if not added and begin is not None and settings.get('add_bos_token'):
         added = [begin]
-    return Tokenizer(path, encode, bpe.decode, bpe.get_vocab_size(), added, end, sha256)
+    return Tokenizer(path, encode, decode, bpe.get_vocab_size(), added, end, hashlib.sha256(data).hexdigest())
 
 
 def check_same(folder, meta, tokens):

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import shutil
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -428,6 +430,53 @@ def test_a_malicious_pickle_runs_nothing(trained, monkeypatch, kind):
         expect(trained, 'sample.py', ['--device=cpu', '--start=0'], 'no checkpoint of this model')
         expect(trained, 'convert.py', ['export', '--out_dir=out', '--hf_dir=hf'], 'no checkpoint of this model')
     assert not canary.exists()
+
+
+def larger_than_the_file(trained):
+    """Shapes that agree, over storages of one number."""
+    def change(saved):
+        saved['model_args'].update(vocab_size=10**8)
+        for name in ('lm_head.weight', 'transformer.wte.weight'):
+            saved['model'][name] = torch.zeros(1, 1).expand(10**8, 32)
+    checkpoint(change)(trained)
+
+
+def bomb(trained):
+    """The same file, with each part compressed."""
+    with zipfile.ZipFile(trained / 'out/ckpt.pt') as file, zipfile.ZipFile(trained / 'small.pt', 'w') as small:
+        for part in file.infolist():
+            small.writestr(part.filename, file.read(part), zipfile.ZIP_DEFLATED)
+    (trained / 'small.pt').rename(trained / 'out/ckpt.pt')
+
+
+def pipe(trained):
+    (trained / 'out/ckpt.pt').unlink()
+    os.mkfifo(trained / 'out/ckpt.pt')
+
+
+def asks_for(**sizes):
+    return checkpoint(lambda c: c['model_args'].update(sizes))
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (asks_for(n_layer=10**7), 'n_layer=10000000, and there are weights for 2'), (asks_for(n_layer=10**19), 'n_layer'),
+    (asks_for(num_nextn_predict_layers=10**7), 'num_nextn_predict_layers=10000000, and there are weights for 2'),
+    (asks_for(mtp_n_layer=10**7), 'mtp_n_layer=10000000, and there are weights for 1'),
+    (asks_for(block_size=10**9), 'a context of 1,000,000,000 tokens is too long'),
+    (asks_for(vocab_size=10**8), 'weight has the shape [40, 32]'), (asks_for(n_embd=2**28), 'has the shape'),
+    (asks_for(n_routed_experts=2**28), 'has the shape'), (larger_than_the_file, 'its weights are'),
+    (bomb, 'its parts are compressed'), (pipe, 'no regular file'),
+])
+def test_a_checkpoint_that_asks_for_more_than_it_holds(trained, spoil, message):
+    """In memory and in time: the model is built only when its sizes are known to be the file's."""
+    spoil(trained)
+    start, before = time.monotonic(), peak()
+    if 'a context' not in message:  # which train.py's own block_size replaces
+        expect(trained, 'train.py', [RESUME], message)
+        expect(trained, 'train.py', ['--init_from=out', '--out_dir=new'], message)
+    expect(trained, 'sample.py', ['--device=cpu', '--start=0'], message)
+    expect(trained, 'convert.py', ['export', '--out_dir=out', '--hf_dir=hf'], message)
+    assert time.monotonic() - start < 20 and peak() - before < 300_000
 
 
 def peak():

@@ -1,5 +1,6 @@
 """convert.py and extras/hf.py against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM, random weights."""
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -8,6 +9,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -585,13 +587,21 @@ def test_a_character_the_tokenizer_lacks_is_an_error():
 # -----------------------------------------------------------------------------
 # the scripts, run in this process: starting Python and torch anew takes seconds
 
-@pytest.fixture
-def exported(tmp_path, monkeypatch):
-    """A checkpoint of ASCII characters, and its export; the working directory is theirs."""
+@pytest.fixture(scope='session')
+def exported_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('exported')
     stoi = {chr(i): i for i in range(61)}
+    torch.manual_seed(0)
     model = ours(num_nextn_predict_layers=1)
-    write_checkpoint(tmp_path / 'out', model, meta={'vocab_size': 61, 'stoi': stoi, 'itos': dict(enumerate(stoi))})
-    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    write_checkpoint(folder / 'out', model, meta={'vocab_size': 61, 'stoi': stoi, 'itos': dict(enumerate(stoi))})
+    convert.export_folder(str(folder / 'out'), str(folder / 'hf'))
+    return folder
+
+
+@pytest.fixture
+def exported(exported_once, tmp_path, monkeypatch):
+    """A checkpoint of ASCII characters, and its export; the working directory is theirs."""
+    shutil.copytree(exported_once, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -678,6 +688,173 @@ def test_a_damaged_folder_gets_one_line_and_leaves_nothing_behind(exported, dama
         convert.import_folder(str(folder), str(exported / 'new'))
     assert message in str(error.value) and '\n' not in str(error.value)
     assert not (exported / 'new').exists()
+
+
+# folders that an adversary wrote
+
+NAMES = ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json']
+
+
+@pytest.fixture
+def hostile(exported):
+    """`exported`, whose folder has every file that an import reads."""
+    (exported / 'hf/special_tokens_map.json').write_text('{}')
+    return exported
+
+
+@pytest.fixture
+def alarm():
+    """Whoever waits for a pipe is told so after 20 seconds."""
+    def rang(*_):
+        raise AssertionError('it waits')
+    before = signal.signal(signal.SIGALRM, rang)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def move_out(path):
+    """The file itself, elsewhere: only its place is wrong."""
+    private = path.parent.parent / 'private'
+    path.rename(private)
+    path.symlink_to(private)
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path):
+    path.unlink()
+    path.symlink_to('/dev/zero')
+
+
+def terabyte(path):
+    os.truncate(path, 2**40)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('spoil, message', [(move_out, 'leads out of its folder'), (pipe, 'no regular file'),
+                                            (device, 'no regular file'), (terabyte, '1,099,511,627,776 bytes')])
+def test_only_files_of_the_folder_are_read(hostile, alarm, script, name, spoil, message):
+    """A link to ~/.ssh/id_rsa called special_tokens_map.json was copied into out_dir, and from there into an export."""
+    spoil(hostile / 'hf' / name)
+    message = message if (spoil, name) != (terabyte, 'model.safetensors') else 'is damaged or missing'
+    assert message in script('convert.py', 'import', '--hf_dir=hf', '--out_dir=new', ok=False)
+    assert not (hostile / 'new').exists()
+    if 'token' in name:  # from a run's folder too
+        shutil.copy(hostile / 'hf/tokenizer.json', hostile / 'out') if name != 'tokenizer.json' else None
+        os.rename(hostile / 'hf' / name, hostile / 'out' / name)
+        checkpoint = torch.load(hostile / 'out/ckpt.pt')
+        torch.save({**checkpoint, 'meta': {}}, hostile / 'out/ckpt.pt')
+        assert message in script('convert.py', 'export', '--out_dir=out', '--hf_dir=new', ok=False)
+        assert not (hostile / 'new').exists()
+
+
+def test_a_new_run_copies_no_private_file(hostile, clone, script):
+    move_out(hostile / 'hf/special_tokens_map.json')
+    data = clone / 'data/ascii'
+    data.mkdir()
+    for split in ('train', 'val'):
+        torch.randint(61, (2000,), dtype=torch.uint16).numpy().tofile(data / f'{split}.bin')
+    of_folder(data, hostile / 'hf')
+    train = ['train.py', '--dataset=ascii', '--device=cpu', '--compile=False', '--dtype=float32', '--block_size=96',
+             '--batch_size=2', '--gradient_accumulation_steps=1', '--eval_iters=1', '--init_from=hf', '--out_dir=tuned']
+    (hostile / 'text.txt').write_text('1 + 2 ' * 9)
+    prepare = ['data/shakespeare/prepare.py', '--input=text.txt', '--tokenizer=hf', '--name=mine']
+    for args in (train, prepare):
+        assert 'leads out of its folder' in script(*args, ok=False, root=clone)
+    assert not (hostile / 'tuned').exists()
+    assert not (clone / 'data/mine').exists()
+
+
+def test_the_cache_of_the_hub_is_read(hostile, monkeypatch):
+    """There each file is a link out of its folder, into the blobs of the same repository, and of no other."""
+    snapshot = hostile / 'models--a--b/snapshots/0123'
+    snapshot.mkdir(parents=True)
+    blobs = hostile / 'models--a--b/blobs'
+    blobs.mkdir()
+    for name in NAMES:
+        (hostile / 'hf' / name).rename(blobs / f'of-{name}')
+        (snapshot / name).symlink_to(f'../../blobs/of-{name}')
+    convert.import_folder(str(snapshot), 'new')
+    monkeypatch.chdir(snapshot)
+    convert.import_folder('.', str(hostile / 'newer'))
+    blobs.rename(hostile / 'private')
+    blobs.symlink_to(hostile / 'private')
+    with pytest.raises(Mistake, match='leads out of its folder'):
+        convert.import_folder('.', str(hostile / 'newest'))
+
+
+@pytest.mark.parametrize('name', ['../model.safetensors', '/model.safetensors', 'hf/../../model.safetensors', '', '\0',
+                                  None, 3])
+def test_an_index_names_files_of_its_folder(hostile, script, name):
+    outside = hostile / 'model.safetensors'
+    (hostile / 'hf/model.safetensors').rename(outside)
+    name = str(outside) if name == '/model.safetensors' else name
+    (hostile / 'hf/model.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': name}}))
+    said = script('convert.py', 'import', '--hf_dir=hf', '--out_dir=new', ok=False)
+    assert 'cannot be read' in said or 'damaged or missing' in said
+
+
+def test_settings_that_name_code_stay_behind(hostile):
+    """auto_map names Python that transformers downloads and runs, if told to trust it."""
+    for name in NAMES:
+        if name.endswith('g.json') or name.endswith('p.json'):
+            table = json.loads((hostile / 'hf' / name).read_text())
+            table |= {'auto_map': {'AutoTokenizer': ['evil.Code', None]}, 'unheard_of': 1, 'eos_token': '<end>'}
+            (hostile / 'hf' / name).write_text(json.dumps(table))
+    convert.import_folder('hf', 'new')
+    convert.export_folder('new', 'again')
+    for folder in ('new', 'again'):
+        for name in (*NAMES[2:], *NAMES[:1] * (folder == 'again')):
+            text = (hostile / folder / name).read_text()
+            assert 'evil' not in text and 'unheard_of' not in text
+        assert json.loads((hostile / folder / 'tokenizer_config.json').read_text())['eos_token'] == '<end>'
+
+
+@pytest.mark.parametrize('change', [
+    {'num_hidden_layers': 10**7}, {'num_hidden_layers': 2**31}, {'n_routed_experts': 8 * 10**8},
+    {'num_nextn_predict_layers': 10**7}, {'max_position_embeddings': 10**9}, {'vocab_size': 10**9},
+    {'hidden_size': 32 * 10**7}, {'moe_intermediate_size': 8 * 10**18}, {'vocab_size': 10**19},
+    {'rope_theta': 1.0, 'rope_scaling': {'type': 'yarn', 'factor': 2.0}},
+    {'rope_scaling': {'type': 'yarn', 'factor': 2.0, 'beta_slow': 1e-320}},
+    {'rope_scaling': {'type': 'yarn', 'factor': 10**400}},
+])
+def test_a_config_asks_for_no_more_than_the_weights_hold(hostile, alarm, script, change):
+    config = json.loads((hostile / 'hf/config.json').read_text())
+    (hostile / 'hf/config.json').write_text(json.dumps(config | change))
+    said = script('convert.py', 'import', '--hf_dir=hf', '--out_dir=new', ok=False)
+    assert 'hf' in said and not (hostile / 'new').exists()
+
+
+DOUBLE = {'type': 'Replace', 'pattern': {'String': '1'}, 'content': '11'}
+ANYWHERE = {'type': 'Replace', 'pattern': {'Regex': 'x*'}, 'content': '1' * 2000}
+PANICS = {'type': 'Precompiled', 'precompiled_charsmap': ''}
+LONG = {'type': 'Precompiled', 'precompiled_charsmap': base64.b64encode(b'\4\0\0\0' + bytes(4) + b'1' * 2000).decode()}
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'normalizer': {'type': 'Sequence', 'normalizers': [DOUBLE] * 40}}, '1,000 times longer'),
+    ({'normalizer': {'type': 'Sequence', 'normalizers': [{'type': 'Sequence', 'normalizers': [DOUBLE] * 20}] * 2}},
+     '1,000 times longer'),
+    ({'normalizer': ANYWHERE}, '1,000 times longer'), ({'normalizer': LONG}, '1,000 times longer'),
+    ({'normalizer': {'type': 'Prepend', 'prepend': '1' * 2000}}, '1,000 times longer'),
+    ({'decoder': {'type': 'Sequence', 'decoders': [DOUBLE] * 40}}, '1,000 times longer'),
+    # panics of the library, which are no Exception: when it reads, encodes and decodes
+    ({'normalizer': PANICS}, 'cannot be read: '),
+    ({'pre_tokenizer': {'type': 'FixedLength', 'length': 0}}, 'does not know'),
+    ({'decoder': {'type': 'Strip', 'content': '1', 'start': 5, 'stop': 5}}, 'cannot spell the tokens'),
+])
+def test_a_tokenizer_that_makes_texts_long_or_panics(hostile, capfd, script, change, message):
+    """Forty steps that double a text would ask for a terabyte."""
+    table = json.loads((hostile / 'hf/tokenizer.json').read_text())
+    (hostile / 'hf/tokenizer.json').write_text(json.dumps(table | change))
+    assert message in script('sample.py', '--init_from=hf', '--device=cpu', '--start=1 + 1', '--max_new_tokens=9',
+                             '--num_samples=1', ok=False)
+    assert 'panicked' not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('args, message', [

@@ -480,6 +480,27 @@ def test_a_malicious_sharded_checkpoint_runs_nothing(small):
     assert 'going on from out/ckpt.dcp' in train(small, RESUME, '--max_iters=2')
 
 
+def test_a_sharded_checkpoint_that_asks_for_more_than_it_holds(small):
+    """Layers in rest.pt, bytes in .metadata, files elsewhere."""
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    folder = small / 'out/ckpt.dcp'
+    rest, metadata = torch.load(folder / 'rest.pt'), (folder / '.metadata').read_bytes()
+    torch.save({**rest, 'model_args': {**rest['model_args'], 'n_layer': 10**7}}, folder / 'rest.pt')
+    assert 'n_layer=10000000, and there are weights for 2' in train(small, RESUME, code=2)
+    torch.save(rest, folder / 'rest.pt')
+
+    def change(pickled):
+        (folder / '.metadata').write_bytes(pickle.dumps(pickled))
+        return train(small, RESUME, code=2)
+
+    pickled = pickle.loads(metadata)
+    pickled.state_dict_metadata['optimizer.0.exp_avg'].size = torch.Size((10**9, 32))
+    assert 'its tensors are' in change(pickled)
+    pickled = pickle.loads(metadata)
+    next(iter(pickled.storage_data.values())).relative_path = '../../../private'
+    assert '.metadata names something else' in change(pickled)
+
+
 def test_of_both_forms_the_newer_one_goes_on(small):
     train(small, '--checkpoint=dcp', '--max_iters=1')
     assert 'going on from out/ckpt.dcp, iteration 1' in train(small, RESUME, '--max_iters=2')
