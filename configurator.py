@@ -123,7 +123,7 @@ def _fit(key, value, kind, where):
     raise mistake(f'{where}: {key} must be {kind.__name__}, not {value!r}')
 
 
-def _failed_at(error, path):
+def failed_at(error, path):
     """', line N' of the Python file at path, where the error left it; a SyntaxError says it itself"""
     lines = [frame.lineno for frame in _traceback.extract_tb(error.__traceback__) if frame.filename == path]
     return f', line {lines[-1]}' if lines else ''
@@ -148,7 +148,7 @@ def _read_config(path):
     try:
         exec(_builtins.compile(source, path, 'exec'), names)  # compile is a setting of train.py
     except (Exception, SystemExit) as e:
-        raise mistake(f'{path}{_failed_at(e, path)}: {type(e).__name__}: {e}') from None
+        raise mistake(f'{path}{failed_at(e, path)}: {type(e).__name__}: {e}') from None
     found = {}
     for key, value in names.items():
         passing = key.startswith('_') or isinstance(value, (_types.ModuleType, _types.FunctionType, type))

@@ -561,8 +561,7 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, path, map_location='cpu', assign=False, **overrides):
         """train.py's ckpt.pt -> the model, and the checkpoint. overrides: GPTConfig fields to replace. assign: the
-        model uses the file's own tensors, in their dtypes, and reads them from the disk when it needs them.
-        """
+        model uses the file's own tensors, in their dtypes, read from the disk when it needs them."""
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=assign)
             weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
@@ -586,8 +585,9 @@ class Mistake(ValueError):
 
 
 def first_line(error):
-    """exception -> one-line message"""
-    return ' '.join(str(error).split())[:200] or type(error).__name__
+    """exception -> one-line message. A long one is cut after a sentence"""
+    said = ' '.join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 200 else said[:200].rpartition('. ')[0] or said[:200]
 
 
 def is_out_of_memory(error):

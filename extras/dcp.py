@@ -58,14 +58,20 @@ def save_checkpoint(checkpoint, path, best_path=None):
 
 
 def publish(written, rest, new, links):
-    """What follows when the shards are written, on rank 0."""
-    folder, n = os.path.dirname(new), 1
+    """What follows when the shards are written. Each rank computes the checksums of its files, rank 0 does the rest."""
+    folder, n, rank = os.path.dirname(new), 1, dist.get_rank() if dist.is_initialized() else 0
     target = os.path.join(folder, f'ckpt-{rest["iter_num"]}.dcp')
     try:
         written.result()
-        if dist.is_initialized() and dist.get_rank() > 0:
+        crc32 = {name: crc32_of(os.path.join(new, name)) for name in os.listdir(new)
+                 if name.startswith(f'__{rank}_') or rank == 0 and not name.startswith('__')}
+        if dist.is_initialized():
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, crc32, group)
+            crc32 = {name: value for part in parts for name, value in part.items()}
+        if rank > 0:
             return
-        rest['crc32'] = {name: crc32_of(os.path.join(new, name)) for name in os.listdir(new)}
+        rest['crc32'] = crc32
         with open(os.path.join(new, 'rest.pt'), 'wb') as f:
             torch.save(rest, f)
             f.flush()
@@ -127,8 +133,9 @@ def tensors_of(model):
 
 class Reader(dcp.FileSystemReader):
     """torch's, but for the pickle of names and sizes: it holds these classes alone, and so runs nothing. Without
-    BytesStorageMetadata no entry can be a pickle either, which torch would load.
+    BytesStorageMetadata no entry can be a pickle either, which torch would load. It is read once.
     """
+    metadata = None
     PLAIN = {'torch.distributed.checkpoint.metadata': (
                  'Metadata', 'TensorStorageMetadata', 'TensorProperties', 'ChunkStorageMetadata', 'MetadataIndex',
                  'StorageMeta', '_MEM_FORMAT_ENCODING'),
@@ -144,34 +151,35 @@ class Reader(dcp.FileSystemReader):
             return super().find_class(module, name)
 
     def read_metadata(self, *args, **kwargs):
-        with open(os.path.join(self.path, '.metadata'), 'rb') as f:
-            return self.Unpickler(f).load()
+        if self.metadata is None:
+            with open(os.path.join(self.path, '.metadata'), 'rb') as f:
+                self.metadata = self.Unpickler(f).load()
+        return self.metadata
 
 
-def load_tensors(path, tensors):
+def load_tensors(reader, tensors):
     """Into these tensors, by name; each rank reads what its shards need."""
     try:
-        Reader(path).read_metadata()
-    except Exception as e:  # damaged, in many ways; torch would print two tracebacks
-        raise Mistake(f'{path} cannot be read: .metadata: {first_line(e)}') from None
-    try:
-        dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
-    except (dcp.api.CheckpointException, OSError, pickle.UnpicklingError) as e:
-        raise Mistake(f'{path} cannot be read: {cause(e)}') from None
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (dcp.api.CheckpointException, Exception) as e:
+        raise Mistake(f'{reader.path} is no checkpoint of this model: {cause(e)}') from None
 
 
-def load_optimizer(state, params=None):
+def load_optimizer(state, params=None, reader=None):
     """What from_checkpoint() left of the optimizer's state dict -> the state dict, in shards like the params."""
-    tensors = {}
-    for name, about in Reader(state['folder']).read_metadata().state_dict_metadata.items():
-        if re.fullmatch(r'optimizer\.\d+\.\w+', name):
-            i, dtype = int(name.split('.')[1]), about.properties.dtype
-            if params and (i >= len(params) or about.size not in (params[i].shape, ())):  # (): a step
-                raise Mistake(f'the optimizer in {state["folder"]} is damaged, or does not fit: resume with the '
-                              '--optimizer of its run')
-            tensors[name] = torch.zeros_like(params[i].detach(), dtype=dtype) if params and about.size else \
-                torch.zeros(about.size, dtype=dtype)
-    load_tensors(state['folder'], tensors)
+    reader, tensors = reader or Reader(state['folder']), {}
+    try:
+        for name, about in reader.read_metadata().state_dict_metadata.items():
+            if re.fullmatch(r'optimizer\.\d+\.\w+', name):
+                i, dtype = int(name.split('.')[1]), about.properties.dtype
+                if params and (i >= len(params) or about.size not in (params[i].shape, ())):  # (): a step
+                    raise ValueError(name)
+                tensors[name] = torch.zeros_like(params[i].detach(), dtype=dtype) if params and about.size else \
+                    torch.zeros(about.size, dtype=dtype)
+    except (AttributeError, TypeError, ValueError):
+        raise Mistake(f'the optimizer in {state["folder"]} is damaged, or does not fit: resume with the --optimizer of '
+                      'its run') from None
+    load_tensors(reader, tensors)
     entries = {}
     for name, x in tensors.items():
         _, i, key = name.split('.')
@@ -179,12 +187,15 @@ def load_optimizer(state, params=None):
     return {'state': entries, 'param_groups': state['param_groups']}
 
 
-def check_shards(path, config):
+def check_shards(reader, config):
     """ValueError if the tensors that .metadata names are not those of the config's model, or have more bytes than the
     folder.
     """
-    sizes = {file.name: file.stat().st_size for file in os.scandir(path) if file.is_file()}
-    metadata = Reader(path).read_metadata()
+    sizes = {file.name: file.stat().st_size for file in os.scandir(reader.path) if file.is_file()}
+    try:
+        metadata = reader.read_metadata()
+    except Exception as e:  # damaged, in many ways
+        raise ValueError(f'.metadata: {first_line(e)}') from None
     if not {part.relative_path for part in metadata.storage_data.values()} <= set(sizes):
         raise ValueError('.metadata names something else than files of the folder')
     tensors = {name: torch.empty(about.size, dtype=about.properties.dtype, device='meta')
@@ -200,20 +211,21 @@ def check_shards(path, config):
 
 def from_checkpoint(path, device='cpu', assign=False, with_optimizer=True, **overrides):
     """As GPT.from_checkpoint(), for a sharded one. With assign, the tensors stay in its files: see load_optimizer()."""
+    reader = Reader(path)
     try:
         check_stored(os.path.join(path, 'rest.pt'))
         rest = torch.load(os.path.join(path, 'rest.pt'), map_location='cpu', weights_only=True)
         config = GPTConfig(**rest['model_args'])
-        check_shards(path, config)
+        check_shards(reader, config)
         check_context(path, replace(config, **overrides))
         rest['optimizer']['folder'] = path
-        with torch.device('meta') if assign else contextlib.nullcontext():
-            model = GPT(replace(config, **overrides))
-        if not assign:
-            load_tensors(path, {f'model.{name}': x.detach() for name, x in tensors_of(model.to(device)).items()})
-            rest['optimizer'] = load_optimizer(rest['optimizer']) if with_optimizer else None
     except Exception as e:  # a damaged file, another program's
         raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+    with torch.device('meta') if assign else contextlib.nullcontext():
+        model = GPT(replace(config, **overrides))
+    if not assign:
+        load_tensors(reader, {f'model.{name}': x.detach() for name, x in tensors_of(model.to(device)).items()})
+        rest['optimizer'] = load_optimizer(rest['optimizer'], reader=reader) if with_optimizer else None
     return model, rest
 
 

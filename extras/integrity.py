@@ -25,7 +25,7 @@ ADVICE = 'restore it from a copy, or take another checkpoint'
 
 def check_checkpoint(path, model, checkpoint, max_over_ranks=int):
     """Mistake if the file or folder at `path` has changed since it was written, or if a weight is not finite."""
-    changed = changed_part(path, checkpoint) if os.environ.get('RANK', '0') == '0' else ''
+    changed = changed_part(path, checkpoint)
     if max_over_ranks(changed != ''):
         raise Mistake(f'{path} is damaged: {changed or OTHER.format("a part")}: {ADVICE}')
     check_finite(path, model.state_dict(), max_over_ranks)
@@ -132,13 +132,18 @@ def all_finite(state):
 
 
 def changed_part(path, checkpoint):
-    """In words, the first part of the file or folder that is not as it was written; an empty text if all are."""
+    """In words, the first part of the file or folder that is not as it was written; an empty text if all are. The ranks
+    share the files of shards; the first rank reads the rest.
+    """
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     try:
         if isinstance(checkpoint.get('crc32'), dict):
             there = os.listdir(path)  # perhaps with a file of another program, which nothing reads
-            for name, crc32 in checkpoint['crc32'].items():
+            for name, crc32 in sorted(checkpoint['crc32'].items())[rank::world]:
                 if name not in there or crc32_of(os.path.join(path, name)) != crc32:
                     return OTHER.format(name)
+        if rank > 0:
+            return ''
         with zipfile.ZipFile(os.path.join(path, 'rest.pt') if os.path.isdir(path) else path) as file:
             name = file.testzip()
             return OTHER.format(name) if name else ''

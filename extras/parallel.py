@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import model as model_file
 from extras import dcp
-from extras.dcp import load_optimizer, load_tensors, tensors_of
+from extras.dcp import Reader, load_optimizer, load_tensors, tensors_of
 from model import GPT, Gather, Mistake, compute_dtype, first_line, rope_table
 
 try:  # private names: another torch may lack one
@@ -211,7 +211,7 @@ def fill(model, source):
     for buffer, table in zip((model.rope_cos, model.rope_sin), rope_table(model.config)):
         buffer.copy_(table)
     if isinstance(source, str):
-        load_tensors(source, {f'model.{name}': x.detach() for name, x in tensors_of(model).items()})
+        load_tensors(Reader(source), {f'model.{name}': x.detach() for name, x in tensors_of(model).items()})
         return
     read = reader(model, source)
     for name, tensor in tensors_of(model).items():

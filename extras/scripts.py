@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from datetime import timedelta
 
 import numpy as np
@@ -43,12 +42,6 @@ def write_whole(setting, path, lines):
             os.replace(f.name, path)
     except OSError as e:
         raise Mistake(f'{setting}={path!r} cannot be written: {e.strerror}') from None
-
-
-def failed_at(error, path):
-    """', line N' of the Python file at path, where the error left it; a SyntaxError says it itself"""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return f', line {lines[-1]}' if lines else ''
 
 
 # -----------------------------------------------------------------------------
@@ -140,6 +133,7 @@ def load_reward(path):
     """The reward() of a file, which is any Python: whatever goes wrong there becomes a Mistake. `ended` is whether the
     model ended its response; a reward() gets it if it has an argument of this name.
     """
+    from configurator import failed_at  # here: beside nanoGPT's configurator.py train.py imports this module too
     try:
         reward = runpy.run_path(path)['reward']
         asks = 'ended' in inspect.signature(reward).parameters

@@ -15,7 +15,7 @@ import torch
 from conftest import SMALL, run_inside, run_outside
 
 from extras.integrity import all_finite, check_checkpoint
-from model import GPT, Mistake
+from model import GPT, Mistake, first_line
 
 RESUME = '--init_from=resume'
 NO_FIT = 'the optimizer in out/ckpt.pt is damaged, or does not fit: resume with the --optimizer of its run'
@@ -266,6 +266,15 @@ def test_weights_that_are_finite(values, finite):
 def test_checkpoints(trained, spoil, flag, message):
     spoil(trained)
     expect(trained, 'train.py', [RESUME, flag], message)
+
+
+def test_a_long_message_ends_with_a_sentence(trained):
+    """torch's about a file that is cut short stopped after 200 characters, in the middle of one."""
+    cut(0.5)(trained)
+    with pytest.raises(Mistake, match='failed finding central directory. This is an internal miniz error$'):
+        GPT.from_checkpoint(trained / 'out/ckpt.pt')  # train.py with extras/ refuses it before that
+    assert first_line(ValueError('a' * 300)) == 'a' * 200 and first_line(ValueError('a. b.')) == 'a. b.'
+    assert first_line(ValueError()) == 'ValueError'
 
 
 def test_what_a_checkpoint_says_of_the_optimizers_settings_is_not_used(trained):

@@ -533,10 +533,51 @@ def test_a_damaged_sharded_checkpoint(small, name, caplog):
     train(small, '--checkpoint=dcp', '--max_iters=1')
     path = small / 'out/ckpt.dcp' / name
     path.write_bytes(path.read_bytes()[:-100])
-    assert 'out/ckpt.dcp is no checkpoint of this model' in train(small, RESUME, code=2).splitlines()[-1]
+    said = train(small, RESUME, code=2).splitlines()[-1]
+    assert 'out/ckpt.dcp is no checkpoint of this model: ' in said and said.count('ckpt.dcp') == 1, said
     os.remove(path)
     assert 'out/ckpt.dcp is no checkpoint of this model' in train(small, RESUME, code=2).splitlines()[-1]
     assert 'metadata is not found' not in caplog.text
+
+
+def test_the_metadata_of_a_sharded_checkpoint_is_read_once(small, monkeypatch):
+    """Once, four times: by us and by torch, for the weights and for the optimizer."""
+    train(small, '--checkpoint=dcp', '--max_iters=1')
+    load, read = dcp.Reader.Unpickler.load, []
+    monkeypatch.setattr(dcp.Reader.Unpickler, 'load', lambda self: read.append(self) or load(self))
+    assert 'going on from out/ckpt.dcp' in train(small, RESUME, '--max_iters=2') and len(read) == 1
+
+
+SPY = """
+import os, runpy
+from extras import dcp, integrity
+def spied(path):
+    print(f'rank {os.environ["RANK"]} reads {os.path.basename(path)}\\n', end='', flush=True)
+    return crc32_of(path)
+crc32_of, dcp.crc32_of, integrity.crc32_of = integrity.crc32_of, spied, spied
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+def test_the_ranks_share_the_checksums_of_a_sharded_checkpoint(small):
+    """Each rank those of the files that it wrote; when they are read, half of them. Rank 0 alone read every byte. A
+    changed file that the other rank finds ends both.
+    """
+    (small / 'spy.py').write_text(SPY)
+    flags = ['--shard=0', '--checkpoint=dcp', '--eval_interval=9']
+    code, printed = torchrun(small, *flags, '--max_iters=1', script='spy.py')
+    files = {'.metadata', '__0_0.distcp', '__1_0.distcp'}
+    own = [('0', '.metadata'), ('0', '__0_0.distcp'), ('1', '__1_0.distcp')]
+    assert code == 0 and sorted(re.findall(r'^rank (\d) reads (\S+)$', printed, re.M)) == own, printed
+    assert torch.load(small / 'out/ckpt.dcp/rest.pt')['crc32'].keys() == files
+    flip = small / 'out/ckpt.dcp/__0_0.distcp'
+    data = bytearray(flip.read_bytes())
+    data[len(data) // 2] ^= 1
+    flip.write_bytes(data)
+    code, printed = torchrun(small, *flags, RESUME, script='spy.py')
+    assert code == 1 and 'out/ckpt.dcp is damaged: a part has another checksum than was written' in printed
+    assert sorted(re.findall(r'^rank (\d) reads (\S+)$', printed, re.M)) == \
+        [('0', '.metadata'), ('0', '__1_0.distcp'), ('1', '__0_0.distcp')]
 
 
 def test_a_flipped_bit_in_a_sharded_checkpoint(small):
