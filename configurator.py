@@ -13,6 +13,7 @@ its traceback. A script with its own arguments writes `import configurator` befo
 
 import ast as _ast
 import builtins as _builtins
+import dataclasses as _dataclasses
 import difflib as _difflib
 import errno as _errno
 import os as _os
@@ -160,12 +161,32 @@ def _read_config(path):
     return found
 
 
+def _add_architecture(args):
+    """The further fields of an architecture's GPTConfig become settings, if a flag or a config file names one.
+    -> the architecture's name
+    """
+    names = ['model']
+    for arg in args:
+        names += _re.findall('^--architecture=(.*)', arg)
+        if not arg.startswith('-') and _os.path.isfile(arg):
+            with open(arg, encoding='utf-8-sig', errors='replace') as f:
+                names += _re.findall(r"""^architecture = ['"](.*)['"]""", f.read(), _re.M)
+    if names[-1] != 'model':
+        from extras.scripts import architecture
+        for field in _dataclasses.fields(architecture(names[-1])[1]):
+            if field.name not in globals():
+                globals()[field.name] = field.default
+                globals().setdefault('config_keys', []).append(field.name)
+    return names[-1]
+
+
 def _help():
     """Print the script's docstring, and each setting with its default and the comment on its line; then exit."""
     comments, folder = {}, _os.path.dirname(_os.path.abspath(__file__))
     # GPTConfig's fields, and the script's own settings, which stand at the left margin before it runs this file
-    for path, line in ((_os.path.join(folder, 'model.py'), r' {4}(\w+): \w+'), (__file__, r'(\w+)')):
-        with open(path, encoding='utf-8') as f:
+    for name, line in (('model.py', r' {4}(\w+): \w+'), (_architecture + '.py', r' {4}(\w+): \w+'),
+                       (_os.path.basename(__file__), r'(\w+)')):
+        with open(_os.path.join(folder, name), encoding='utf-8') as f:
             source = f.read()
         comments |= _re.findall(rf'^{line} = [^#\n]+  # (.+)$', source.partition('exec(open(')[0], _re.M)
     lines = [f'  --{key}={value if str(value).isprintable() else repr(value)}'
@@ -195,11 +216,12 @@ def _read_flag(arg):
     return key, value
 
 
-_keys = list(_settings(globals()))
 for _name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
     if not _os.environ.get(_name, '0').isdigit():
         raise mistake(f'{_name}={_os.environ[_name]} in the environment must be a number: torchrun sets it')
+_keys = list(_settings(globals()))
 if __name__ != 'configurator':
+    _architecture = _add_architecture(_sys.argv[1:]) if 'architecture' in globals() else 'model'
     if {'--help', '-h'} & set(_sys.argv[1:]):
         _help()
     for _arg in _sys.argv[1:]:

@@ -172,8 +172,8 @@ def speculate(model, ids, h, caches):
         decode.draft(model, s, sampled=False, top_k=None)
         positions = places.unsqueeze(1) + steps                                        # (B, 1+D)
         tokens = s.tokens.gather(1, positions)
-        x = decode.run_blocks(model, model.transformer.h, model.transformer.wte(tokens), s.caches, positions)
-        choice = model.lm_head(model.transformer.ln_f(x)).argmax(dim=-1)               # (B, 1+D)
+        read, _ = model.main_stack(tokens, s.caches, positions)                        # (B, 1+D, C)
+        choice = model.lm_head(read).argmax(dim=-1)                                    # (B, 1+D)
         drafts[places], choices[places] = tokens[:, 1:], choice[:, :-1]
         accepted[places] = decode.count_leading(tokens[:, 1:] == choice[:, :-1])
     return drafts, choices, accepted

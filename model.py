@@ -97,12 +97,7 @@ class GPTConfig:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         # always in fp32; F.rms_norm is fused only if x and weight have the same dtype
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
@@ -140,15 +135,10 @@ class MLA(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None, pos=0):
-        """x: (B, T, C) at positions pos..pos+T-1; cache: (B, S_max, c + r) or None, written in place."""
-        T, S, seen = x.size(1), pos + x.size(1), None
+        """x (B, T, C) -> (B, T, C). cache: (B, S_max, c + r) or None, written in place. pos: see run_blocks()"""
         q, latent = self.project(x, cos, sin)
-        if cache is not None:
-            cache[:, pos:S] = latent
-        if pos > 0:
-            latent = cache[:, :S]
-            seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(pos)       # the queries are the last T
-        return self.resid_dropout(self.o_proj(self.attend(q, latent, seen)))           # eq. 11: (B, T, C)
+        latent, seen = (latent, None) if cache is None else remember(cache, latent, pos)
+        return self.resid_dropout(self.o_proj(self.attend(q, latent, seen)))           # eq. 11
 
     def project(self, x, cos, sin):
         """x (B, T, C) -> q (B, H, T, n + r), and what the cache holds: the normed latent and the rotated key, which
@@ -282,8 +272,9 @@ def sorted_experts(x, gates, experts, gate_up, down):
 
 
 class Block(nn.Module):
-    def __init__(self, config, dense=False):
+    def __init__(self, config, layer):
         super().__init__()
+        dense = config.n_routed_experts == 0 or layer < config.first_k_dense_replace
         self.input_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
         self.attn = MLA(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
@@ -301,13 +292,13 @@ class Block(nn.Module):
 class MTP(nn.Module):
     """Multi-token prediction module k (V3 section 2.2): h_{k-1} and token t_{i+k} -> a state that predicts t_{i+k+1}"""
 
-    def __init__(self, config):
+    def __init__(self, config, block):
         super().__init__()
         C, eps = config.n_embd, config.rms_norm_eps
         self.enorm = RMSNorm(C, eps)
         self.hnorm = RMSNorm(C, eps)
         self.eh_proj = nn.Linear(2 * C, C, bias=False)
-        self.h = nn.ModuleList(Block(config, dense=config.n_routed_experts == 0) for _ in range(config.mtp_n_layer))
+        self.h = nn.ModuleList(block(config, config.n_layer + i) for i in range(config.mtp_n_layer))
         self.norm = RMSNorm(C, eps)
 
     def combine(self, emb, h):
@@ -325,6 +316,7 @@ class GPT(nn.Module):
     | into the residual stream: o_proj, down_proj, _down  | normal       | initializer_range / sqrt(2 n_layer) |
     | norm weights; biases and e_score_correction_bias    | constant     | 1; 0                                |
     """
+    config_class, block, module = GPTConfig, Block, MTP  # another architecture has its own
 
     def __init__(self, config):
         super().__init__()
@@ -332,11 +324,10 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config, dense=config.n_routed_experts == 0 or i < config.first_k_dense_replace)
-                            for i in range(config.n_layer)),
+            h=nn.ModuleList(self.block(config, layer) for layer in range(config.n_layer)),
             ln_f=RMSNorm(config.n_embd, config.rms_norm_eps),
         ))
-        self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList(self.module(config, self.block) for _ in range(config.num_nextn_predict_layers))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.transformer.wte.weight = self.lm_head.weight
@@ -348,8 +339,11 @@ class GPT(nn.Module):
             self.initialise(name, p)
 
     def run_blocks(self, blocks, x, cache, pos):
-        """x (B, T, C) through the blocks -> (B, T, C), and (scores, experts) of each MoE block in training."""
-        cos, sin = (table[pos:pos + x.size(1)] for table in (self.rope_cos, self.rope_sin))
+        """x (B, T, C) through the blocks -> (B, T, C), and (scores, experts) of each MoE block in training.
+        pos: the first token's position, or all positions (B, T), if each row has its own
+        """
+        place = slice(pos, pos + x.size(1)) if isinstance(pos, int) else pos.clamp(max=self.config.block_size - 1)
+        cos, sin = self.rope_cos[place], self.rope_sin[place]               # (T, r/2) or (B, T, r/2) each
         routing = []
         for i, block in enumerate(blocks):
             x, scores_and_experts = block(x, cos, sin, None if cache is None else cache[i], pos)
@@ -565,7 +559,7 @@ class GPT(nn.Module):
         try:
             checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=assign)
             weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-            config = GPTConfig(**checkpoint['model_args'])
+            config = cls.config_class(**checkpoint['model_args'])
         except Exception as e:  # no file, a damaged one, or another program's
             if is_out_of_memory(e):
                 raise
@@ -618,14 +612,14 @@ EXPERT_CHECKS = [
 ]
 
 
-def check_config(config):
-    """Mistake if the values cannot make a model."""
+def check_config(config, further=()):
+    """Mistake if the values cannot make a model. further: another architecture's checks"""
     defaults = {field.name: field.default for field in fields(config)}
     for name, default in defaults.items():
         value, kind = getattr(config, name), type(default)
         if not (math.isfinite(value) if kind is float and type(value) in (int, float) else type(value) is kind):
             raise Mistake(f'GPTConfig: {name} must be {kind.__name__}{" and finite" * (kind is float)}, not {value!r}')
-    for names, fits, words in CHECKS + (EXPERT_CHECKS if config.n_routed_experts > 0 else []):
+    for names, fits, words in [*CHECKS, *further, *(EXPERT_CHECKS if config.n_routed_experts > 0 else [])]:
         for name in names.split():
             value = getattr(config, name)
             if not fits(value, config) and (value != -1 or defaults[name] != -1):
@@ -648,6 +642,17 @@ def balance_and_load(routing, has_label):
     p = (share * counted).sum(dim=2) / T                                                         # eq. 20: (L, B, E)
     load = (none.scatter(-1, experts, True) & counted).sum(dim=(1, 2))
     return (f * p).sum(dim=-1).mean(dim=1), load                                                 # eq. 17
+
+
+def remember(cache, latent, pos):
+    """Write latent (B, T, w) into cache (B, S_max, w) at pos -> the rows to attend to (B, S, w), and attend()'s seen."""
+    if isinstance(pos, torch.Tensor):  # drafts may lie beyond a row's last token: what they write is overwritten later
+        cache[torch.arange(len(pos), device=pos.device).unsqueeze(1), pos] = latent
+        return cache, torch.arange(cache.size(1), device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, S)
+    T, S = latent.size(1), pos + latent.size(1)
+    cache[:, pos:S] = latent
+    seen = torch.ones(T, S, dtype=torch.bool, device=latent.device).tril(pos)  # the queries are the last T
+    return cache[:, :S], seen if pos > 0 else None
 
 
 def compute_dtype(x):

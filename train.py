@@ -31,6 +31,7 @@ from model import GPT, GPTConfig, Mistake, load_meta, save_checkpoint
 # the model's settings: every field of GPTConfig with its default (-1: derived from n_layer, n_head and n_embd)
 globals().update({field.name: field.default for field in dataclasses.fields(GPTConfig)})
 vocab_size = 0  # 0: from the data's meta.pkl, else GPT-2's 50,257 rounded up to 50,304
+architecture = 'model'  # or 'model_v4', the file with GPT and GPTConfig; its further fields are settings too
 # I/O
 out_dir = 'out'
 eval_interval = 2000
@@ -97,6 +98,8 @@ def import_extra(name, flag):
 
 
 guard, scripts = (import_extra(name, '') if has_extras else None for name in ('guard', 'scripts'))
+if architecture != 'model':
+    GPT, GPTConfig = import_extra('scripts', 'architecture').architecture(architecture)
 
 # -----------------------------------------------------------------------------
 # ranks and device

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from extras.experts import all_experts
-from model import GREEDY, NOT_FINITE, Mistake, MoE, compute_dtype, draw, first_line, probabilities, swiglu
+from extras import experts
+from model import GREEDY, NOT_FINITE, Mistake, compute_dtype, draw, first_line, probabilities
 
 
 def for_decoding(model, dtype):
@@ -179,7 +179,8 @@ class Decoder:
             return self.step(self.model, s, *kind)
         t0 = time.time()
         try:
-            self.step(self.model, s, *kind)
+            with experts.compiled(self.model):
+                self.step(self.model, s, *kind)
             self.compile_seconds += time.time() - t0
         except Exception as e:  # raised before the state changed
             print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
@@ -278,47 +279,11 @@ def step(model, s, D, sampled, top_k):
     sampled: draw tokens with s.temperature and top_k; False: take the likeliest. These and D select a compiled step.
     """
     positions = s.known.unsqueeze(1) - 1 + torch.arange(1 + D, device=s.known.device)         # (B, 1+D)
-    x = model.transformer.wte(s.tokens.gather(1, positions))
-    h = model.transformer.ln_f(run_blocks(model, model.transformer.h, x, s.caches, positions))
+    h, _ = model.main_stack(s.tokens.gather(1, positions), s.caches, positions)               # (B, 1+D, C)
     advance(model, s, h, D, sampled, top_k)
     if D > 0:
         s.h[rows_of(h), positions] = h
         draft(model, s, sampled, top_k)
-
-
-def run_blocks(model, blocks, x, caches, positions):
-    """Run x (B, T, C) at positions (B, T) through the blocks and write their caches there. -> (B, T, C)"""
-    place = positions.clamp(max=model.config.block_size - 1)                  # drafts may lie beyond the context
-    cos, sin = model.rope_cos[place], model.rope_sin[place]                   # (B, T, r/2)
-    seen = torch.arange(caches[0].size(1), device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
-    row = rows_of(x)
-    for block, cache in zip(blocks, caches):
-        q, latent = block.attn.project(block.input_layernorm(x), cos, sin)
-        cache[row, positions] = latent
-        x = x + block.attn.o_proj(block.attn.attend(q, cache, seen))
-        y = block.post_attention_layernorm(x)
-        x = x + (feed_experts(block.mlp, y) if isinstance(block.mlp, MoE) else block.mlp(y))
-    return x
-
-
-def feed_experts(moe, x):
-    """MoE.forward in eval, (B, T, C) -> (B, T, C). A compiled step reads the weights of the chosen experts alone: the
-    compiler fuses lookup and product (eager mode copies them). With E choices or more it computes all experts.
-    """
-    if not torch.compiler.is_compiling():
-        return moe(x)[0]
-    flat = x.flatten(0, 1)                                                                    # (N, C)
-    _, gates, experts = moe.route(flat)                                                       # (N, K) each
-    if experts.numel() < moe.config.n_routed_experts:
-        # the compiler fuses the quarters into one loop that reads four places at once: CPU memory is faster then
-        quarters = moe.experts_gate_up.unflatten(1, (4, -1))                                  # (E, 4, h/2, C)
-        hidden = torch.cat([(quarters[experts, i] * flat[:, None, None]).sum(dim=-1) for i in range(4)], dim=-1)
-        hidden = swiglu(hidden) * gates.unsqueeze(-1).to(x.dtype)                             # (N, K, 2h) -> (N, K, h)
-        out = (moe.experts_down[experts] * hidden.unsqueeze(2)).sum(dim=(1, 3))               # (N, K, C, h) -> (N, C)
-    else:
-        out = all_experts(flat, gates, experts, moe.experts_gate_up, moe.experts_down)
-    out = out.view_as(x)
-    return out if moe.shared_experts is None else out + moe.shared_experts(x)
 
 
 def advance(model, s, h, drafted, sampled, top_k):
@@ -379,8 +344,7 @@ def draft(model, s, sampled, top_k):
     window = (s.known.unsqueeze(1) - 2 + torch.arange(-D, 1, device=s.known.device)).clamp(min=0)  # (B, 1+D)
     h = s.h[rows_of(s.h), window]                                                             # (B, 1+D, C)
     for k, module, caches in mtp_modules(model, s.caches):
-        x = module.combine(model.transformer.wte(s.tokens.gather(1, window + k)), h)
-        h = module.norm(run_blocks(model, module.h, x, caches, window))
+        h, _ = model.mtp_module(module, s.tokens.gather(1, window + k), h, caches, window)
         logits = model.lm_head(h[:, -1])                                                      # (B, V)
         if sampled:
             q = probabilities(logits.float() / s.temperature, 1.0, top_k)

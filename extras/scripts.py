@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import json
 import math
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -46,6 +48,15 @@ def write_whole(setting, path, lines):
 
 # -----------------------------------------------------------------------------
 # device and model
+
+
+def architecture(name):
+    """The name of a file beside model.py, model.py's own or model_*.py -> its GPT and GPTConfig"""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    files = sorted(path.removesuffix('.py') for path in os.listdir(here) if re.fullmatch(r'model(_\w+)?\.py', path))
+    guard.need(name in files, f'architecture={name!r} must be one of {", ".join(files)}')
+    module = importlib.import_module(name)
+    return module.GPT, module.GPTConfig
 
 
 def default_device():
