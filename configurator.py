@@ -172,8 +172,8 @@ def _add_architecture(args):
             with open(arg, encoding='utf-8-sig', errors='replace') as f:
                 names += _re.findall(r"""^architecture = ['"](.*)['"]""", f.read(), _re.M)
     if names[-1] != 'model':
-        from extras.scripts import architecture
-        for field in _dataclasses.fields(architecture(names[-1])[1]):
+        from extras import architecture
+        for field in _dataclasses.fields(architecture.named(names[-1])[1]):
             if field.name not in globals():
                 globals()[field.name] = field.default
                 globals().setdefault('config_keys', []).append(field.name)

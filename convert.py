@@ -24,12 +24,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from extras import architecture
 from extras.compare import check_export
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
 from extras.integrity import check_finite
 from extras.scripts import open_checkpoint
 from extras.tokenizer import character_tokenizer, copy_tokenizer, gpt2_tokenizer, of_checkpoint, tokenizer_files
-from model import GPT, Mistake, first_line, save_checkpoint
+from model import Mistake, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the tokenizer
@@ -219,7 +220,7 @@ def export_folder(out_dir, hf_dir, fp8=False):
 
 def memory_estimate(config, bytes_per_weight):
     with torch.device('meta'):
-        n = GPT(config).get_num_params(non_embedding=False)
+        n = architecture.of_config(config)(config).get_num_params(non_embedding=False)
     scale, letter, unit = (1e9, 'B', 'GB') if n >= 1e8 else (1e6, 'M', 'MB')
     here, sample, train = (f'{n * size / scale:.3g} {unit}' for size in (bytes_per_weight, 4 + bytes_per_weight, 16))
     return (f'{n / scale:.4g}{letter} parameters. Memory for this import, and disk for its ckpt.pt: {here} each; '

@@ -645,7 +645,7 @@ def balance_and_load(routing, has_label):
 
 
 def remember(cache, latent, pos):
-    """Write latent (B, T, w) into cache (B, S_max, w) at pos -> the rows to attend to (B, S, w), and attend()'s seen."""
+    """Write latent (B, T, w) into cache (B, S_max, w) at pos -> what to attend to, (B, S, w), and attend()'s seen."""
     if isinstance(pos, torch.Tensor):  # drafts may lie beyond a row's last token: what they write is overwritten later
         cache[torch.arange(len(pos), device=pos.device).unsqueeze(1), pos] = latent
         return cache, torch.arange(cache.size(1), device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, S)

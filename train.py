@@ -99,7 +99,7 @@ def import_extra(name, flag):
 
 guard, scripts = (import_extra(name, '') if has_extras else None for name in ('guard', 'scripts'))
 if architecture != 'model':
-    GPT, GPTConfig = import_extra('scripts', 'architecture').architecture(architecture)
+    GPT, GPTConfig = import_extra('architecture', 'architecture').named(architecture)
 
 # -----------------------------------------------------------------------------
 # ranks and device

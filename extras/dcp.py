@@ -25,8 +25,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import model as model_file
+from extras import architecture
 from extras.integrity import check_checkpoint, check_context, check_stored, check_tensors, crc32_of
-from model import GPT, GPTConfig, Mistake, PlainUnpickler, first_line, sync_folder
+from model import Mistake, PlainUnpickler, first_line, sync_folder
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one process is one process
 writer, saving, group = None, None, None  # the thread, what it does now, and the ranks' group for it
@@ -215,6 +216,7 @@ def from_checkpoint(path, device='cpu', assign=False, with_optimizer=True, **ove
     try:
         check_stored(os.path.join(path, 'rest.pt'))
         rest = torch.load(os.path.join(path, 'rest.pt'), map_location='cpu', weights_only=True)
+        GPT, GPTConfig = architecture.of_args(rest['model_args'])
         config = GPTConfig(**rest['model_args'])
         check_shards(reader, config)
         check_context(path, replace(config, **overrides))

@@ -16,8 +16,9 @@ from dataclasses import replace
 
 import torch
 
+from extras import architecture
 from extras.folder import missing
-from model import GPT, GPTConfig, Mistake, first_line, is_out_of_memory
+from model import Mistake, first_line, is_out_of_memory
 
 OTHER = '{} has another checksum than was written'
 ADVICE = 'restore it from a copy, or take another checkpoint'
@@ -79,7 +80,7 @@ def check_sizes(path, **overrides):
         check_stored(path)
         found = torch.load(path, map_location='meta', weights_only=True, mmap=True)
         tensors = {name.removeprefix('_orig_mod.'): x for name, x in found['model'].items()}
-        config = GPTConfig(**found['model_args'])
+        config = architecture.of_args(found['model_args'])[1](**found['model_args'])
         if 'transformer.wpe.weight' not in tensors:  # nanoGPT's, of which from_checkpoint() tells
             check_tensors(config, tensors, os.path.getsize(path))
     except Exception as e:  # damaged, or another program's
@@ -108,7 +109,7 @@ def check_tensors(config, tensors, size):
         if n != asked:
             raise ValueError(f'{what}={asked}, and there are weights for {n}')
     with torch.device('meta'):
-        wanted = GPT(config).state_dict()
+        wanted = architecture.of_config(config)(config).state_dict()
     for name in wanted:
         if name not in tensors or tensors[name].shape != wanted[name].shape:
             raise ValueError(f'{name} has the shape {list(tensors[name].shape) if name in tensors else None}, '

@@ -20,9 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, Shard
 
 import model as model_file
-from extras import dcp
+from extras import architecture, dcp
 from extras.dcp import Reader, load_optimizer, load_tensors, tensors_of
-from model import GPT, Gather, Mistake, compute_dtype, first_line, rope_table
+from model import Gather, Mistake, compute_dtype, first_line, rope_table
 
 try:  # private names: another torch may lack one
     import torch.distributed._functional_collectives as funcol
@@ -74,7 +74,8 @@ class Layout(NamedTuple):
         """GPT.from_checkpoint() for ckpt.pt and ckpt.dcp; each rank reads what its shards need."""
         sharded = path.endswith('.dcp')
         with torch.device('meta'):
-            model, checkpoint = (dcp if sharded else GPT).from_checkpoint(path, 'cpu', assign=True, **overrides)
+            source = dcp if sharded else architecture.of_file(path)[0]
+            model, checkpoint = source.from_checkpoint(path, 'cpu', assign=True, **overrides)
         return distribute(model.config, path if sharded else model.state_dict(), *self), checkpoint
 
     def from_pretrained(self, folder, overrides=None):
@@ -93,7 +94,7 @@ def layout(config, device):
 def distribute(config, source, device, dtype, shard, expert_parallel):
     """The GPT on this rank's device, in shards, its weights filled from the source: see reader()."""
     with torch.device('meta'):
-        model = GPT(config)
+        model = architecture.of_config(config)(config)
     E, N, world, kind = config.n_routed_experts, expert_parallel, dist.get_world_size(), torch.device(device).type
     if N > 1 and (E == 0 or E % N != 0):
         raise Mistake(f'expert_parallel={N} does not divide the {E} routed experts of a layer')

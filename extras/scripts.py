@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import importlib
 import inspect
 import json
 import math
 import os
 import platform
-import re
 import runpy
 import shlex
 import shutil
@@ -22,8 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from extras import experts, folder, guard, integrity, tokenizer
-from model import GPT, Mistake, first_line
+from extras import architecture, experts, folder, guard, integrity, tokenizer
+from model import Mistake, first_line
 
 
 def read_text(path):
@@ -50,15 +48,6 @@ def write_whole(setting, path, lines):
 # device and model
 
 
-def architecture(name):
-    """The name of a file beside model.py, model.py's own or model_*.py -> its GPT and GPTConfig"""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    files = sorted(path.removesuffix('.py') for path in os.listdir(here) if re.fullmatch(r'model(_\w+)?\.py', path))
-    guard.need(name in files, f'architecture={name!r} must be one of {", ".join(files)}')
-    module = importlib.import_module(name)
-    return module.GPT, module.GPTConfig
-
-
 def default_device():
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
@@ -81,7 +70,7 @@ def open_checkpoint(out_dir, device='cpu', assign=False, **overrides):
     else:
         integrity.check_sizes(path, **overrides)
         with torch.device('meta') if assign else contextlib.nullcontext():
-            model, checkpoint = GPT.from_checkpoint(path, device, assign, **overrides)
+            model, checkpoint = architecture.of_file(path)[0].from_checkpoint(path, device, assign, **overrides)
     integrity.check_checkpoint(path, model, checkpoint)
     return path, model, checkpoint
 
