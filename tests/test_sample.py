@@ -107,7 +107,7 @@ def test_speculation_without_drafts_says_so(made, flag):
     (['--out_dir=plain', '--speculative=True'], 'needs MTP modules'),
     (['--out_dir=nanogpt'], 'this is a nanoGPT (GPT-2) checkpoint'),
     (['--out_dir=many'], 'a vocabulary of 60000 tokens is not GPT-2'),
-    (['--out_dir='], 'name the folder of ckpt.pt'), (['--init_from='], "init_from='' must be"),
+    (['--out_dir='], 'must name the folder of a run'), (['--init_from='], "init_from='' must be"),
     (['--num_samples=1000000000', '--max_new_tokens=500'], 'GB of memory'),
     (['--num_samples=' + '9' * 30], 'GB of memory'), (['--max_new_tokens=1000000000000000'], 'GB of memory'),
     (['--start=file:prompt.txt'], 'begin with FILE: in capitals'), (['--start=FILE:nowhere'], 'No such file'),
