@@ -32,11 +32,11 @@ from extras import guard, scripts
 from extras.decode import Decoder, for_decoding
 from model import GPT, GPTConfig, LinearCrossEntropy, cross_entropy_rows, first_line
 
-here = os.path.dirname(os.path.abspath(__file__))
+_here = os.path.dirname(os.path.abspath(__file__))
 PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
          'decode': ['ours', 'dense', 'transformers', 'gpt2', 'nanogpt'],
          'loss': ['ours', 'plain', 'torch']}
-as_json = '--json' in sys.argv
+_as_json = '--json' in sys.argv
 sys.argv = [arg for arg in sys.argv if arg != '--json']
 _what = sys.argv.pop(1) if len(sys.argv) > 1 else ''
 guard.need(_what in PEERS, f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] [--key=value ...]')
@@ -44,7 +44,7 @@ guard.need(_what in PEERS, f'usage: python bench.py {"|".join(PEERS)} [--peer=NA
 # -----------------------------------------------------------------------------
 # the model: GPTConfig's defaults, and over them the main run's sizes
 settings = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
-main_run = runpy.run_path(os.path.join(here, 'config', 'train_deepseek.py'))
+main_run = runpy.run_path(os.path.join(_here, 'config', 'train_deepseek.py'))
 settings |= {k: main_run[k] for k in settings if k in main_run} | {'eos_token_id': -1}
 globals().update(settings)
 peer = ','.join(PEERS[_what])  # those to run, with commas between
@@ -59,7 +59,7 @@ dtype = 'bfloat16'  # or 'float32', which a CPU without native bf16 needs
 compile = _what == 'train'  # torch.compile: here blocks and loss, or the decoding step; training peers whole
 activation_memory = 1.0  # train: as in train.py, for this model and its dense twin
 with contextlib.redirect_stdout(sys.stderr):  # the table, or the JSON, has standard output to itself
-    exec(open(os.path.join(here, 'configurator.py')).read())
+    exec(open(os.path.join(_here, 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 guard.check_ranges(globals(), [
     ('peer', lambda x: set(x.split(',')) <= set(PEERS[_what]), f'name some of {",".join(PEERS[_what])}'),
@@ -299,6 +299,6 @@ for name in peer.split(','):
     else:
         said = child.stderr.strip().splitlines() or [f'exit code {child.returncode}']  # killed for its memory
         results.append({'peer': name, 'missing': first_line(said[-1])})
-    if not as_json:
+    if not _as_json:
         print(f'{name}: {results[-1]}', file=sys.stderr)
-print(json.dumps(results) if as_json else table(results))
+print(json.dumps(results) if _as_json else table(results))

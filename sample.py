@@ -97,7 +97,8 @@ dt = time.perf_counter() - t0 - decoder.compile_seconds
 
 # print
 for row in rows:
-    print(tokenizer.decode(row[:-1] if row[-1] == stop_token and len(row) > len(prompt) else row))
+    text = tokenizer.decode(row[:-1] if row[-1] == stop_token and len(row) > len(prompt) else row)
+    print(scripts.for_output(text))
     print('---------------')
 made = sum(map(len, rows)) - num_samples * len(prompt)
 if decoder.compile_seconds:

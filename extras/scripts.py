@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -42,6 +43,15 @@ def write_whole(setting, path, lines):
             os.replace(f.name, path)
     except OSError as e:
         raise Mistake(f'{setting}={path!r} cannot be written: {e.strerror}') from None
+
+
+def for_output(text):
+    """The text as a script prints it: for a pipe or a file as it is; for a terminal with the code points of control
+    characters, as U+001B, in their places, because a terminal obeys them. Line ends and tabs stay.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda found: f'U+{ord(found[0]):04X}', text)
 
 
 # -----------------------------------------------------------------------------

@@ -34,7 +34,9 @@ def test_every_way_to_the_loss_finds_the_same():
 
 def test_mistakes_are_one_line():
     for args, words in (((), 'usage'), (('swim',), 'usage'), (('train', '--peer=nobody'), 'must name some of'),
-                        (('train', '--steps=0'), 'steps=0 must lie in'), (('loss', '--rows=0'), 'rows=0 must lie in'),
+                        (('train', '--steps=0'), 'steps=0 must lie in'), (('train', '--_here=.'), 'unknown key'),
+                        (('train', '--here=.'), 'unknown key'), (('train', '--as_json=True'), 'unknown key'),
+                        (('loss', '--rows=0'), 'rows=0 must lie in'),
                         (('train', '--batch_size=-1'), 'batch_size=-1 must lie'), (('train', '--n_head=7'), 'divide'),
                         (('train', '--device=meta'), 'device'), (('train', '--dtype=int8'), 'dtype'),
                         (('decode', '--new_tokens=1'), 'new_tokens=1'), (('decode', '--block_size=99'), 'do not fit')):

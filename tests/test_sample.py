@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pty
 import re
 import shutil
 import signal
@@ -70,6 +71,22 @@ def text(cwd, *args):
     lines = out.splitlines(keepends=True)
     start = max(i for i, line in enumerate(lines) if line.startswith('Overriding')) + 1
     return ''.join(lines[start:lines.index('---------------\n', start)])[:-1]
+
+
+def test_a_terminal_gets_no_control_characters(made):
+    """A model's vocabulary may have them: ESC ]52 writes to the clipboard, and a form feed clears. A pipe gets all."""
+    flags = '--out_dir=out', '--max_new_tokens=28', '--temperature=9'
+    raw = text(made, *flags)
+    unsafe = [ch for ch in raw if ch < ' ' and ch not in '\n\t']
+    assert len(unsafe) > 3
+    reader, terminal = pty.openpty()
+    done = subprocess.run([sys.executable, ROOT / 'sample.py', *FEW, *flags], cwd=made, stdout=terminal)
+    printed = os.read(reader, 1 << 16).decode().replace('\r\n', '\n')
+    os.close(reader)
+    os.close(terminal)
+    shown = re.sub(r'[\x00-\x08\x0b-\x1f]', lambda found: f'U+{ord(found[0]):04X}', raw)
+    assert done.returncode == 0 and shown in printed and not set(unsafe) & set(printed)
+    assert 'noU+001B[2Jne/ckpt.pt is missing' in ends(made, 'sample.py', '--out_dir=no\x1b[2Jne')
 
 
 # -----------------------------------------------------------------------------
