@@ -212,7 +212,7 @@ def test_mistakes_of_convert(made, flags, message):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(vocab_size=10 ** 30), 'sizes that no model has'), (dict(hidden_size='x'), 'n_embd must be int'),
+    (dict(vocab_size=10 ** 30), '0 must be positive, <'), (dict(hidden_size='x'), 'n_embd must be int'),
     (dict(rope_scaling='yarn'), 'cannot be read'), (dict(architectures={'a': 1}), 'cannot be read'),
     (dict(rope_parameters=dict(rope_type='yarn', original_max_position_embeddings=0)), 'cannot be read'),
 ])
