@@ -52,8 +52,8 @@ def _one_line(error):
         return f'out of memory: make the batch or the model smaller ({said[:200] or type(error).__name__})'
     if isinstance(error, ModuleNotFoundError) and error.name in _PACKAGES:
         return f'this needs {error.name}: pip install {error.name}'
-    if 'RANK' in _os.environ and (_re.search('onnection .* by peer', said) and isinstance(error, RuntimeError)
-                                  or type(error).__name__ in ('DistNetworkError', 'DistStoreError')):
+    lost = isinstance(error, RuntimeError) and _re.search('onnection .* by peer|gloo/transport', said)
+    if 'RANK' in _os.environ and (lost or type(error).__name__ in ('DistNetworkError', 'DistStoreError')):
         return f'another rank is gone, or cannot be reached: {said[:200]}'
     if type(error).__module__.startswith('wandb.'):
         return f'wandb cannot start ({said[:200]}): run `wandb login`, or set WANDB_MODE=offline'

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 
 import configurator  # noqa: F401 (a mistake is one line and exit code 2)
 
@@ -28,6 +27,7 @@ from extras import architecture
 from extras.compare import check_export
 from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights, settings_out, shared_copies
 from extras.integrity import check_finite
+from extras.output import unfinished_folder
 from extras.scripts import open_checkpoint
 from extras.tokenizer import character_tokenizer, copy_tokenizer, gpt2_tokenizer, of_checkpoint, tokenizer_files
 from model import Mistake, first_line, save_checkpoint
@@ -65,7 +65,7 @@ def new_folder(path):
     parent, name = os.path.split(target)
     try:
         os.makedirs(parent, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f'{name}.') as temporary:
+        with unfinished_folder(target) as temporary:
             folder = os.path.join(temporary, name)
             os.mkdir(folder)
             yield folder

@@ -14,6 +14,7 @@ import zlib
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository's root
 from configurator import mistake  # whose import makes a mistake one line and exit code 2
+from extras import output
 
 # isort: split
 import numpy as np
@@ -158,22 +159,6 @@ def tokenizer_files(folder):
     return tokenizer.tokenizer_files(folder) if folder else {}
 
 
-def lock(folder):
-    """Keep other prepare scripts out of the folder -> its descriptor, which holds the lock; None on Windows."""
-    if os.name == 'nt':
-        return None
-    import fcntl
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise mistake(f'another prepare.py is writing to {os.path.relpath(folder)}: wait for its end') from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
-
-
 def remove(folder, names):
     for name in names:
         with contextlib.suppress(FileNotFoundError):
@@ -220,7 +205,7 @@ def written(folder, names):
         os.makedirs(folder, exist_ok=True)
         for path in (os.path.join(folder, name) for name in names):
             need(not os.path.isdir(path), f'{os.path.relpath(path)} is a folder: remove it')
-        descriptor = lock(folder)
+        descriptor = output.lock(folder)
         remove(folder, [name + '.tmp' for name in {*names, *others}])
         for name in names:
             files[name] = open(os.path.join(folder, name + '.tmp'), 'wb')
@@ -231,6 +216,8 @@ def written(folder, names):
             file.close()
         set_signals(signal.SIG_IGN, signal.SIG_IGN)  # the rest takes a moment
         put_in_place(folder, names, others, descriptor)
+    except BlockingIOError:
+        raise mistake(f'another prepare.py is writing to {os.path.relpath(folder)}: wait for its end') from None
     except OSError as e:
         raise mistake(f'{os.path.relpath(folder)} cannot be written: {e}') from None
     finally:

@@ -1,7 +1,10 @@
-"""Pages and figures: each is written whole or not at all, and replaces nothing but an earlier page or figure."""
+"""What a script leaves is whole or not there: pages, figures, folders. A page replaces nothing but an earlier page."""
 
 import contextlib
+import glob
 import os
+import shutil
+import tempfile
 
 from configurator import mistake
 
@@ -38,3 +41,40 @@ def write(path, content, inputs=()):
     finally:
         with contextlib.suppress(OSError):
             os.remove(unfinished)
+
+
+def lock(folder):
+    """-> a descriptor that holds the folder's lock until it is closed; None if the system or its disk has no such locks.
+    BlockingIOError if another process holds it.
+    """
+    if os.name == 'nt':
+        return None
+    import fcntl
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        os.close(descriptor)
+        if isinstance(e, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+@contextlib.contextmanager
+def unfinished_folder(target):
+    """A temporary folder beside `target`, closed to other users. Those of killed processes are removed first."""
+    parent, name = os.path.split(target)
+    for left in glob.glob(f'{glob.escape(target)}.????????.unfinished'):
+        with contextlib.suppress(OSError):
+            descriptor = lock(left)
+            if descriptor is not None:  # nobody writes to it
+                shutil.rmtree(left)
+                os.close(descriptor)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f'{name}.', suffix='.unfinished') as folder:
+        descriptor = lock(folder)
+        try:
+            yield folder
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)

@@ -9,6 +9,7 @@ built without memory and then filled one tensor at a time, so that no rank ever 
 import functools
 import logging
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ try:  # private names: another torch may lack one
 except ImportError as e:
     raise Mistake(f'shard and expert_parallel do not know torch {torch.__version__}: {first_line(e)}') from None
 
+# a block returns the scores of its experts as a view, and no in-place operation changes them
+warnings.filterwarnings('ignore', r'FSDP2-wrapped module \(FSDPBlock\) returned a view tensor')
 # it advises every rank to merge collectives that do not merge in these meshes
 logging.getLogger('torch.distributed.tensor._redistribute').setLevel(logging.ERROR)
 

@@ -167,6 +167,8 @@ def load_reward(path):
 def load_prompts(data_dir, split, tokenizer, max_new_tokens, block_size):
     """[(prompt, answer)] of a data set's file, whose lines are a prompt, a tab and its answer."""
     path = os.path.join(data_dir, f'{split}_prompts.txt')
+    guard.need(os.path.exists(path) or not os.path.exists(os.path.join(data_dir, 'train.bin')),
+               f'{path} is missing: this data set has no prompts; choose one with prompts, such as arithmetic/add3')
     try:
         with open(path, encoding='utf-8') as f:
             pairs = [tuple(line.removesuffix('\n').split('\t')) for line in f]

@@ -167,6 +167,17 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys, error):
     assert code == 1 and said.startswith('Traceback') and "raise error" in said and type(error).__name__ in said
 
 
+@pytest.mark.parametrize('said', ['[/x/gloo/transport/tcp/pair.cc:1] writev [127.0.0.1]:1: Broken pipe',
+                                  'Connection closed by peer [127.0.0.1]:1'])
+def test_a_rank_that_lost_another_says_so_in_one_line(monkeypatch, said):
+    names = {'out_dir': 'out'}
+    for where in ('sys.argv', 'sys.excepthook'):
+        monkeypatch.setattr(where, ['script.py'] if where == 'sys.argv' else sys.excepthook)
+    exec(SOURCE, names)
+    monkeypatch.setenv('RANK', '0')
+    assert names['_one_line'](RuntimeError(said)) == f'another rank is gone, or cannot be reached: {said}'
+
+
 def test_an_interrupt_before_the_loop_is_one_line(small):
     (small / 'stuck.py').write_text('''
 import runpy, sys, time

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -32,7 +33,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import convert
 import model as model_file
-from extras import hf
+from extras import hf, output
 from extras.decode import Decoder
 from model import GPT, MLA, GPTConfig, Mistake
 
@@ -895,18 +896,21 @@ def test_an_import_goes_through_a_link_but_replaces_neither_a_mount_nor_the_work
         convert.import_folder(hf_dir, '.')
 
 
-def test_a_killed_import_can_be_repeated(exported, monkeypatch):
-    """A kill runs no clean-up: whatever stands in the new folder then is under another name."""
-    def killed(*_):
-        raise SystemExit  # TemporaryDirectory would clean up
-    with monkeypatch.context() as patch:
-        patch.setattr(convert, 'save_checkpoint', killed)
-        patch.setattr(convert.tempfile.TemporaryDirectory, 'cleanup', lambda self: self._finalizer.detach())
-        with pytest.raises(SystemExit):
-            convert.import_folder('hf', 'new')
-    assert not os.path.exists('new')
+def test_a_killed_import_can_be_repeated(exported):
+    """A kill runs no clean-up: what stands in the new folder is under another name, and goes with the next import."""
+    pid = os.fork()
+    if pid == 0:
+        convert.save_checkpoint = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        convert.import_folder('hf', 'new')
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    left, = glob.glob('new.*')
+    os.mkdir('new.another1.unfinished')
+    descriptor = output.lock('new.another1.unfinished')  # as a process that is still writing to it
+    os.mkdir('new.notes.unfinished')
     convert.import_folder('hf', 'new')
-    assert os.path.exists('new/ckpt.pt')
+    os.close(descriptor)
+    assert os.path.exists('new/ckpt.pt') and not os.path.exists(left)
+    assert sorted(glob.glob('new.*')) == ['new.another1.unfinished', 'new.notes.unfinished']
 
 
 def test_an_export_touches_no_other_folder(exported):

@@ -602,6 +602,12 @@ def test_prompts_end_at_newlines_alone(tmp_path):
     (tmp_path / 'train_prompts.txt').write_text(f'{said}\tx\u2029y\nb\t\n', encoding='utf-8')
     letters = tokenizer.characters({ch: i for i, ch in enumerate(said)}, dict(enumerate(said)))
     assert scripts.load_prompts(tmp_path, 'train', letters, 40, 100) == [(said, 'x\u2029y'), ('b', '')]
+    (tmp_path / 'train_prompts.txt').unlink()
+    with pytest.raises(model_module.Mistake, match='run the prepare.py'):
+        scripts.load_prompts(tmp_path, 'train', letters, 40, 100)
+    (tmp_path / 'train.bin').touch()                                        # its prepare.py was run, and makes none
+    with pytest.raises(model_module.Mistake, match='has no prompts; choose one with prompts'):
+        scripts.load_prompts(tmp_path, 'train', letters, 40, 100)
     (tmp_path / 'train_prompts.txt').write_text('')
     with pytest.raises(model_module.Mistake, match='is empty'):
         scripts.load_prompts(tmp_path, 'train', letters, 40, 100)

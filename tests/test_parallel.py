@@ -56,6 +56,7 @@ def train_in(clone, layout, *flags):
     (clone / 'biases.py').write_text(BIASES)
     code, printed = torchrun(clone, *FLAGS, *more, *flags, n=ranks, script='biases.py')
     assert code == 0 and 'Traceback' not in printed and 'terminate called' not in printed, printed[-4000:]
+    assert 'Warning' not in printed
     kept = [torch.load(clone / f'bias{rank}') for rank in range(ranks)]
     assert all(torch.equal(biases[k], kept[0][k]) and biases[k].any() for biases in kept for k in kept[0])
     return printed
