@@ -63,17 +63,22 @@ def pieces_of(tokenizer, ids):
     """The text of each token of a sequence. Characters that several tokens hold together stand at the first of them, ''
     at the others; a token without a text, or of bytes that are no UTF-8, is its number.
     """
-    pieces, before = [], []
+    pieces, before, cut = [], [], False
     while len(pieces) < len(ids):
         start = len(pieces)
         already = tokenizer.decode(before)  # a decoder may drop a space that no token stands before
-        for end in range(start + 1, len(ids) + 1):
+        already = already.rstrip('\ufffd') if cut else already
+        cut = False
+        for end in range(start + 1, min(start + 64, len(ids)) + 1):
             group = ids[start:end]
             piece = tokenizer.decode(before + group).removeprefix(already)
             whole = piece.rstrip('\ufffd')
             # up to three bytes of a character of four may lack the rest, which the next token may hold
             if not 1 <= len(piece) - len(whole) <= 3 or '\ufffd' in whole:
                 break
+        else:  # a long chain is cut, because each token reads its text anew
+            cut = end < len(ids) and whole != ''
+            piece = whole if cut else piece
         if not piece or '\ufffd' in piece:
             group, piece = group[:1], f'#{ids[start]}'
         pieces += [visible(piece)] + [''] * (len(group) - 1)

@@ -244,6 +244,21 @@ def test_a_token_without_a_text(tmp_path):
     assert inside.pieces_of(tokenizer.from_folder(tmp_path / 'hf'), [0, 258, 1]) == ['#0', 'th', '#1']
 
 
+def test_a_long_chain_of_shared_characters_takes_no_longer_than_other_tokens():
+    """Each token ends one character and begins the next: reading them took a time that grew with the square."""
+    table, read = (b'\xc3', b'\xa9\xc3', b'\xa9'), []
+
+    def decode(ids):
+        read.append(len(ids))
+        return b''.join(table[i] for i in ids).decode(errors='replace')
+
+    for n in (1, 62, 63, 64, 65, 126, 127, 128, 500, 3000):
+        read.clear()
+        pieces = inside.pieces_of(SPEAKS._replace(decode=decode), [0] + [1] * n + [2])
+        assert len(pieces) == n + 2 and ''.join(pieces) == 'é' * (n + 1)
+        assert sum(read) < 200 * (n + 2)
+
+
 # -----------------------------------------------------------------------------
 # the page
 
