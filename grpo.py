@@ -391,7 +391,7 @@ if __name__ == '__main__':
         t0 = time.time()
         lr = learning_rate * min((iter_num + 1) / (warmup_iters + 1), 1 - iter_num / max_iters if decay_lr else 1)
         for group in optimizer.param_groups:
-            group['lr'] = lr
+            group['lr'] = lr * group.get('lr_scale', 1)
 
         # rollouts: every rank draws the same prompts, and answers its share
         drawn = np.random.default_rng((seed, iter_num)).integers(len(pairs['train']), size=prompts_per_iter)

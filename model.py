@@ -72,6 +72,8 @@ class GPTConfig:
     rope_mscale: float = 1.0
     rope_mscale_all_dim: float = 1.0
 
+    score_fns = {'sigmoid': torch.sigmoid, 'softmax': lambda logits: logits.softmax(dim=-1)}  # by scoring_func
+
     def __post_init__(self):
         check_config(self)
         C, d, K = self.n_embd, self.n_embd // self.n_head, self.num_experts_per_tok
@@ -199,14 +201,17 @@ class MLA(nn.Module):
         return torch.einsum('bhtc,hvc->bthv', mixed, w_uv.to(mixed.dtype)).flatten(2)
 
 
-def swiglu(x):
-    """[gate, up] (..., 2h) -> silu(gate) * up (..., h)"""
+def swiglu(x, limit=0.0):
+    """[gate, up] (..., 2h) -> silu(gate) * up (..., h). limit > 0: first clamp to gate <= limit, |up| <= limit"""
     gate, up = x.chunk(2, dim=-1)
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return F.silu(gate) * up
 
 
 class MLP(nn.Module):
     """The dense FFN, and all shared experts together as one wide FFN."""
+    limit = 0.0  # swiglu()'s, as in MoE; another architecture has its own
 
     def __init__(self, config, width):
         super().__init__()
@@ -214,11 +219,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.down_proj(swiglu(self.gate_up_proj(x), self.limit))
 
 
 class MoE(nn.Module):
     """DeepSeekMoE (V3 eq. 12-20): shared experts for every token, and K of E small routed experts per token."""
+    limit = 0.0
 
     def __init__(self, config):
         super().__init__()
@@ -232,53 +238,59 @@ class MoE(nn.Module):
         self.register_buffer('e_score_correction_bias', torch.zeros(E))
         self.experts_fn = sorted_experts  # extras/experts.py, kernels.py and fp8.py replace it
 
-    def forward(self, x):
+    def forward(self, x, *more):
         """(B, T, C) -> (B, T, C), and in training its scores (B, T, E) and chosen experts (B, T, K), else None."""
         B, T, C = x.shape
         flat = x.view(-1, C)                                                # (N, C)
-        scores, gates, experts = self.route(flat)                           # (N, E), (N, K), (N, K)
+        scores, gates, experts = self.route(flat, *more)                    # (N, E), (N, K), (N, K)
         out = self.routed(flat, gates, experts).view(B, T, C)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)                              # eq. 12
         return out, (scores.view(B, T, -1), experts.view(B, T, -1)) if self.training else None
 
-    def route(self, x):
-        """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32."""
+    def route(self, x, *more):
+        """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32. more: see choose()"""
         cfg, K = self.config, self.config.num_experts_per_tok
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.gate.weight.float())
-        scores = logits.sigmoid() if cfg.scoring_func == 'sigmoid' else logits.softmax(dim=-1)   # eq. 15
-        biased = scores.detach() + self.e_score_correction_bias
-        if cfg.n_group > 1:
-            biased = keep_best_groups(biased, cfg.n_group, cfg.topk_group, cfg.scoring_func)
-        experts = biased.topk(K, dim=-1, sorted=False).indices                                   # eq. 16
+        scores = cfg.score_fns[cfg.scoring_func](logits)                                         # eq. 15
+        experts = self.choose(scores.detach(), *more)
         gates = scores.gather(1, experts)  # without b
         if cfg.norm_topk_prob and K > 1:  # with K = 1 the gate would always be 1, without a gradient
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)                            # eq. 13
         return scores, gates * cfg.routed_scaling_factor, experts
 
+    def choose(self, scores):
+        """scores (N, E) -> the K chosen experts (N, K). Another architecture may choose by more than the scores."""
+        cfg, biased = self.config, scores + self.e_score_correction_bias
+        if cfg.n_group > 1:
+            biased = keep_best_groups(biased, cfg.n_group, cfg.topk_group, cfg.scoring_func)
+        return biased.topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices                # eq. 16
+
     def routed(self, x, gates, experts):
         """The sum over the chosen experts in eq. 12: x (N, C), gates and experts (N, K) -> (N, C)"""
-        return self.experts_fn(x, gates, experts, self.experts_gate_up, self.experts_down)
+        return self.experts_fn(x, gates, experts, self.experts_gate_up, self.experts_down, self.limit)
 
 
-def sorted_experts(x, gates, experts, gate_up, down):
+def sorted_experts(x, gates, experts, gate_up, down, limit=0.0):
     """MoE.routed() with the N*K choices as M rows, sorted by expert. gate_up: (E, 2h, C), down: (E, C, h)"""
     token, place, row_gates, offsets = sort_by_expert(experts, gates, len(down))
     y = Gather.apply(x.to(compute_dtype(x)), token, place)                  # (M, C): each row's token
-    y = swiglu(grouped_linear(y, gate_up, offsets))                         # (M, h)
+    y = swiglu(grouped_linear(y, gate_up, offsets), limit)                  # (M, h)
     y = y * row_gates.to(y.dtype)  # g of eq. 12, before the linear W_down because rows are narrower here
     return Gather.apply(grouped_linear(y, down, offsets), place, token)     # (N, C): the sum of each token's K rows
 
 
 class Block(nn.Module):
+    mla, moe = MLA, MoE  # another architecture has its own
+
     def __init__(self, config, layer):
         super().__init__()
         dense = config.n_routed_experts == 0 or layer < config.first_k_dense_replace
         self.input_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.attn = MLA(config)
+        self.attn = self.mla(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.mlp = MLP(config, config.intermediate_size) if dense else MoE(config)
+        self.mlp = MLP(config, config.intermediate_size) if dense else self.moe(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None, pos=0):
@@ -331,22 +343,22 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.transformer.wte.weight = self.lm_head.weight
-        for name, table in zip(('rope_cos', 'rope_sin'), rope_table(config)):  # (block_size, r/2) each
+        for name, table in self.tables().items():
             self.register_buffer(name, table, persistent=False)
         self.stats = {}  # set by training_loss()
         self.rows_fn = cross_entropy_rows  # compile() and extras/kernels.py replace it
         for name, p in self.named_parameters():
             self.initialise(name, p)
 
-    def run_blocks(self, blocks, x, cache, pos):
+    def run_blocks(self, blocks, x, cache, pos, *more):
         """x (B, T, C) through the blocks -> (B, T, C), and (scores, experts) of each MoE block in training.
-        pos: the first token's position, or all positions (B, T), if each row has its own
+        pos: the first token's position, or all positions (B, T), if each row has its own. more: for all blocks
         """
         place = slice(pos, pos + x.size(1)) if isinstance(pos, int) else pos.clamp(max=self.config.block_size - 1)
         cos, sin = self.rope_cos[place], self.rope_sin[place]               # (T, r/2) or (B, T, r/2) each
         routing = []
         for i, block in enumerate(blocks):
-            x, scores_and_experts = block(x, cos, sin, None if cache is None else cache[i], pos)
+            x, scores_and_experts = block(x, cos, sin, None if cache is None else cache[i], pos, *more)
             if scores_and_experts is not None:
                 routing.append(scores_and_experts)
         return x, routing
@@ -471,6 +483,10 @@ class GPT(nn.Module):
             terms = 2 * self.config.n_layer if residual else 1
             nn.init.normal_(p, std=self.config.initializer_range / math.sqrt(terms))
 
+    def tables(self):
+        """The buffers that follow from the config, by name: cos and sin of RoPE, (block_size, r/2) each."""
+        return dict(zip(('rope_cos', 'rope_sin'), rope_table(self.config)))
+
     def blocks(self):
         """Main blocks, then MTP blocks."""
         return [*self.transformer.h, *(block for module in self.mtp for block in module.h)]
@@ -478,10 +494,11 @@ class GPT(nn.Module):
     def moe_layers(self):
         return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
 
-    def make_cache(self, batch_size, length):
-        """An empty latent cache (n_layer, B, length, c + r)."""
-        cfg, w = self.config, self.lm_head.weight
-        return torch.zeros(cfg.n_layer, batch_size, length, cfg.cache_width, dtype=compute_dtype(w), device=w.device)
+    def make_cache(self, batch_size, length, blocks=None, device=None):
+        """An empty latent cache: a tensor (B, length, c + r) for each main block, or for this number of blocks()."""
+        w, shape = self.lm_head.weight, (batch_size, length, self.config.cache_width)
+        return [torch.zeros(shape, dtype=compute_dtype(w), device=device or w.device)
+                for _ in range(blocks or self.config.n_layer)]
 
     def loss_of_heads(self, states, labels, weights, counts=None):
         """States (B, T, C) through the shared head, against labels (heads, B, T; -1: none) -> the weighted sum of their
@@ -601,7 +618,7 @@ CHECKS = [  # fields, a test of each value x (c: the config), the test in words;
     ('qk_rope_head_dim', lambda x, c: x % 2 == 0, 'must be even: RoPE rotates pairs'),
     ('first_k_dense_replace', lambda x, c: x <= c.n_layer, 'must lie in 0..n_layer={n_layer}'),
     ('eos_token_id', lambda x, c: 0 <= x < c.vocab_size, 'must be a token below vocab_size={vocab_size}, or -1'),
-    ('scoring_func', lambda x, c: x in ('sigmoid', 'softmax'), "must be 'sigmoid' or 'softmax'"),
+    ('scoring_func', lambda x, c: x in c.score_fns, "must be 'sigmoid' or 'softmax', or in model_v4 'sqrtsoftplus'"),
 ]
 EXPERT_CHECKS = [
     ('n_group', lambda x, c: x > 0 and c.n_routed_experts % x == 0, 'must divide n_routed_experts={n_routed_experts}'),

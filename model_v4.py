@@ -2,36 +2,378 @@
 What DeepSeek added after V3, each idea with a switch that is off by default. With all of them off the model is
 model.py's, number for number. A run chooses it by --architecture=model_v4, or by `architecture` in its config file.
 
-Letters in the shape comments as in model.py.
+Papers: mHC = arXiv 2512.24880, Engram = arXiv 2601.07372, V4 = arXiv 2606.19348.
+
+Letters in the shape comments as in model.py, and
+  n hc_mult, the streams of the residual (in mHC and Engram, where no head size is meant)
+  N engram_ngram      R rows looked up per token: (N - 1) * engram_heads
 """
 
+import math
+import random
+import re
 from dataclasses import dataclass
 
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
 import model
+from model import RMSNorm, compute_dtype
 
 
 @dataclass
 class GPTConfig(model.GPTConfig):
     """model.py's fields, then those of the later ideas, named as in the released configs."""
     architecture: str = 'model_v4'
+    # hyper-connections (mHC)
+    hc_mult: int = 1                # streams of the residual; 1 or 0: off
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    # conditional memory (Engram)
+    engram_layers: str = ''         # the main blocks that look up, such as 0 or 1,3; '': off
+    engram_ngram: int = 3           # what is looked up: the last 2, 3, ... engram_ngram tokens
+    engram_heads: int = 1           # tables for each of these lengths
+    engram_rows: int = 4096         # rows of a table: the next primes from here
+    engram_dim: int = 16            # width of a row
+    engram_conv: bool = True        # a short convolution over what was found
+    engram_lr_scale: float = 5.0    # the tables learn with this multiple of the learning rate
+    # V4's experts
+    scoring_func: str = 'sigmoid'   # or 'softmax' (V2) or 'sqrtsoftplus' (V4)
+    swiglu_limit: float = 0.0       # clamps gate <= limit and |up| <= limit; 0: off (V4: 10)
+    num_hash_layers: int = 0        # the first blocks choose experts by token id alone
+
+    score_fns = model.GPTConfig.score_fns | {'sqrtsoftplus': lambda logits: F.softplus(logits).sqrt()}
 
     def __post_init__(self):
         model.check_config(self, CHECKS)
         super().__post_init__()
 
+    @property
+    def memory_layers(self):
+        return [int(layer) for layer in self.engram_layers.split(',') if layer]
+
 
 CHECKS = [  # as in model.py
     ('architecture', lambda x, c: x == 'model_v4', "must be 'model_v4'"),
+    ('hc_mult', lambda x, c: 0 <= x <= 64, 'must lie in 0..64'),
+    ('hc_sinkhorn_iters', lambda x, c: 0 < x <= 1000, 'must lie in 1..1000'),
+    ('hc_eps engram_lr_scale swiglu_limit', lambda x, c: 0 <= x < 2**31, 'must not be negative, nor 2**31 or more'),
+    ('engram_layers', lambda x, c: re.fullmatch(r'(\d{1,9}(,\d{1,9})*)?', x) and
+     len(set(c.memory_layers)) == len(c.memory_layers) and all(layer < c.n_layer for layer in c.memory_layers),
+     "must be different main blocks below n_layer={n_layer} with commas, such as '0' or '1,3', or ''"),
+    ('engram_ngram', lambda x, c: 2 <= x <= 16, 'must lie in 2..16'),
+    ('engram_heads engram_dim', lambda x, c: 0 < x < 2**16, 'must lie in 1..65535'),
+    ('engram_rows', lambda x, c: 0 < x < 2**31, 'must be positive, < 2**31'),
+    ('num_hash_layers', lambda x, c: x == 0 or 0 < x <= c.n_layer and 0 < c.n_routed_experts and
+     c.first_k_dense_replace == 0, 'must lie in 0..n_layer={n_layer}, and needs experts in these blocks: '
+     'n_routed_experts > 0 and first_k_dense_replace=0'),
+    ('scoring_func', lambda x, c: x != 'sqrtsoftplus' or c.n_group == 1, "needs n_group=1: V4 has no expert groups"),
 ]
 
 
+# -----------------------------------------------------------------------------
+# mHC: the residual is n streams, mixed by doubly stochastic matrices
+
+class HyperConnection(nn.Module):
+    """What one sublayer reads from the n streams, and how its output and the streams are mixed (mHC section 4)."""
+
+    def __init__(self, config):
+        super().__init__()
+        n = config.hc_mult
+        self.iters, self.eps, self.norm_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
+        self.fn = nn.Parameter(torch.empty(n + n + n * n, n * config.n_embd))
+        self.base = nn.Parameter(torch.zeros(n + n + n * n))
+        self.scale = nn.Parameter(torch.full((3,), 0.01))
+
+    def forward(self, x):
+        """x (B, T, n, C) -> the sublayer's input (B, T, C), post (B, T, n) and comb (B, T, n, n), these two in fp32"""
+        n = x.size(2)
+        sizes = n, n, n * n
+        pre, post, comb = (part * scale + base for part, scale, base in zip(
+            stream_weights(x, self.fn, self.norm_eps).split(sizes, dim=-1), self.scale.float(),
+            self.base.float().split(sizes)))
+        pre = pre.sigmoid() + self.eps                                      # (B, T, n)
+        comb = sinkhorn(comb.unflatten(-1, (n, n)), self.iters, self.eps)
+        return weighted(x, pre), 2 * post.sigmoid(), comb
+
+
+def stream_weights(x, fn, eps):
+    """x (B, T, n, C) -> linear functions of the normed streams (B, T, len(fn)), in fp32"""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(rms(x.flatten(2), eps), fn.float())
+
+
+def rms(x, eps):
+    """RMSNorm without a weight, in fp32"""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+def weighted(x, weights):
+    """x (B, T, n, C), weights (B, T, n) -> the weighted sum of the streams (B, T, C)"""
+    return (weights.unsqueeze(-1) * x).sum(dim=2).to(x.dtype)
+
+
+def sinkhorn(logits, iters, eps):
+    """logits (..., n, n) -> matrices whose columns sum to 1, and nearly so the rows (Sinkhorn-Knopp)"""
+    comb = logits.softmax(dim=-1) + eps
+    comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    return comb
+
+
+def connect(x, y, post, comb):
+    """X' = post y + comb^T X: streams x (B, T, n, C) and a sublayer's output y (B, T, C) -> (B, T, n, C)"""
+    with torch.autocast(x.device.type, enabled=False):
+        mixed = comb.transpose(-1, -2) @ x.float()  # the sum runs over comb's first axis
+    return (post.unsqueeze(-1) * y.unsqueeze(2) + mixed).to(x.dtype)
+
+
+class StreamNorm(RMSNorm):
+    """The last norm, before the output head: first it contracts the n streams to their weighted sum."""
+
+    def __init__(self, config):
+        super().__init__(config.n_embd, config.rms_norm_eps)
+        n = config.hc_mult
+        self.hc_eps = config.hc_eps
+        self.hc_fn = nn.Parameter(torch.zeros(n, n * config.n_embd))
+        self.hc_base = nn.Parameter(torch.zeros(n))
+        self.hc_scale = nn.Parameter(torch.full((1,), 0.01))
+
+    def forward(self, x):
+        """(B, T, n, C) -> (B, T, C)"""
+        weights = stream_weights(x, self.hc_fn, self.eps) * self.hc_scale.float() + self.hc_base.float()
+        return super().forward(weighted(x, weights.sigmoid() + self.hc_eps))
+
+
+# -----------------------------------------------------------------------------
+# Engram: rows of tables, found by hashing the last tokens
+
+class Engram(nn.Module):
+    """Conditional memory (Engram section 2): what the last 2, ..., N tokens have in their tables joins the residual."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config = config
+        N, V, C, n = config.engram_ngram, config.vocab_size, config.n_embd, max(1, config.hc_mult)
+        self.primes = table_sizes(config)[layer]  # R of them
+        rng = random.Random(10007 * layer)
+        # odd, and small enough that no product with a token id overflows 63 bits
+        self.multipliers = [2 * rng.randrange((2**62 - 1) // (V + 1)) + 1 for _ in range(N)]
+        # equal tokens have one id (V: no token, before the first); extras/architecture.py may merge " The" and "the"
+        self.register_buffer('canonical', torch.arange(V + 1))
+        self.table = nn.Embedding(sum(self.primes), config.engram_dim)
+        self.k_proj = nn.Linear(len(self.primes) * config.engram_dim, n * C, bias=False)
+        self.v_proj = nn.Linear(len(self.primes) * config.engram_dim, C, bias=False)
+        self.k_norm = nn.Parameter(torch.ones(n * C))
+        self.h_norm = nn.Parameter(torch.ones(n * C))
+        if config.engram_conv:
+            self.conv_norm = nn.Parameter(torch.ones(n * C))
+            self.conv = nn.Parameter(torch.zeros(4, n * C))  # kernel 4, for each channel
+
+    def forward(self, h, tokens, cache=None, pos=0):
+        """h (B, T, C) or streams (B, T, n, C), tokens (B, T, N): see look_back() -> what joins h, of its shape.
+        cache (B, S, n C): the convolution's inputs, written in place
+        """
+        C, eps = self.config.n_embd, self.config.rms_norm_eps
+        x = h.unflatten(-1, (-1, C)) if h.dim() == 3 else h                 # (B, T, n, C)
+        e = self.table(self.rows(self.canonical[tokens])).flatten(-2)       # (B, T, R * engram_dim)
+        key = rms(self.k_proj(e).unflatten(-1, (-1, C)), eps) * self.k_norm.view(-1, C)
+        a = (key * rms(x, eps) * self.h_norm.view(-1, C)).sum(dim=-1, keepdim=True) / math.sqrt(C)
+        gate = (a.abs().clamp(min=1e-6).sqrt() * a.sign()).sigmoid()        # (B, T, n, 1), in fp32
+        v = gate * self.v_proj(e).unsqueeze(2)                              # (B, T, n, C)
+        if self.config.engram_conv:
+            z = (rms(v, eps) * self.conv_norm.view(-1, C)).flatten(2).to(compute_dtype(h))   # (B, T, n C)
+            steps = [k * self.config.engram_ngram for k in range(4)]        # dilation N
+            past = zip(self.conv, look_back(z, steps, 0, cache, pos))
+            v = v + F.silu(sum(weight * row for weight, row in past)).view_as(v)
+        return v.view_as(h).to(h.dtype)
+
+    def rows(self, tokens):
+        """Canonical tokens (B, T, N) -> for each length and head a row of the joint table, (B, T, R)"""
+        found, start, mix = [], 0, tokens[..., 0] * self.multipliers[0]
+        for k, primes in enumerate(zip(*[iter(self.primes)] * self.config.engram_heads), start=1):
+            mix = mix ^ tokens[..., k] * self.multipliers[k]
+            for prime in primes:
+                found.append(start + mix % prime)
+                start += prime
+        return torch.stack(found, dim=-1)
+
+
+def table_sizes(config):
+    """{layer: the sizes of its R tables}: all different primes, so that two tables seldom confuse the same tokens"""
+    sizes, prime = {}, config.engram_rows - 1
+    for layer in sorted(config.memory_layers):
+        sizes[layer] = []
+        for _ in range((config.engram_ngram - 1) * config.engram_heads):
+            prime += 1
+            while prime < 2 or any(prime % d == 0 for d in range(2, math.isqrt(prime) + 1)):
+                prime += 1
+            sizes[layer].append(prime)
+    return sizes
+
+
+def look_back(x, steps, before, cache, pos):
+    """x (B, T, ...) at the positions pos.. -> for each of `steps` the rows that many positions earlier, (B, T, ...);
+    `before` stands before the first position. cache (B, S, ...) or None: holds earlier rows, x is written into it
+    """
+    T = x.size(1)
+    if cache is None:
+        return [torch.cat((torch.full_like(x[:, :k], before), x[:, :max(0, T - k)]), dim=1) for k in steps]
+    place = pos if isinstance(pos, torch.Tensor) else torch.arange(pos, pos + T, device=x.device).expand(len(x), T)
+    row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    cache[row, place] = x.to(cache.dtype)
+    known = place.view(*place.shape, *[1] * (x.dim() - 2))                  # (B, T, 1, ...)
+    return [torch.where(known >= k, cache[row, (place - k).clamp(min=0)], before) for k in steps]
+
+
+# -----------------------------------------------------------------------------
+# V4's experts
+
+class MoE(model.MoE):
+    """model.py's. In V4's first blocks (V4 section 2.1) a fixed table says which experts a token has; the router gives
+    the gates alone."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer('tid2eid', None)  # (V, K)
+
+    def choose(self, scores, tokens=None):
+        """scores (N, E), tokens (B, T, N) -> the K chosen experts (N, K)"""
+        return super().choose(scores) if self.tid2eid is None else self.tid2eid[tokens[..., 0].flatten()]
+
+
+def balanced_table(n_tokens, n_experts, k):
+    """-> (n_tokens, k): different experts for each token, at random, and each expert as often as the others"""
+    place = torch.randperm(n_tokens).unsqueeze(1) * k + torch.arange(k)
+    return torch.randperm(n_experts)[place % n_experts]
+
+
+# -----------------------------------------------------------------------------
+# the model of these parts
+
 class Block(model.Block):
-    pass
+    moe = MoE
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.layer, streams = layer, config.hc_mult > 1
+        self.attn_hc = HyperConnection(config) if streams else None
+        self.ffn_hc = HyperConnection(config) if streams else None
+        self.engram = Engram(config, layer) if layer in config.memory_layers else None
+        if layer < config.num_hash_layers:
+            self.mlp.tid2eid = torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.long)
+        for module in self.modules():
+            if isinstance(module, (model.MLP, MoE)):
+                module.limit = config.swiglu_limit
+
+    def forward(self, x, cos, sin, cache=None, pos=0, tokens=None, convolved=None):
+        """As in model.py, but with mHC x is n streams (B, T, n, C). tokens and convolved: from GPT.recent()"""
+        if self.engram is not None:
+            x = x + self.engram(x, tokens, convolved.get(self.layer), pos)
+        h, *mix = self.attn_hc(x) if self.attn_hc else (x,)
+        y = self.attn(self.input_layernorm(h), cos, sin, cache, pos)
+        x = connect(x, y, *mix) if mix else x + y
+        h, *mix = self.ffn_hc(x) if self.ffn_hc else (x,)
+        h = self.post_attention_layernorm(h)
+        y, routing = self.mlp(h, tokens) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        return connect(x, self.dropout(y), *mix) if mix else x + self.dropout(y), routing
 
 
 class MTP(model.MTP):
-    pass
+    """With mHC the module's combined input is copied into n streams, and a head of its own contracts them: its norm."""
+
+    def __init__(self, config, block):
+        super().__init__(config, block)
+        if config.hc_mult > 1:
+            self.norm = StreamNorm(config)
 
 
 class GPT(model.GPT):
+    """model.py's, with the parts above. What it adds to the table of initial values:
+
+    | parameter                                            | distribution | std or value      |
+    |------------------------------------------------------|--------------|-------------------|
+    | fn of a HyperConnection, tables and k, v of Engram   | normal       | initializer_range |
+    | scales of mHC; its bases, hc_fn, Engram's convolution | constant    | 0.01; 0           |
+    | tid2eid                                              | random, each expert as often as the others |
+    """
     config_class, block, module = GPTConfig, Block, MTP
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.hc_mult > 1:
+            self.transformer.ln_f = StreamNorm(config)
+        for name, buffer in self.named_buffers():
+            if name.endswith('tid2eid'):
+                self.initialise(name, buffer)
+
+    def run_blocks(self, blocks, x, cache, pos, *more):
+        if self.config.hc_mult > 1:
+            x = x.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)      # (B, T, n, C)
+        return super().run_blocks(blocks, x, cache, pos, *more)
+
+    def main_stack(self, idx, cache=None, pos=0):
+        x = self.transformer.drop(self.transformer.wte(idx))
+        x, routing = self.run_blocks(self.transformer.h, x, cache, pos, *self.recent(idx, cache, pos))
+        return self.transformer.ln_f(x), routing
+
+    def recent(self, idx, cache, pos):
+        """-> the last N tokens at each position of idx (B, T, N), the newest first, and by layer the cache of Engram's
+        convolution, (B, S, n C). Without Engram N is 1.
+        """
+        layers = self.config.memory_layers
+        if not layers:
+            return idx.unsqueeze(-1), {}
+        kept = [None] if cache is None else cache[-1 - len(layers) * self.config.engram_conv:]
+        tokens = look_back(idx, range(self.config.engram_ngram), self.config.vocab_size, kept[0], pos)
+        return torch.stack(tokens, dim=-1), dict(zip(layers, kept[1:]))
+
+    def make_cache(self, batch_size, length, blocks=None, device=None):
+        """As in model.py; with Engram, behind the blocks, the tokens (B, length), and for each of its layers the inputs
+        of its convolution (B, length, n C).
+        """
+        cache, layers = super().make_cache(batch_size, length, blocks, device), self.config.memory_layers
+        if layers:
+            width = max(1, self.config.hc_mult) * self.config.n_embd
+            cache.append(torch.zeros(batch_size, length, dtype=torch.long, device=cache[0].device))
+            cache += [cache[0].new_zeros(batch_size, length, width) for _ in layers if self.config.engram_conv]
+        return cache
+
+    @torch.no_grad()
+    def initialise(self, name, p):
+        """Initialise one parameter, or one buffer of a checkpoint, by GPT's table."""
+        last = name.rpartition('.')[2]
+        if last in ('k_norm', 'h_norm', 'conv_norm'):
+            p.fill_(1.0)
+        elif last in ('base', 'hc_base', 'hc_fn', 'conv'):
+            p.zero_()
+        elif last in ('scale', 'hc_scale'):
+            p.fill_(0.01)
+        elif last == 'fn':
+            p.normal_(std=self.config.initializer_range)
+        elif last == 'canonical':
+            p.copy_(torch.arange(len(p)))
+        elif last == 'tid2eid':
+            p.copy_(balanced_table(len(p), self.config.n_routed_experts, p.size(1)))
+        else:
+            super().initialise(name, p)
+
+    def get_num_active_params(self):
+        """As in model.py; of Engram's tables a token uses R rows."""
+        memories = [block.engram for block in self.blocks() if block.engram is not None]
+        idle = sum(m.table.weight.numel() - len(m.primes) * self.config.engram_dim for m in memories)
+        return super().get_num_active_params() - idle
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        """As in model.py; Engram's tables learn faster, and do not decay."""
+        optimizer = super().configure_optimizers(weight_decay, learning_rate, betas, device_type)
+        tables = [p for name, p in self.named_parameters() if name.endswith('engram.table.weight')]
+        if tables:
+            matrices = optimizer.param_groups[0]
+            matrices['params'] = [p for p in matrices['params'] if all(p is not table for table in tables)]
+            optimizer.add_param_group({'params': tables, 'weight_decay': 0.0,
+                                       'lr_scale': self.config.engram_lr_scale})
+        return optimizer

@@ -370,7 +370,7 @@ while True:
     # set the learning rate and the weight of the MTP loss
     lr = get_lr(iter_num) if decay_lr else learning_rate
     for group in opt.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * group.get('lr_scale', 1)
     mtp_weight = min(mtp_lambda, mtp_lambda_late) if iter_num >= mtp_late_from * max_iters else mtp_lambda
 
     # evaluate and save

@@ -127,9 +127,9 @@ def cause(e):
 
 
 def tensors_of(model):
-    """Parameters, a tied one once, and balance biases, by name."""
-    biases = {name: b for name, b in model.named_buffers() if name.endswith('e_score_correction_bias')}
-    return dict(model.named_parameters()) | biases
+    """Parameters, a tied one once, and the buffers that checkpoints hold, by name."""
+    kept = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
 
 
 class Reader(dcp.FileSystemReader):

@@ -16,15 +16,16 @@ import torch
 from torch.nn import functional as F
 
 from extras import experts
-from model import GREEDY, NOT_FINITE, Mistake, compute_dtype, draw, first_line, probabilities
+from model import GREEDY, NOT_FINITE, Mistake, draw, first_line, probabilities
 
 
 def for_decoding(model, dtype):
     """Prepare a GPT for decoding, in place: cast its weights to dtype once, and join matrices that read the same input.
-    Norms, routers and b keep their dtypes. -> the model
+    Norms, routers, b and mHC keep their dtypes. -> the model
     """
     for name, p in model.named_parameters():
-        if not name.endswith(('norm.weight', 'ln_f.weight', 'mlp.gate.weight')):
+        hyper = '_hc.' in name or '.hc_' in name  # connections and heads of model_v4.py's mHC
+        if not (hyper or name.endswith(('norm.weight', '_norm', 'ln_f.weight', 'mlp.gate.weight'))):
             p.data = p.data.to(dtype)
     if model.config.q_lora_rank > 0:
         for block in model.blocks():
@@ -197,7 +198,7 @@ class State(NamedTuple):
     done: torch.Tensor         # (B,): True for complete rows; a step computes them too, but keeps their known tokens
     stop: torch.Tensor         # (): the token that completes a row, or -1
     temperature: torch.Tensor  # ()
-    caches: list               # one (B, S, c + r) per block: in a joint tensor, a compiled write would copy everything
+    caches: list               # from make_cache(): in a joint tensor, a compiled write would copy everything
     h: torch.Tensor            # (B, S, C): states of the main stack, input of the MTP modules
     q: torch.Tensor            # (B, D, V): the probabilities that the drafts were sampled from
     counts: torch.Tensor       # (B, 2 + 2 D): the fields of Speculation
@@ -213,7 +214,7 @@ def empty_state(model, B, S, D, device=None):
     blocks = len(model.blocks()) if D else model.config.n_layer
     return State(zeros(B, S), zeros(B, S, dtype=torch.float32), zeros(B), zeros(B),
                  zeros(B, dtype=torch.bool), zeros(), zeros(dtype=torch.float32),
-                 [zeros(B, S, model.config.cache_width, dtype=compute_dtype(w)) for _ in range(blocks)],
+                 model.make_cache(B, S, blocks, device),
                  zeros(B, S if D else 0, model.config.n_embd, dtype=w.dtype),
                  zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
 

@@ -10,14 +10,17 @@ from model import Mistake
 
 
 def muon(model, weight_decay, learning_rate, betas, device_type):
-    """GPT -> Muon for its matrices, AdamW for embedding, head, routers, norms and biases."""
-    adamw_names = ('wte.weight', 'lm_head.weight', 'gate.weight')
+    """GPT -> Muon for its matrices, AdamW for embedding, head, routers, norms, biases and Engram's tables."""
+    adamw_names = ('wte.weight', 'lm_head.weight', 'gate.weight', 'engram.conv')
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith(adamw_names)]
+    tables = [p for name, p in named if name.endswith('engram.table.weight')]  # see model_v4.py
+    matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith((*adamw_names, 'table.weight'))]
     others = [p for name, p in named if p.dim() >= 2 and name.endswith(adamw_names)]
     groups = [{'params': others, 'weight_decay': weight_decay},
               {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0},
               {'params': matrices, 'weight_decay': weight_decay, 'muon': True}]
+    if tables:
+        groups.append({'params': tables, 'weight_decay': 0.0, 'lr_scale': model.config.engram_lr_scale})
     return Muon(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 import model as model_file
 from extras import architecture, dcp
 from extras.dcp import Reader, load_optimizer, load_tensors, tensors_of
-from model import Gather, Mistake, compute_dtype, first_line, rope_table
+from model import Gather, Mistake, compute_dtype, first_line
 
 try:  # private names: another torch may lack one
     import torch.distributed._functional_collectives as funcol
@@ -175,7 +175,7 @@ def routed(moe, group, x, gates, experts):
     if R == 0:  # a product without rows is refused; a row of zeros with gate 0 gives gradients of zero
         x, gates, mine = F.pad(x, (0, 0, 0, 1)), F.pad(gates, (0, 1)), mine.new_zeros(1)
     gate_up, down = (weights_of_all(w, N) for w in (moe.experts_gate_up, moe.experts_down))
-    out = moe.experts_fn(x, gates.unsqueeze(1), mine.unsqueeze(1), gate_up, down)             # (R, C)
+    out = moe.experts_fn(x, gates.unsqueeze(1), mine.unsqueeze(1), gate_up, down, moe.limit)  # (R, C)
     return Gather.apply(travel(out[:R], here, there, group), place, token)                    # (n, C)
 
 
@@ -212,8 +212,8 @@ def local(x):
 @torch.no_grad()
 def fill(model, source):
     """Fill this rank's shards from a sharded checkpoint (its path), or by reader()."""
-    for buffer, table in zip((model.rope_cos, model.rope_sin), rope_table(model.config)):
-        buffer.copy_(table)
+    for name, table in model.tables().items():
+        model.get_buffer(name).copy_(table)
     if isinstance(source, str):
         load_tensors(Reader(source), {f'model.{name}': x.detach() for name, x in tensors_of(model).items()})
         return

@@ -184,7 +184,7 @@ def scaled(path, factor=1.5):
     return path, changed
 
 
-def gelu_gated(x):
+def gelu_gated(x, *_):
     gate, up = x.chunk(2, dim=-1)
     return F.gelu(gate) * up
 

@@ -246,7 +246,7 @@ def test_caches_equal_those_of_whole_forwards(monkeypatch, modules):
     state, = states
     for i, row in enumerate(rows):
         idx = torch.tensor([row])
-        caches = [model.make_cache(1, 32)[0] for _ in model.blocks()]
+        caches = model.make_cache(1, 32, len(model.blocks()))
         with torch.no_grad():
             h, _ = model.main_stack(idx, caches)
             n = len(row) - 2                                         # the newest token has been through nothing yet

@@ -191,7 +191,7 @@ def test_rows_that_are_nobodys_spoil_nothing(monkeypatch):
 def test_swiglu_from_fp8_inputs():
     """Its value is exact; its gradients are those of the plain form at the inputs as FP8 has them."""
     x, g, dy = torch.randn(6, 300, requires_grad=True), torch.rand(6, 1, requires_grad=True), torch.randn(6, 150)
-    y = fp8.SwiGLU.apply(x, g)
+    y = fp8.SwiGLU.apply(x, g, 0.0)
     near = fp8.quantise(x.detach(), (1, 128)).wide().requires_grad_()
     gate, up = near.chunk(2, dim=-1)
     torch.testing.assert_close(y, torch.nn.functional.silu(x[:, :150]) * x[:, 150:] * g)
@@ -201,7 +201,7 @@ def test_swiglu_from_fp8_inputs():
 
 def test_a_changed_activation_arrives(monkeypatch):
     """An FFN and experts of ReLU^2 give in FP8 what they give without it, and their gradients."""
-    def relu_squared(x):
+    def relu_squared(x, limit):
         gate, up = x.chunk(2, dim=-1)
         return F.relu(gate).square() * up
 

@@ -189,10 +189,9 @@ def test_cache_holds_latent_and_rotated_key_alone():
     model = tiny_model().eval()
     config = model.config
     cache = model.make_cache(3, 20)
-    per_token_and_layer = cache.numel() // (3 * 20 * config.n_layer)
-    assert per_token_and_layer == config.kv_lora_rank + config.qk_rope_head_dim
-    assert cache.numel() % (3 * 20 * config.n_layer) == 0
     model(torch.randint(61, (3, 20)), cache=cache)
+    cache = torch.stack(cache)
+    assert cache.shape == (config.n_layer, 3, 20, config.kv_lora_rank + config.qk_rope_head_dim)
     weights = torch.stack([block.attn.kv_a_layernorm.weight for block in model.transformer.h])[:, None, None]
     latent = cache[..., :config.kv_lora_rank] / weights              # normed: its mean square is 1
     torch.testing.assert_close(latent.pow(2).mean(-1), torch.ones(config.n_layer, 3, 20), atol=1e-3, rtol=0)

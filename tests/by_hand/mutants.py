@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MUTANTS = [
     # the model
     ('model.py', '(table[pos:pos + x.size(1)]', '(table[:x.size(1)]', 'model decode'),
-    ('model.py', 'gates = scores.gather(1, experts)', 'gates = biased.gather(1, experts)', 'model'),
+    ('model.py', 'gates = scores.gather(1, experts)',
+     'gates = (scores + self.e_score_correction_bias).gather(1, experts)', 'model'),
     ('model.py', 'y = y * row_gates.to(y.dtype)', 'y = y', 'model'),
     ('model.py', 'x = module.combine(self.transformer.drop(self.transformer.wte(token)), h)',
      'x = module.combine(self.transformer.wte(token), h)', 'model train'),
@@ -88,8 +89,8 @@ MUTANTS = [
      'configurator bad_input'),
     ('configurator.py', 'if type(value) is kind:', 'if True:', 'configurator'),
     # speed
-    ('extras/experts.py', 'hidden = swiglu(hidden.masked_fill(~chosen.t().unsqueeze(-1), 0))',
-     'hidden = swiglu(hidden)',
+    ('extras/experts.py', 'hidden = swiglu(hidden.masked_fill(~chosen.t().unsqueeze(-1), 0), limit)',
+     'hidden = swiglu(hidden, limit)',
      'model decode'),
     ('extras/experts.py', 'return N <= (256 if on_gpu else 16) and E <= 2 * N * K', 'return False',
      'model decode fakegpu'),
