@@ -120,6 +120,8 @@ def _check_key(key, where):
 
 def _fit(key, value, kind, where):
     """value -> the same value as a `kind`; Mistake if it does not fit"""
+    if type(value) is int and value.bit_length() > 1000:
+        raise mistake(f'{where[:200]}: {key} has too many digits')
     if type(value) is kind:
         return value
     if kind is float and type(value) is int and abs(value) < 1e300:
@@ -153,7 +155,7 @@ def _read_config(path):
     before = dict(names)
     try:
         exec(_builtins.compile(source, path, 'exec'), names)  # compile is a setting of train.py
-    except (Exception, SystemExit) as e:
+    except BaseException as e:  # SystemExit and KeyboardInterrupt too
         raise mistake(f'{path}{failed_at(e, path)}: {type(e).__name__}: {e}') from None
     found = {}
     for key, value in names.items():

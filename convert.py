@@ -29,14 +29,14 @@ from extras.hf import dtype_here, empty_state, open_folder, parts, read_weights,
 from extras.integrity import check_finite
 from extras.output import unfinished_folder
 from extras.scripts import open_checkpoint
-from extras.tokenizer import character_tokenizer, copy_tokenizer, gpt2_tokenizer, of_checkpoint, tokenizer_files
+from extras.tokenizer import character_tokenizer, copy_tokenizer, gpt2_tokenizer, of_checkpoint, rust, tokenizer_files
 from model import Mistake, first_line, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # the tokenizer
 
 def write(folder, name, text):
-    with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+    with open(os.path.join(folder, name), 'w', encoding='utf-8', errors='replace') as f:
         f.write(text)
 
 
@@ -49,8 +49,10 @@ def write_tokenizer(out_dir, folder, meta, vocab_size):
     if speaks.sha256:
         copy_tokenizer(out_dir, folder)
         return speaks.end, 'the one that came with the checkpoint'
-    tokenizer = character_tokenizer(meta['stoi']) if meta.get('stoi') else gpt2_tokenizer()
-    write(folder, 'tokenizer.json', tokenizer.to_str(pretty=True))
+    with rust('its tokenizer.json cannot be made: '):
+        tokenizer = character_tokenizer(meta['stoi']) if meta.get('stoi') else gpt2_tokenizer()
+        text = tokenizer.to_str(pretty=True)
+    write(folder, 'tokenizer.json', text)
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
     if speaks.end is not None:
         settings['eos_token'] = '<|endoftext|>'
@@ -133,14 +135,15 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
 def training_command(log):
     """The command of the last run that a log.jsonl tells of and that trained."""
     command = None
-    if os.path.exists(log):
-        with open(log, encoding='utf-8') as f:
+    if os.path.isfile(log):
+        with open(log, encoding='utf-8', errors='replace') as f:
             for line in f:
                 if line.startswith('{"command"'):
-                    with contextlib.suppress(ValueError):  # a run that was killed may have left half a line
+                    # a run that was killed may have left half a line
+                    with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
                         header = json.loads(line)
                         command = command if header.get('config', {}).get('eval_only') else header['command']
-    return command
+    return command if type(command) is str and command.isprintable() else None
 
 
 def quantise_weights(tensors, n_layer):

@@ -910,7 +910,7 @@ class PlainUnpickler(pickle._Unpickler):  # not C's, which reserves as much memo
 
 def load_meta(path):
     """A data set's meta.pkl -> dict with at least vocab_size; without a file {}: the tokens are GPT-2's."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return {}
     try:
         with open(path, 'rb') as f:

@@ -19,12 +19,12 @@ from model import Mistake, first_line, is_out_of_memory
 DTYPES = ('float32', 'bfloat16', 'float16')
 RANGES = [  # settings, a test that their values must pass, and the test in words
     ('batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_skipped_iters '
-     'expert_parallel', lambda x: x > 0, 'be positive'),
+     'expert_parallel', lambda x: 0 < x < 2**31, 'be positive and below 2**31'),
     ('learning_rate min_lr weight_decay grad_clip max_iters warmup_iters lr_decay_iters mtp_lambda_late mtp_late_from',
-     lambda x: 0 <= x < math.inf, 'be finite and not negative'),
+     lambda x: 0 <= x < 2**63, 'be finite, not negative, and below 2**63'),
     ('beta1 beta2', lambda x: 0 <= x < 1, 'lie in [0, 1)'),
     ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
-    ('shard', lambda x: x >= 0, 'be 1 (off), 0 (all ranks) or a number of ranks'),
+    ('shard', lambda x: 0 <= x < 2**31, 'be 1 (off), 0 (all ranks) or a number of ranks'),
     ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
     ('optimizer', lambda x: x in ('adamw', 'muon'), "be 'adamw' or 'muon'"),
     ('checkpoint', lambda x: x in ('whole', 'dcp'), "be 'whole' or 'dcp'"),
@@ -114,6 +114,8 @@ def check_ranks(store, device_type):
 
 def check_files(data_dir, meta, block_size):
     """Mistake if a data set's meta.pkl, tokens or masks are missing, damaged or too few for block_size."""
+    path = os.path.join(data_dir, 'meta.pkl')
+    need(os.path.isfile(path) or not os.path.lexists(path), f'{path} cannot be used: it is no regular file')
     kinds = dict(vocab_size=int, stoi=dict, itos=dict, dtype=str, row_length=int, tokenizer=str, crc32=dict)
     for name, kind in kinds.items():
         need(type(meta.get(name, kind())) is kind and (name != 'row_length' or meta.get(name, 1) > 0),

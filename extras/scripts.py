@@ -147,7 +147,7 @@ def load_reward(path):
     try:
         reward = runpy.run_path(path)['reward']
         asks = 'ended' in inspect.signature(reward).parameters
-    except (Exception, SystemExit) as e:
+    except BaseException as e:  # SystemExit and KeyboardInterrupt too
         raise Mistake(f'reward_file={path}{failed_at(e, path)} must define reward(prompt, response, answer): '
                       f'{type(e).__name__}: {first_line(e)}') from None
 
@@ -156,7 +156,7 @@ def load_reward(path):
         call = f'{path}: reward({prompt!r}, {response!r}, {answer!r}{"".join(f", {k}={v}" for k, v in more.items())})'
         try:
             accuracy, form = map(float, reward(prompt, response, answer, **more))
-        except (Exception, SystemExit) as e:
+        except BaseException as e:  # SystemExit and KeyboardInterrupt too
             raise Mistake(f'{call}{failed_at(e, path)}: {type(e).__name__}: {first_line(e)}') from None
         guard.need(math.isfinite(accuracy + form), f'{call} is {accuracy}, {form}: not finite')
         return accuracy, form
@@ -170,6 +170,7 @@ def load_prompts(data_dir, split, tokenizer, max_new_tokens, block_size):
     guard.need(os.path.exists(path) or not os.path.exists(os.path.join(data_dir, 'train.bin')),
                f'{path} is missing: this data set has no prompts; choose one with prompts, such as arithmetic/add3')
     try:
+        guard.need(os.path.isfile(path), 'no regular file is there')
         with open(path, encoding='utf-8') as f:
             pairs = [tuple(line.removesuffix('\n').split('\t')) for line in f]
         lengths = [len(tokenizer.begin + tokenizer.encode(pair[0])) for pair in pairs]

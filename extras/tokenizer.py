@@ -228,8 +228,18 @@ def check_same(folder, meta, tokens):
                       'the data again with --tokenizer=DIR, the folder of this one')
 
 
+def check_characters(meta, folder):
+    """A Mistake if stoi or itos, of the data set or checkpoint in a folder, are no tables of text and token ids."""
+    stoi, itos = (meta.get(key, {}) for key in ('stoi', 'itos')) if type(meta) is dict else (None, None)
+    tables = type(stoi) is type(itos) is dict and bool(stoi) == bool(itos)
+    pairs = [*stoi.items(), *zip(itos.values(), itos)] if tables else []
+    if not tables or not all((type(ch), type(i)) == (str, int) and 0 <= i < 2**31 for ch, i in pairs):
+        raise mistake(f'{folder} is no checkpoint of this model, nor a data set: its characters are no tables')
+
+
 def check_data(folder, meta):
     """A Mistake if a data set's folder holds a tokenizer.json of other tokens."""
+    check_characters(meta, folder)
     known = not meta or 'tokenizer' in meta
     if known and os.path.exists(os.path.join(folder, 'tokenizer.json')):
         check_same(folder, meta, folder)
@@ -250,10 +260,8 @@ def of_checkpoint(folder, meta=None, vocab_size=None):
     vocab_size None: a folder in Hugging Face's format, whose config.json says it.
     """
     meta = meta or {}
-    stoi, itos = (meta.get(key, {}) for key in ('stoi', 'itos')) if type(meta) is dict else (None, None)
-    tables = type(stoi) is type(itos) is dict and bool(stoi) == bool(itos)
-    if not tables or {(type(ch), type(i)) for ch, i in [*stoi.items(), *zip(itos.values(), itos)]} - {(str, int)}:
-        raise mistake(f'{folder} holds no checkpoint of this model: its characters are no tables')
+    check_characters(meta, folder)
+    stoi, itos = (meta.get(key, {}) for key in ('stoi', 'itos'))
     if stoi:
         return characters(stoi, itos)
     if 'tokenizer' in meta:

@@ -81,7 +81,8 @@ def tiktoken_cache(tmp_path_factory):
 
 def copy_project(target):
     """A copy of the project to run scripts in, so that no test writes into the checkout."""
-    skip = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', '*_prompts.txt', 'tests', 'wandb')
+    skip = shutil.ignore_patterns('.*', 'out', 'out-*', '__pycache__', '*.bin', '*.pkl', '*_prompts.txt', 'tests',
+                                  'wandb')
     return shutil.copytree(ROOT, target, ignore=skip)
 
 

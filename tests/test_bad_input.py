@@ -63,6 +63,10 @@ def expect(clone, script, flags, message, run=run_inside):
     ('--scoring_func=relu', 'scoring_func'), ('--rope_factor=0.5', 'rope_factor'), ('--rope_theta=1e999', 'finite'),
     ('--moe_intermediate_size=12', 'must be a multiple of 8'), ('--first_k_dense_replace=3', 'first_k_dense_replace'),
     ('--vocab_size=20', 'beyond vocab_size'), ('--block_size=500', 'too few'), ('--block_size=100000', 'too few'),
+    ('--batch_size=' + '9' * 20, 'below 2**31'), ('--eval_iters=' + '9' * 20, 'below 2**31'),
+    ('--max_iters=' + '9' * 20, 'below 2**63'), ('--n_layer=' + '9' * 20, '< 2**31'),
+    ('--n_shared_experts=' + '9' * 20, '2**31'), ('--max_iters=' + '9' * 400, 'too many digits'),
+    ('--learning_rate=' + '9' * 400, 'too many digits'), ('--seed=0x' + 'f' * 5000, 'too many digits'),
     # where the run is written, or taken up
     ('--out_dir=model.py', 'cannot be written'), ('--out_dir=model.py/out', 'cannot be written'),
     ('--out_dir=/proc/self', 'cannot be written'), ('--out_dir=' + 'a/' * 2500, 'must name a folder'),
@@ -76,6 +80,8 @@ def test_flags(small, flag, message):
     ('learning_rate = = 1', 'SyntaxError'), ('learning_rate = 1 / 0', 'ZeroDivisionError'), ('n_emb = 32', 'n_embd'),
     ('n_layer = "two"', 'must be int'), ('learning_rate = float("nan")', 'finite'), ('import nowhere', 'nowhere'),
     ('raise ValueError("two\\nlines")', 'ValueError'), (b'\xff\xfe', 'not UTF-8'),
+    ('raise KeyboardInterrupt', 'given.py, line 1: KeyboardInterrupt'), ('n_layer = 10**5000', 'too many digits'),
+    ('class Odd(BaseException):\n    pass\nraise Odd("odd")', 'given.py, line 3: Odd: odd'),
 ])
 def test_config_files(small, text, message):
     (small / 'given.py').write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -113,6 +119,11 @@ def folder_for_tokens(small):
     (small / 'data/abc/val.bin').mkdir()
 
 
+def pipe_for_meta(small):
+    (small / 'data/abc/meta.pkl').unlink()
+    os.mkfifo(small / 'data/abc/meta.pkl')
+
+
 TEN = np.arange(1000) % 10
 ONE_TOO_LARGE = np.append(TEN, 40).astype(np.uint16)
 
@@ -131,7 +142,9 @@ ONE_TOO_LARGE = np.append(TEN, 40).astype(np.uint16)
     (meta({'vocab_size': 40, 'stoi': 'ab'}), 'stoi must be dict'),
     (meta({'vocab_size': 40, 'itos': 3}), 'meta.pkl cannot be used'),
     (meta({'vocab_size': 40, 'crc32': 3}), 'crc32 must be dict'),
+    (meta({'vocab_size': 40, 'stoi': {'a': -1}, 'itos': {-1: 'a'}}), 'its characters are no tables'),
     (meta({'vocab_size': 40, 'dtype': 'uint32'}), 'beyond vocab_size'), (no_meta, 'meta.pkl is missing'),
+    (pipe_for_meta, 'it is no regular file'),
 ])
 def test_data(small, spoil, message):
     spoil(small)
@@ -321,10 +334,12 @@ def test_sample(trained, flags, message):
 
 
 @pytest.mark.parametrize('change', [lambda c: c.update(meta=[1]), lambda c: c['meta'].update(stoi=3),
+                                    lambda c: c['meta']['stoi'].update({'0': -1}),
                                     lambda c: c.update(config='x')])
 def test_sample_from_an_odd_checkpoint(trained, change):
     checkpoint(change)(trained)
     expect(trained, 'sample.py', ['--device=cpu', '--start=0'], 'no checkpoint of this model')
+    expect(trained, 'convert.py', ['export', '--out_dir=out', '--hf_dir=hf'], 'no checkpoint of this model')
 
 
 @pytest.mark.parametrize('script, flags, message', [

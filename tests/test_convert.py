@@ -981,8 +981,9 @@ def test_ctrl_c_in_the_first_seconds(exported):
 def test_the_card_has_the_last_whole_command_of_the_log(exported):
     """A run that was killed may have left half a header."""
     lines = ['{"command": "train.py --seed=1"}', '{"step": 0}', '{"command": "train.py --seed=2", "config": {}}',
-             '{"command": "train.py --eval_only=True", "config": {"eval_only": true}}', '{"command": "tr']
-    (exported / 'out/log.jsonl').write_text('\n'.join(lines))
+             '{"command": "train.py --eval_only=True", "config": {"eval_only": true}}', '{"command": "tr', '{"command"',
+             '{"command": "a", "config": 3}', '{"command" ' + '[' * 10**5, '\udcff']
+    (exported / 'out/log.jsonl').write_text('\n'.join(lines), errors='surrogateescape')
     convert.export_folder('out', 'new')
     assert '| command | `python train.py --seed=2` |' in (exported / 'new/README.md').read_text()
 

@@ -768,6 +768,8 @@ BAD_REWARDS = {
     'shape.py': ('def reward(p, r, a):\n    return 1\n', 'TypeError'),
     'none.py': ('x = 1\n', 'must define reward'),
     'exits.py': ('import sys\ndef reward(p, r, a):\n    sys.exit(0)\n', 'SystemExit: 0'),
+    'interrupts.py': ('def reward(p, r, a):\n    raise KeyboardInterrupt\n', 'KeyboardInterrupt'),
+    'ends.py': ('raise KeyboardInterrupt\n', 'KeyboardInterrupt'),
     'leaves.py': ('import sys\nsys.exit(0)\n', 'leaves.py, line 2 must define reward'),
     'imports.py': ('import nothing_of_this_name\n', 'ModuleNotFoundError'),
 }

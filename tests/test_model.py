@@ -84,7 +84,9 @@ def test_sizes_derive_from_nanogpts_flags():
     (dict(dropout=1.0), 'dropout'),
     (dict(first_k_dense_replace=3), 'first_k'), (dict(initializer_range=-2.0), 'initializer'),
     (dict(rope_theta=0.0), 'rope_theta'), (dict(kv_lora_rank=0), 'kv_lora_rank'),
-    (dict(num_nextn_predict_layers=-1), 'num_nextn'),
+    (dict(num_nextn_predict_layers=-1), 'num_nextn'), (dict(vocab_size=10**19), 'vocab_size'),
+    (dict(rope_factor=2.0, rope_theta=1.0), 'rope_theta'), (dict(rope_factor=1e300), 'rope_factor'),
+    (dict(rope_factor=2.0, rope_beta_slow=1e-320), 'rope_beta_slow'), (dict(num_experts_per_tok=10**400), 'num_exp'),
 ])
 def test_a_config_that_cannot_be_built_is_one_clear_error(overrides, word):
     with pytest.raises(ValueError, match=word) as error:
