@@ -67,6 +67,17 @@ def test_characters_of_a_local_text(clone, tmp_path):
     assert ''.join(meta['itos'][i] for i in train + val) == TEXT and len(train) == int(0.9 * len(TEXT))
 
 
+def test_a_text_from_windows_is_the_text_that_scripts_read(clone, tmp_path):
+    """Its mark and line ends are no characters of a data set, and no prompt or text for inside.py has them."""
+    from extras import scripts
+    (tmp_path / 'texts').mkdir()
+    for name in 'ab':
+        (tmp_path / f'texts/{name}.txt').write_bytes(('\ufeff' + TEXT[:200].replace('\n', '\r\n')).encode())
+    assert run_inside('data/shakespeare_char/prepare.py', f'--input={tmp_path}/texts', cwd=clone)[0] == 0
+    itos, ids = meta_of(clone / 'data/texts')['itos'], sum(both(clone / 'data/texts'), [])
+    assert ''.join(itos[i] for i in ids) == '\n'.join(2 * [scripts.read_text(tmp_path / 'texts/a.txt')])
+
+
 def test_many_characters_are_written_as_uint32(clone, tmp_path):
     many = [chr(c) for c in range(1, 70_000) if not 0xD800 <= c < 0xE000 and c != 0x0D]
     (tmp_path / 'in.txt').write_text(''.join(many), encoding='utf-8')

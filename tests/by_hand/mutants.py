@@ -75,7 +75,7 @@ MUTANTS = [
     ('train.py', "os._exit(130)", "pass", 'train bad_input reliability'),
     ('train.py', "raw_model.eval()\n    out = {}", "out = {}", 'train'),
     # suspicion
-    ('extras/guard.py', "need(size % size_of == 0,", "need(True,", 'bad_input data'),
+    ('extras/guard.py', "need(size % size_of == 0 and", "need(", 'bad_input data'),
     ('extras/guard.py', "need(here, missing(path))", "pass", 'bad_input train reliability'),
     ('extras/guard.py', "if fault == 0:\n            return", "return", 'train bad_input'),
     ('extras/guard.py', "need(fault < 2,", "need(True,", 'bad_input cuda'),
@@ -120,6 +120,11 @@ MUTANTS = [
     # Hugging Face's format, data
     ('extras/hf.py', "settings['first_k_dense_replace'] = config.n_layer", 'pass', 'convert'),
     ('extras/hf.py', "view.copy_(read(tensors, part))", "view.copy_(read(tensors, part).bfloat16())", 'convert'),
+    ('data/dataset.py', "        remove(folder, ['train.bin'])\n", '', 'data'),
+    ('data/dataset.py', "key=lambda name: name == 'train.bin'", "key=lambda name: name != 'train.bin'", 'data'),
+    ('extras/integrity.py', 'crc32_of(path) == kept', 'True', 'data'),
+    ('extras/output.py', 'ours = MARK.encode() in f.read()', 'ours = True', 'plot inside'),
+    ('extras/output.py', "with open(unfinished, 'wb') as f:", "with open(target, 'wb') as f:", 'plot inside'),
     ('data/dataset.py', 'n = int(len(text) * 0.9)', 'n = int(len(text) * 0.8)', 'data'),
     ('data/dataset.py', '* len(prompt) + [1] * len(response)', '* (len(prompt) + 1) + [1] * (len(response) - 1)',
      'data grpo'),
