@@ -142,12 +142,12 @@ class MLA(nn.Module):
         latent, seen = (latent, None) if cache is None else remember(cache, latent, pos)
         return self.resid_dropout(self.o_proj(self.attend(q, latent, seen)))           # eq. 11
 
-    def project(self, x, cos, sin):
+    def project(self, x, cos, sin, latents=None):
         """x (B, T, C) -> q (B, H, T, n + r), and what the cache holds: the normed latent and the rotated key, which
         all heads share, (B, T, c + r). cos, sin: (T, r/2), or (B, T, r/2) if each row has its own positions
         """
         n, r, c, _ = self.sizes
-        q, kv = self.latents(x)
+        q, kv = latents or self.latents(x)
         if self.config.q_lora_rank > 0:
             q = self.q_b_proj(self.q_a_layernorm(q))                                   # eq. 7
         q_nope, q_rope = q.unflatten(-1, (-1, n + r)).transpose(1, 2).split((n, r), dim=-1)

@@ -2,9 +2,10 @@
 What DeepSeek added after V3, each idea with a switch that is off by default. With all of them off the model is
 model.py's, number for number. A run chooses it by --architecture=model_v4, or by `architecture` in its config file.
 
-Papers: mHC = arXiv 2512.24880, Engram = arXiv 2601.07372, V4 = arXiv 2606.19348.
+Papers: V3.2 = arXiv 2512.02556, mHC = arXiv 2512.24880, Engram = arXiv 2601.07372, V4 = arXiv 2606.19348.
 
 Letters in the shape comments as in model.py, and
+  d index_head_dim    J index_n_heads      k index_topk
   n hc_mult, the streams of the residual (in mHC and Engram, where no head size is meant)
   N engram_ngram      R rows looked up per token: (N - 1) * engram_heads
 """
@@ -26,6 +27,11 @@ from model import RMSNorm, compute_dtype
 class GPTConfig(model.GPTConfig):
     """model.py's fields, then those of the later ideas, named as in the released configs."""
     architecture: str = 'model_v4'
+    # DeepSeek sparse attention (V3.2)
+    index_topk: int = 0             # positions that a query attends to; 0: off, it attends to all
+    index_n_heads: int = 4
+    index_head_dim: int = -1        # at least qk_rope_head_dim; cached too, once per token and layer
+    index_warmup: bool = False      # attention stays dense, and the indexer alone learns
     # hyper-connections (mHC)
     hc_mult: int = 1                # streams of the residual; 1 or 0: off
     hc_sinkhorn_iters: int = 20
@@ -46,16 +52,29 @@ class GPTConfig(model.GPTConfig):
     score_fns = model.GPTConfig.score_fns | {'sqrtsoftplus': lambda logits: F.softplus(logits).sqrt()}
 
     def __post_init__(self):
-        model.check_config(self, CHECKS)
         super().__post_init__()
+        if self.index_head_dim == -1:
+            self.index_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        model.check_config(self, CHECKS)
+
+    @property
+    def cache_width(self):
+        return super().cache_width + (self.index_head_dim if self.index_topk > 0 else 0)
 
     @property
     def memory_layers(self):
         return [int(layer) for layer in self.engram_layers.split(',') if layer]
 
 
-CHECKS = [  # as in model.py
+CHECKS = [  # as in model.py, but after the -1 are derived
     ('architecture', lambda x, c: x == 'model_v4', "must be 'model_v4'"),
+    ('index_topk', lambda x, c: 0 <= x < 2**31, 'must not be negative, nor 2**31 or more'),
+    ('index_topk', lambda x, c: x == 0 or c.q_lora_rank > 0, "needs q_lora_rank above 0: the indexer's queries come "
+     "from the queries' latent"),
+    ('index_n_heads', lambda x, c: 0 < x < 2**31, 'must be positive, < 2**31'),
+    ('index_head_dim', lambda x, c: c.qk_rope_head_dim <= x < 2**31,
+     'must be at least qk_rope_head_dim={qk_rope_head_dim}, < 2**31'),
+    ('index_warmup', lambda x, c: not x or c.index_topk > 0, 'must be False, unless index_topk is above 0'),
     ('hc_mult', lambda x, c: 0 <= x <= 64, 'must lie in 0..64'),
     ('hc_sinkhorn_iters', lambda x, c: 0 < x <= 1000, 'must lie in 1..1000'),
     ('hc_eps engram_lr_scale swiglu_limit', lambda x, c: 0 <= x < 2**31, 'must not be negative, nor 2**31 or more'),
@@ -70,6 +89,112 @@ CHECKS = [  # as in model.py
      'n_routed_experts > 0 and first_k_dense_replace=0'),
     ('scoring_func', lambda x, c: x != 'sqrtsoftplus' or c.n_group == 1, "needs n_group=1: V4 has no expert groups"),
 ]
+
+
+# -----------------------------------------------------------------------------
+# DeepSeek sparse attention (V3.2 section 2.1): an indexer chooses the k positions that a query attends to
+
+class Indexer(nn.Module):
+    """The lightning indexer (V3.2 eq. 1). Its inputs carry no gradient: it learns from index_loss() alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        J, self.d = config.index_n_heads, config.index_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, J * self.d, bias=False)
+        self.wk = nn.Linear(config.n_embd, self.d, bias=False)
+        self.k_norm = nn.LayerNorm(self.d, eps=1e-6)
+        self.weights_proj = nn.Linear(config.n_embd, J, bias=False)
+
+    def forward(self, x, c_q, cos, sin):
+        """x (B, T, C) and the normed latent of the queries -> q (B, T, J, d), w (B, T, J), k (B, T, d), all in fp32"""
+        q = self.wq_b(c_q).unflatten(-1, (-1, self.d))
+        k = self.k_norm(self.wk(x).float())
+        with torch.autocast(x.device.type, enabled=False):
+            w = F.linear(x.float(), self.weights_proj.weight.float())
+        w = w * (w.size(-1) * self.d) ** -0.5
+        return rope_halves(q, cos.unsqueeze(-2), sin.unsqueeze(-2)), w, rope_halves(k, cos, sin)
+
+
+def rope_halves(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + r/2}) of the first r channels, not MLA's interleaved pairs. -> x in fp32"""
+    x, r = x.float(), 2 * cos.size(-1)
+    a, b = x[..., :r].chunk(2, dim=-1)                                                 # (..., T, r/2) each
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., r:]), dim=-1)
+
+
+def index_scores(q, w, k, seen):
+    """V3.2 eq. 1: q (B, T, J, d), w (B, T, J), k (B, S, d) -> I (B, T, S) in fp32; -inf where not seen."""
+    with torch.autocast(q.device.type, enabled=False):
+        dots = torch.einsum('btjd,bsd->btjs', q, k.float()).relu()
+        scores = torch.einsum('btj,btjs->bts', w, dots)
+    # ReLU makes exact zeros: the later position wins, in training as in decoding; other scores keep every bit
+    scores = scores + 1e-30 * torch.arange(k.size(1), device=k.device)
+    return scores.masked_fill(~seen, float('-inf'))
+
+
+def index_loss(scores, attention, kept):
+    """V3.2 eq. 3-4: KL(p || softmax I) over the kept positions, the mean over tokens. All three are (B, T, S);
+    attention: the sum over heads, 0 where not kept.
+    """
+    p = attention / attention.sum(dim=-1, keepdim=True)
+    log_i = scores.masked_fill(~kept, float('-inf')).log_softmax(dim=-1).masked_fill(~kept, 0)
+    return F.kl_div(log_i, p, reduction='none').sum(dim=-1).mean()
+
+
+class SparseMLA(model.MLA):
+    """MLA over the k positions with the largest index scores (V3.2 eq. 2). The cache holds [c_kv | k_rope | k_index].
+    Training and prefill compute all positions and mask; decoding reads the chosen rows alone.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.indexer = Indexer(config)
+
+    def forward(self, x, cos, sin, cache=None, pos=0):
+        """x (B, T, C) -> (B, T, C), and in training the indexer's loss, else None. cache: (B, S_max, c + r + d)"""
+        latents = self.latents(x)
+        q, latent = self.project(x, cos, sin, latents)                                 # (B, H, T, n+r), (B, T, c+r)
+        c_q = self.q_a_layernorm(latents[0])
+        q_index, w, k_index = self.indexer(x.detach(), c_q.detach(), cos, sin)
+        rows, seen = torch.cat((latent, k_index.to(latent.dtype)), dim=-1), None
+        if cache is not None:
+            rows, seen = model.remember(cache, rows, pos)
+        latent, k_index = rows.split((latent.size(-1), k_index.size(-1)), dim=-1)      # (B, S, c+r), (B, S, d)
+        T, S, k = x.size(1), rows.size(1), self.config.index_topk
+        sparse, loss = k < S and not self.config.index_warmup, None
+        if not sparse and not self.training:
+            return self.resid_dropout(self.o_proj(self.attend(q, latent, seen))), None
+        past = torch.ones(T, S, dtype=torch.bool, device=x.device).tril() if seen is None else seen.view(-1, T, S)
+        scores = index_scores(q_index, w, k_index, past)                               # (B, T, S)
+        if seen is not None and sparse:
+            y = self.attend_chosen(q, latent, scores)
+        else:
+            kept = past.expand_as(scores)
+            if sparse:
+                kept = kept & torch.zeros_like(kept).scatter(-1, scores.topk(k, dim=-1).indices, True)
+            y, attention = self.attend_masked(q, latent, kept)
+            loss = index_loss(scores, attention, kept) if self.training else None
+        return self.resid_dropout(self.o_proj(y)), loss
+
+    def attend_masked(self, q, latent, kept):
+        """attend() to the kept positions (B, T, S) -> (B, T, H*v), and in training the heads' attention (B, T, S)"""
+        k, v = self.expand(latent)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=kept.unsqueeze(1), scale=self.scale,
+                                           dropout_p=self.config.dropout if self.training else 0.0)
+        attention = None
+        if self.training:
+            with torch.no_grad():
+                logits = (q @ k.transpose(-1, -2)).float() * self.scale                # (B, H, T, S)
+                attention = logits.masked_fill(~kept.unsqueeze(1), float('-inf')).softmax(dim=-1).sum(dim=1)
+        return y.transpose(1, 2).flatten(2), attention
+
+    def attend_chosen(self, q, latent, scores):
+        """attend_absorbed() to the k best positions of each query, which are gathered. -> (B, T, H*v)"""
+        best, chosen = scores.topk(self.config.index_topk, dim=-1)                     # (B, T, k) each
+        rows = latent[torch.arange(len(latent), device=latent.device)[:, None, None], chosen]  # (B, T, k, c+r)
+        q, rows, seen = q.transpose(1, 2).flatten(0, 1), rows.flatten(0, 1), (best > float('-inf')).flatten(0, 1)
+        y = self.attend_absorbed(q.unsqueeze(2), rows, seen[:, None, None])            # each query is a batch row
+        return y.view(*chosen.shape[:2], -1)
 
 
 # -----------------------------------------------------------------------------
@@ -258,6 +383,7 @@ class Block(model.Block):
     moe = MoE
 
     def __init__(self, config, layer):
+        self.mla = SparseMLA if config.index_topk > 0 else model.MLA
         super().__init__(config, layer)
         self.layer, streams = layer, config.hc_mult > 1
         self.attn_hc = HyperConnection(config) if streams else None
@@ -270,16 +396,20 @@ class Block(model.Block):
                 module.limit = config.swiglu_limit
 
     def forward(self, x, cos, sin, cache=None, pos=0, tokens=None, convolved=None):
-        """As in model.py, but with mHC x is n streams (B, T, n, C). tokens and convolved: from GPT.recent()"""
+        """As in model.py, but with mHC x is n streams (B, T, n, C). tokens and convolved: from GPT.recent()
+        Third in the routing is the indexer's loss. Compiled and recomputed blocks would lose what they kept aside.
+        """
         if self.engram is not None:
             x = x + self.engram(x, tokens, convolved.get(self.layer), pos)
         h, *mix = self.attn_hc(x) if self.attn_hc else (x,)
         y = self.attn(self.input_layernorm(h), cos, sin, cache, pos)
+        y, index_loss = y if isinstance(y, tuple) else (y, None)
         x = connect(x, y, *mix) if mix else x + y
         h, *mix = self.ffn_hc(x) if self.ffn_hc else (x,)
         h = self.post_attention_layernorm(h)
         y, routing = self.mlp(h, tokens) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
-        return connect(x, self.dropout(y), *mix) if mix else x + self.dropout(y), routing
+        x = connect(x, self.dropout(y), *mix) if mix else x + self.dropout(y)
+        return x, (*(routing or (None, None)), index_loss) if self.training else None
 
 
 class MTP(model.MTP):
@@ -309,16 +439,36 @@ class GPT(model.GPT):
         for name, buffer in self.named_buffers():
             if name.endswith('tid2eid'):
                 self.initialise(name, buffer)
+        self.index_losses = []  # of each block, set by main_stack() and mtp_module() for training_loss()
+        if config.index_warmup:
+            for name, p in self.named_parameters():
+                p.requires_grad_('.indexer.' in name)
 
     def run_blocks(self, blocks, x, cache, pos, *more):
         if self.config.hc_mult > 1:
             x = x.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)      # (B, T, n, C)
-        return super().run_blocks(blocks, x, cache, pos, *more)
+        x, found = super().run_blocks(blocks, x, cache, pos, *more)
+        self.index_losses += [index_loss for *_, index_loss in found if index_loss is not None]
+        return x, [routing for *routing, _ in found if routing[0] is not None]
 
     def main_stack(self, idx, cache=None, pos=0):
+        self.index_losses = []
         x = self.transformer.drop(self.transformer.wte(idx))
         x, routing = self.run_blocks(self.transformer.h, x, cache, pos, *self.recent(idx, cache, pos))
         return self.transformer.ln_f(x), routing
+
+    def training_loss(self, *args, **kwargs):
+        """As model.GPT.training_loss(), and the losses of the indexers. `stats` gets `index_loss`, the blocks' mean."""
+        loss = super().training_loss(*args, **kwargs)
+        if self.index_losses:
+            index_losses = torch.stack(self.index_losses)
+            loss, self.index_losses = loss + index_losses.sum(), []  # each indexer has a loss of its own
+            self.stats['index_loss'] = index_losses.detach().mean()
+        return loss
+
+    def update_balance(self, load):
+        if not self.config.index_warmup:
+            super().update_balance(load)
 
     def recent(self, idx, cache, pos):
         """-> the last N tokens at each position of idx (B, T, N), the newest first, and by layer the cache of Engram's
@@ -354,12 +504,21 @@ class GPT(model.GPT):
             p.fill_(0.01)
         elif last == 'fn':
             p.normal_(std=self.config.initializer_range)
+        elif isinstance(self.get_submodule(name.rpartition('.')[0]), nn.LayerNorm):
+            p.fill_(float(last == 'weight'))
         elif last == 'canonical':
             p.copy_(torch.arange(len(p)))
         elif last == 'tid2eid':
             p.copy_(balanced_table(len(p), self.config.n_routed_experts, p.size(1)))
         else:
             super().initialise(name, p)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """A checkpoint without an indexer leaves this model's as it is: the warm-up begins there."""
+        new = {name: x for name, x in self.state_dict().items() if '.indexer.' in name and name not in state_dict}
+        if any(x.is_meta for x in new.values()):
+            raise model.Mistake('the checkpoint has no indexer: begin the warm-up without shard and expert_parallel')
+        return super().load_state_dict(dict(state_dict) | new, *args, **kwargs)
 
     def get_num_active_params(self):
         """As in model.py; of Engram's tables a token uses R rows."""

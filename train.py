@@ -173,11 +173,12 @@ def max_over_ranks(x):
 # the model: new, from this run's or another run's checkpoint, or from a folder in Hugging Face's format
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 # settings that a resume may change (always / only if given); the checkpoint decides all others
-always_free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size')
+always_free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size', 'index_warmup')
 free_if_given = ('eos_token_id', 'rope_factor', 'rope_original_max_position_embeddings', 'rope_beta_fast',
-                 'rope_beta_slow', 'rope_mscale', 'rope_mscale_all_dim')
-given = [name for name in free_if_given if config[name] != fields[name]]
-overrides = {name: config[name] for name in (*always_free, *given)}
+                 'rope_beta_slow', 'rope_mscale', 'rope_mscale_all_dim', 'index_topk', 'index_n_heads',
+                 'index_head_dim')
+overrides = {name: config[name] for name in (*always_free, *free_if_given) if name in fields
+             and (name in always_free or config[name] != fields[name])}
 # the last checkpoint: guard finds every kind and compares iterations, two files alone compare times
 paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_last.pt')]
 newest = max(filter(os.path.exists, paths), key=os.path.getmtime, default=paths[0])
@@ -415,7 +416,7 @@ while True:
     # clip, step, balance. The device, not the host, skips the update if any rank's loss or gradient is not finite
     scaler.unscale_(opt)
     norm = clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
-    means = {k: all_reduce(stats[k]) / (accumulation * world) for k in ('losses', 'balance') if k in stats}
+    means = {k: all_reduce(v) / (accumulation * world) for k, v in stats.items() if k != 'load'}
     bad = ~(norm + means['losses'].sum()).isfinite()
     if opt.defaults['fused']:  # as scaler.step() would, but without a host sync: 1 changes nothing
         opt.found_inf = bad.float()
@@ -432,9 +433,9 @@ while True:
     # log: the only host sync of the loop
     if iter_num % log_interval == 0:
         numbers = {'loss': means['losses'][0], 'mtp_losses': means['losses'][1:], 'grad_norm': norm,
-                   'skipped': skipped, 'in_a_row': in_a_row}
+                   'skipped': skipped, 'in_a_row': in_a_row, **{k: means[k] for k in means if k != 'losses'}}
         if 'load' in stats:
-            numbers |= {'balance': means['balance'], 'max_vio': load.amax(dim=1) / load.float().mean(dim=1) - 1}
+            numbers |= {'max_vio': load.amax(dim=1) / load.float().mean(dim=1) - 1}
             if iter_num % max(1, eval_interval // 10) < log_interval:  # long, so about ten between evaluations
                 bias = torch.stack([moe.e_score_correction_bias for moe in raw_model.moe_layers()])
                 numbers |= {'load': load, 'bias': bias}                               # (MoE layers, E) each

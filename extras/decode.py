@@ -18,14 +18,17 @@ from torch.nn import functional as F
 from extras import experts
 from model import GREEDY, NOT_FINITE, Mistake, draw, first_line, probabilities
 
+# the ends of the names of norms, routers, and the weights of an indexer's heads
+KEPT = 'norm.weight', 'norm.bias', '_norm', 'ln_f.weight', 'mlp.gate.weight', 'weights_proj.weight'
+
 
 def for_decoding(model, dtype):
     """Prepare a GPT for decoding, in place: cast its weights to dtype once, and join matrices that read the same input.
-    Norms, routers, b and mHC keep their dtypes. -> the model
+    KEPT, b and mHC keep their dtypes. -> the model
     """
     for name, p in model.named_parameters():
         hyper = '_hc.' in name or '.hc_' in name  # connections and heads of model_v4.py's mHC
-        if not (hyper or name.endswith(('norm.weight', '_norm', 'ln_f.weight', 'mlp.gate.weight'))):
+        if not (hyper or name.endswith(KEPT)):
             p.data = p.data.to(dtype)
     if model.config.q_lora_rank > 0:
         for block in model.blocks():

@@ -87,7 +87,8 @@ def check_sizes(path, **overrides):
         if is_out_of_memory(e):
             raise
         raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
-    check_context(path, replace(config, **overrides))
+    # the run's architecture may have more fields than the checkpoint's
+    check_context(path, replace(config, **{name: x for name, x in overrides.items() if hasattr(config, name)}))
 
 
 def check_stored(path):
