@@ -27,7 +27,7 @@ from plot import read_log
 out_dir = 'out'  # the folder of the checkpoint
 text = ''  # the file to read; its first block_size tokens are on the page
 out = ''  # the page; '': inside.html in out_dir
-count_tokens = 16384  # so many tokens of the file tell the experts' load and typical tokens
+count_tokens = 16384  # tokens of the file that are counted for the experts' load and typical tokens
 device = scripts.default_device()
 map_bytes = 600_000  # of all attention maps together; where one cell per token takes more, a cell is several tokens
 if __name__ == '__main__':
@@ -36,7 +36,7 @@ if __name__ == '__main__':
 
 
 def pack(x, bits=16):
-    """A tensor of numbers >= 0 -> its shape, and it in steps of `scale`, as the base64 of so many bits each."""
+    """A tensor of numbers >= 0 -> its shape, and the base64 of its numbers, each rounded to a multiple of `scale`."""
     top = 2 ** bits - 1
     scale = max(x.max().item(), 1e-9) / top if x.is_floating_point() else 1
     steps = (x / scale).round().long().cpu().numpy().astype(f'<u{bits // 8}')
@@ -185,8 +185,8 @@ def speculate(model, ids, h, caches):
 
 
 def count_experts(model, windows):
-    """The tokens (U,) in windows (n, T), and of each MoE layer how often each token met each expert: (U, E), and how
-    often it was there: (U,). A module's row i counts for t_{i+k}, the newest token that it has read.
+    """windows (n, T) -> the different tokens in them (U,), and for each MoE layer how often each token met each expert
+    (U, E), and how often it occurred (U,). Row i of module k counts for t_{i+k}, the newest token that it has read.
     """
     tokens, index = windows.unique(return_inverse=True)
     E, layers = model.config.n_routed_experts, model.moe_layers()
@@ -204,10 +204,10 @@ def count_experts(model, windows):
 
 
 def typical_tokens(met, there, most=8):
-    """Of each expert the tokens that meet it more often than chance explains, [(index of the token, lift, meetings)].
+    """For each expert, the tokens that meet it more often than by chance: [(index of the token, lift, meetings)].
 
-    Chance: the share of all tokens that meet the expert. Lift: the token's own share over that. The order is that of
-    the deviation in standard deviations of chance, of which it takes three.
+    Chance: the share of all tokens that meet the expert. Lift: the token's own share / chance. A token must be three
+    standard deviations above chance; the tokens furthest above it come first.
     """
     out = []
     for e in range(met.size(1)):
@@ -231,8 +231,8 @@ def moved_by_bias(moe, x, experts):
 # the page's numbers
 
 def heads_of(model, states, ids):
-    """Of the main model and each module: for the token that follows each row's newest one the likeliest ones, and the
-    probability and rank of the one that came.
+    """For the main model and each module: the likeliest next tokens after each row, and the probability and rank of the
+    token that came.
     """
     heads = []
     for k, h in enumerate(states):
@@ -250,7 +250,7 @@ def heads_of(model, states, ids):
 
 
 def layers_of(model, attn_inputs, mlp_inputs, counts):
-    """Of each block, the main stack's first: its attention, and where it has them its experts."""
+    """For each block, main stack first: its attention, and its experts if it has any."""
     names = [(str(i), 0) for i in range(model.config.n_layer)]  # as in the code: transformer.h.0
     for k, module in enumerate(model.mtp, start=1):
         names += [(f'MTP {k}' + (f'.{i}' if len(module.h) > 1 else ''), k) for i in range(len(module.h))]
@@ -277,7 +277,7 @@ def layers_of(model, attn_inputs, mlp_inputs, counts):
 
 
 def training_of(path, n_moe_layers, n_experts, most=100):
-    """From log.jsonl the steps, loads and biases, thinned to so many records; None where it has none for this model."""
+    """log.jsonl -> steps, loads and biases of at most `most` records; None if it has none for this model"""
     if not os.path.exists(path):
         return None
 

@@ -24,13 +24,13 @@ def need(ok, message):
 
 
 def number(record, key):
-    """A number of a record; nan, which leaves a gap in a curve, where it is missing or no number that can be drawn."""
+    """A number of a record; nan, which leaves a gap in the curve, if it is missing or cannot be drawn"""
     value = record.get(key)
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
 
 
 def numbers(record, key):
-    """A list of numbers of a record; empty where it is missing or no such list."""
+    """A list of numbers of a record; [] if it is missing or no list"""
     value = record.get(key)
     return [number({key: x}, key) for x in value] if type(value) is list else []
 

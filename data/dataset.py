@@ -48,7 +48,7 @@ def parse(parser):
 
 
 def kind_of(folder):
-    """What the data set in a folder is made of, or None where there is none."""
+    """What the data set in a folder is made of; None if there is none"""
     if not os.path.exists(os.path.join(folder, 'train.bin')):
         return None
     if os.path.exists(os.path.join(folder, 'train_mask.bin')):
