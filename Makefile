@@ -1,5 +1,5 @@
 # make demo: from nothing to a trained model's samples.   make test: ruff and pytest.   make test-all: slow tests too.
-# make soak: kills, 20 minutes.   make gpu: what a GPU computes, and how fast; a report.
+# make soak: kills, an hour.   make gpu: what a GPU computes, and how fast; a report.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -88,4 +88,5 @@ def test_tests_are_there(path):
 def test_soaks_table_has_its_parts():
     table = (ROOT / 'docs/training.md').read_text().split('### make soak')[1].split('\n#')[0]
     soak = (ROOT / 'tests/by_hand/soak.py').read_text()
-    assert re.findall(r'^\| `(\w+)` \|', table, re.M) == re.findall(r'^def (kill|ranks|disk|memory)\(', soak, re.M)
+    parts = re.findall(r'^def (kill|dcp|ranks|grpo|files|disk|memory)\(', soak, re.M)
+    assert re.findall(r'^\| `(\w+)` \|', table, re.M) == parts and len(parts) == 7

@@ -76,10 +76,10 @@ MUTANTS = [
     ('train.py', "raw_model.eval()\n    out = {}", "out = {}", 'train'),
     # suspicion
     ('extras/guard.py', "need(size % size_of == 0 and", "need(", 'bad_input data'),
-    ('extras/guard.py', "need(here, missing(path))", "pass", 'bad_input train reliability'),
+    ('extras/integrity.py', "raise Mistake(missing(path))", "pass", 'bad_input train reliability'),
     ('extras/guard.py', "if fault == 0:\n            return", "return", 'train bad_input'),
     ('extras/guard.py', "need(fault < 2,", "need(True,", 'bad_input cuda'),
-    ('extras/folder.py', 'max(filter(os.path.exists, paths), key=iteration)', 'next(filter(os.path.exists, paths))',
+    ('extras/folder.py', 'max(filter(os.path.lexists, paths), key=iteration)', 'next(filter(os.path.exists, paths))',
      'train reliability'),
     ('extras/folder.py', 'fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)', 'pass', 'reliability train'),
     ('extras/folder.py', 'os.rename(folder, old)', 'shutil.rmtree(folder)', 'train reliability'),
@@ -157,7 +157,7 @@ def main():
     chosen = [n for n, mutant in enumerate(MUTANTS)
               if not sys.argv[1:] or str(n) in sys.argv[1:] or Path(mutant[0]).stem in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
-        ignore = shutil.ignore_patterns('.venv', '.git', 'out*', '__pycache__', '.pytest_cache')
+        ignore = shutil.ignore_patterns('.venv', '.git', 'out', 'out-*', '__pycache__', '.pytest_cache')
         clones = [Path(shutil.copytree(ROOT, Path(folder, str(n)), ignore=ignore)) for n in range(2)]
 
         def work(numbers, clone):

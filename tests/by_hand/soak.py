@@ -1,10 +1,12 @@
 """
 What takes too long for the tests: kills at random instants, a full disk, and ten thousand steps. Linux alone.
 
-    python tests/by_hand/soak.py [kill] [ranks] [disk] [memory]
-                                 [--kills=100] [--rank_kills=20] [--steps=10000] [--seed=0]
+    python tests/by_hand/soak.py kill dcp ranks grpo files    # 100 kills, of all that writes
+    python tests/by_hand/soak.py [kill] [dcp] [ranks] [grpo] [files] [disk] [memory]
+                                 [--kills=100] [--steps=10000] [--seed=0]
 
-`make soak` runs all four, in a copy of the project, and prints a table of what was seen; exit code 1 if one failed.
+The named kinds share the kills. `make soak` runs everything, in a copy of the project, and prints a table of what was
+seen; exit code 1 if one failed.
 """
 
 import json
@@ -23,6 +25,12 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from extras import dcp as shards
+from extras.integrity import check_checkpoint
+from model import GPT
+
 FLAGS = ['--dataset=soak', '--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2',
          '--n_embd=64', '--vocab_size=304', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2',
          '--n_routed_experts=4', '--num_experts_per_tok=2', '--dropout=0.1', '--warmup_iters=10',
@@ -40,8 +48,8 @@ def prepare(clone):
     return clone
 
 
-def start(clone, *flags, python=(), **kwargs):
-    command = [sys.executable, *python, 'train.py', *FLAGS, *flags]
+def start(clone, *flags, python=(), script='train.py', **kwargs):
+    command = [sys.executable, *python, script, *(FLAGS if script == 'train.py' else []), *flags]
     log = open(clone / 'printed', 'ab')
     return subprocess.Popen(command, cwd=clone, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=log,
                             stderr=subprocess.STDOUT, start_new_session=True, **kwargs)
@@ -54,7 +62,10 @@ def finish(clone, *flags, **kwargs):
 
 
 def weights(path):
-    return torch.load(path, weights_only=True)['model']
+    """Of a checkpoint, whole or sharded; each byte of it is checked."""
+    model, checkpoint = (shards if path.suffix == '.dcp' else GPT).from_checkpoint(str(path))
+    check_checkpoint(path, model, checkpoint)
+    return model.state_dict()
 
 
 def same_weights(a, b):
@@ -69,7 +80,7 @@ def steps_of_this_start(out):
     for line in path.read_bytes().splitlines() if path.exists() else []:
         if line.startswith(b'{"command"'):
             step = None
-        elif line.startswith(b'{"step"') and b'"loss"' in line and line.endswith(b'}'):
+        elif line.startswith(b'{"step"') and (b'"loss"' in line or b'"reward"' in line) and line.endswith(b'}'):
             step = json.loads(line)['step']
     return step
 
@@ -84,24 +95,26 @@ def wait_for(what, process, seconds=120):
         time.sleep(0.005)
 
 
-def kill(clone, kills, iterations=300):
-    """kill -9 at random instants of a run that saves after each iteration, and going on; run after run."""
-    flags = [f'--max_iters={iterations}', '--eval_interval=1', '--eval_iters=1']
-    finish(clone, *flags, '--out_dir=whole')
-    out = clone / 'out'
+def kill_and_resume(clone, kills, path, *flags, **kwargs):
+    """kill -9 at random instants of a run that saves after each iteration, and resuming; run after run. path: of its
+    checkpoint. Each one that a kill leaves must be whole.
+    """
+    out, whole = path.parent, path.parent.with_name('whole')
+    finish(clone, *flags, f'--out_dir={whole.name}', **kwargs)
+    tmp = out / {'.pt': 'ckpt.pt.tmp', '.dcp': 'ckpt.dcp.new'}[path.suffix]
     made = writing = starting = finished = equal = 0
     tmp_seen = None
     # the last kill may come before a checkpoint: then a new run must still show that it finishes
-    while made < kills or not finished or (out / 'ckpt.pt').exists():
-        resume = ['--init_from=resume'] if (out / 'ckpt.pt').exists() else []
-        process = start(clone, *flags, *resume, '--out_dir=out')
+    while made < kills or not finished or path.exists():
+        resume = ['--init_from=resume'] if path.exists() else []
+        process = start(clone, *flags, *resume, f'--out_dir={out.name}', **kwargs)
         if made < kills:
             early = random.random() < 0.1  # before it trains, as a rule
             if early:
                 time.sleep(random.uniform(0, 3))
             else:
                 steps = (out / 'log.jsonl').stat().st_size if (out / 'log.jsonl').exists() and resume else 0
-                wait_for(lambda n=steps: (out / 'log.jsonl').exists() and (out / 'log.jsonl').stat().st_size > n + 4000
+                wait_for(lambda n=steps: (out / 'log.jsonl').exists() and (out / 'log.jsonl').stat().st_size > n + 1000
                          and steps_of_this_start(out) is not None, process)
                 time.sleep(random.uniform(0, 0.5))
             process.send_signal(signal.SIGKILL)
@@ -109,20 +122,31 @@ def kill(clone, kills, iterations=300):
         if code == -signal.SIGKILL:
             made += 1
             starting += early
-            tmp = out / 'ckpt.pt.tmp'
             if tmp.exists() and tmp.stat().st_mtime_ns != tmp_seen:  # left by this kill
                 tmp_seen = tmp.stat().st_mtime_ns
                 writing += 1
-            if (out / 'ckpt.pt').exists():
-                weights(out / 'ckpt.pt')
+            if path.exists():
+                weights(path)
         elif code == 0:
             finished += 1
-            equal += same_weights(out / 'ckpt.pt', clone / 'whole/ckpt.pt')
+            equal += same_weights(path, whole / path.name)
             shutil.rmtree(out)
         else:
             raise SystemExit(f'a resumed run ended with code {code}:\n' + (clone / 'printed').read_text()[-2000:])
     return equal == finished > 0, f'{made} kills, {writing} of them while a checkpoint was written, {starting} ' \
         f'in the first 3 seconds; all went on; {equal} of {finished} finished runs equal the whole one bit for bit'
+
+
+def kill(clone, kills, iterations=300):
+    """A run with whole checkpoints."""
+    return kill_and_resume(clone, kills, clone / 'out/ckpt.pt', f'--max_iters={iterations}', '--eval_interval=1',
+                           '--eval_iters=1')
+
+
+def dcp(clone, kills, iterations=100):
+    """A run with sharded ones, which are written while the training goes on."""
+    return kill_and_resume(clone, kills, clone / 'out/ckpt.dcp', f'--max_iters={iterations}', '--eval_interval=1',
+                           '--eval_iters=1', '--checkpoint=dcp')
 
 
 def children(pid):
@@ -171,6 +195,72 @@ def ranks(clone, kills, iterations=300):
         equal += same_weights(out / 'ckpt.pt', clone / 'whole2/ckpt.pt')
     return equal == finished > 0, f'{made} kills ({victims[0]} of rank 0, {victims[1]} of rank 1), torchrun started ' \
         f'both again each time; {equal} of {finished} finished runs equal the whole one bit for bit'
+
+
+def grpo(clone, kills, iterations=100):
+    """A run of grpo.py, from a cold start of a few iterations."""
+    finish(clone, '--task=add2', '--name=add3', '--examples=200', script='data/arithmetic/prepare.py')
+    finish(clone, 'config/sft_arithmetic.py', '--n_layer=1', '--n_embd=32', '--n_head=2', '--vocab_size=0',
+           '--max_iters=10', '--eval_iters=1', '--out_dir=sft')
+    return kill_and_resume(clone, kills, clone / 'out/ckpt.pt', 'config/grpo_arithmetic.py', '--init_from=sft',
+                           f'--max_iters={iterations}', '--eval_interval=1', '--eval_prompts=8', '--prompts_per_iter=4',
+                           '--group_size=4', script='grpo.py')
+
+
+def contents(main):
+    """{name: bytes} of a folder, or None without the file `main`, without which the others count for nothing."""
+    files = {path.name: path.read_bytes() for path in main.parent.glob('*') if path.suffix != '.tmp'}
+    return files if main.name in files else None
+
+
+def files(clone, kills):
+    """prepare.py over another data set, convert.py export and import: what they write is whole, or not there."""
+    finish(clone, '--max_iters=1', '--eval_interval=1', '--n_embd=256', '--out_dir=run')
+    finish(clone, 'export', '--out_dir=run', '--hf_dir=hf-whole', script='convert.py')
+    prepare = ['data/arithmetic/prepare.py', '--name=two', '--task=add2']
+    jobs = [  # what runs before; what is killed; the last file that it writes; its unfinished ones
+        ([*prepare[:2], '--task=sub2'], prepare, 'data/arithmetic/two/train.bin', 'data/arithmetic/two/*.tmp'),
+        (None, ['convert.py', 'export', '--out_dir=run', '--hf_dir=hf'], 'hf/config.json', 'hf.*'),
+        (None, ['convert.py', 'import', '--hf_dir=hf-whole', '--out_dir=back'], 'back/ckpt.pt', 'back.*')]
+
+    def once(job, process=finish):
+        return process(clone, *job[1:], script=job[0])
+
+    made = writing = 0
+    wanted, seconds = {}, {}  # of one that is not killed
+    while made < kills:
+        earlier, job, main, unfinished = jobs[made % len(jobs)]
+        main = clone / main
+        if main not in wanted:
+            t0 = time.time()
+            once(job)
+            wanted[main], seconds[main] = contents(main), time.time() - t0
+            shutil.rmtree(main.parent)
+        if earlier:
+            once(earlier)
+        before = contents(main)
+        process = once(job, start)
+        if random.random() < 0.3:
+            time.sleep(random.uniform(0, seconds[main]))
+        else:
+            wait_for(lambda names=unfinished: any(clone.glob(names)), process)
+            time.sleep(random.uniform(0, 0.02))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL:
+            made += 1
+            writing += any(clone.glob(unfinished))
+            if contents(main) not in (None, before, wanted[main]):
+                raise SystemExit(f'{job}: a kill left a mixture: {sorted(main.parent.iterdir())}')
+            if earlier or not main.exists():
+                once(job)
+                if any(clone.glob(unfinished)):
+                    raise SystemExit(f'{job} did not remove what the killed one left')
+        if contents(main) != wanted[main]:
+            raise SystemExit(f'{job} wrote something else after a kill')
+        for path in {main.parent, *clone.glob(unfinished)}:
+            shutil.rmtree(path, ignore_errors=True)
+    return True, f'{made} kills of prepare.py, export and import, {writing} of them while files were written: all or ' \
+        'nothing was there, and the next one wrote the same bytes as one that was not killed, and removed the rest'
 
 
 def disk(clone, _):
@@ -243,23 +333,25 @@ def memory(clone, steps):
 
 
 def main():
-    options = {'kills': 100, 'rank_kills': 20, 'steps': 10000, 'seed': 0}
+    options = {'kills': 100, 'steps': 10000, 'seed': 0}
     for arg in sys.argv[1:]:
         if arg.startswith('--'):
             key, value = arg[2:].split('=')
             options[key] = int(value)
     named = [arg for arg in sys.argv[1:] if not arg.startswith('--')]
-    parts = {'kill': (kill, options['kills']), 'ranks': (ranks, options['rank_kills']), 'disk': (disk, None),
-             'memory': (memory, options['steps'])}
+    parts = {part.__name__: part for part in (kill, dcp, ranks, grpo, files, disk, memory)}
+    named = named or list(parts)
+    killing = [name for name in named if name not in ('disk', 'memory')]
+    amounts = {name: len(range(i, options['kills'], len(killing))) for i, name in enumerate(killing)}
+    amounts |= {'disk': None, 'memory': options['steps']}
     rows, failed = [], False
-    for name in named or parts:
+    for name in named:
         random.seed(options['seed'])
         clone = Path(tempfile.mkdtemp(prefix='soak-')) / 'clone'
-        skip = shutil.ignore_patterns('.*', 'out*', '__pycache__', '*.bin', '*.pkl', 'tests')
+        skip = shutil.ignore_patterns('.*', 'out', 'out-*', '__pycache__', '*.bin', '*.pkl', 'tests')
         prepare(shutil.copytree(ROOT, clone, ignore=skip))
         t0 = time.time()
-        part, amount = parts[name]
-        good, text = part(clone, amount)
+        good, text = parts[name](clone, amounts[name])
         failed |= not good
         rows.append(f'{name:>7}  {"ok" if good else "FAILED"}  {time.time() - t0:5.0f} s  {text}')
         print(rows[-1], flush=True)
