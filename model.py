@@ -114,7 +114,7 @@ def apply_rope(x, cos, sin):
 
 class MLA(nn.Module):
     """Multi-head Latent Attention (V2 section 2.1, V3 eq. 1-11)."""
-    absorb = True  # False: decode by expand(), like training; needed if keys or values are not linear in the latent
+    absorb = True  # False: decode by expand(), as training; else keys or values not linear in the latent come out wrong
 
     def __init__(self, config):
         super().__init__()
@@ -122,7 +122,7 @@ class MLA(nn.Module):
         C, H, n, r = config.n_embd, config.n_head, config.qk_nope_head_dim, config.qk_rope_head_dim
         c, v_dim = config.kv_lora_rank, config.v_head_dim
         self.sizes = n, r, c, v_dim
-        self.scale = (n + r) ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
+        self.scale = (n + r) ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2  # q's and k's
         # all released models use 1e-6 in the norms of the latents, whatever their rms_norm_eps is
         if config.q_lora_rank > 0:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
@@ -171,7 +171,7 @@ class MLA(nn.Module):
 
     def attend(self, q, latent, seen=None):
         """q (B, H, T, n + r) attends to latent (B, S, c + r). -> (B, T, H*v)
-        seen: the positions that each query attends to, (T, S) or (B, 1, T, S); None: causal, for training and prefill
+        seen: in decoding, the positions that each query attends to, (T, S) or (B, 1, T, S); None: causal, a whole text
         """
         if seen is not None and self.absorb:
             return self.attend_absorbed(q, latent, seen)
@@ -414,7 +414,7 @@ class GPT(nn.Module):
             balance, load = balance_and_load(routing, targets >= 0)
             if self.config.aux_loss_alpha > 0:
                 loss = loss + self.config.aux_loss_alpha * balance.sum()
-            self.stats |= {'balance': balance.detach().mean(), 'load': load}
+            self.stats |= {'balance': balance.detach().mean(), 'load': load}  # the mean: for the log
         return loss
 
     def labels(self, targets):
@@ -432,7 +432,7 @@ class GPT(nn.Module):
     def update_balance(self, load):
         """Loss-free balancing: raise b of experts below their layer's mean load, lower b of experts above it.
         Call it once after each optimizer step. load (MoE layers, E): tokens of each expert in the step, over all
-        micro-batches and ranks. A layer without load keeps its b. b keeps its mean: equal shifts change no choice.
+        micro-batches and ranks. A layer without load keeps its b. b keeps its mean: a shift of all changes no choice.
         """
         step = self.config.bias_update_speed * torch.sign(load.float().mean(dim=1, keepdim=True) - load)
         for moe, delta in zip(self.moe_layers(), step - step.mean(dim=1, keepdim=True)):
@@ -663,7 +663,7 @@ def balance_and_load(routing, has_label):
 
 def remember(cache, latent, pos):
     """Write latent (B, T, w) into cache (B, S_max, w) at pos -> what to attend to, (B, S, w), and attend()'s seen."""
-    if isinstance(pos, torch.Tensor):  # drafts may lie beyond a row's last token: what they write is overwritten later
+    if isinstance(pos, torch.Tensor):  # extras/decode.py; what a rejected draft writes is overwritten later
         cache[torch.arange(len(pos), device=pos.device).unsqueeze(1), pos] = latent
         return cache, torch.arange(cache.size(1), device=pos.device) <= pos[:, None, :, None]  # (B, 1, T, S)
     T, S = latent.size(1), pos + latent.size(1)
@@ -742,8 +742,8 @@ def row_alignment(n, n_experts):
 
 
 class Gather(torch.autograd.Function):
-    """x[index]; rows summed over K if index is (N, K); zeros where an index (M,) points behind the last row. `inverse`
-    is the gradient's index, a Gather too. A plain x[index] adds its gradient with atomics, slowly and in any order.
+    """index (M,): each row's token, zeros behind the last token. index (N, K): the sum of each token's K rows. The
+    gradient of one is the other, by `inverse`. A plain x[index] adds its gradient with atomics, slowly, in any order.
     """
     @staticmethod
     def forward(ctx, x, index, inverse):

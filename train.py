@@ -128,7 +128,7 @@ elif not dtype:
     dtype = 'bfloat16' if device_type == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', bool)() else 'float32'
 config['dtype'] = dtype
 ctx = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
-# under autocast only the routers' products stay in fp32: keep them exact
+# under autocast only the routers' products stay in fp32: keep them exact; TF32 is for runs in float32
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == 'float32'
 
 # -----------------------------------------------------------------------------
@@ -185,7 +185,7 @@ newest = max(filter(os.path.exists, paths), key=os.path.getmtime, default=paths[
 path = guard.last_checkpoint(out_dir) if guard else newest
 if ddp and scripts and store.check(['begun']) and max_over_ranks(os.path.exists(path)):
     init_from = 'resume'  # torchrun lost a rank and has restarted all ranks
-if init_from != 'resume':  # another run's checkpoint, the one that sample.py reads
+if init_from != 'resume':  # another run's checkpoint, the one that sample.py reads; from scratch there is none
     path = guard.last_checkpoint(init_from, ['ckpt']) if guard else os.path.join(init_from, 'ckpt.pt')
 if guard:
     guard.check_path(init_from, path, overrides, max_over_ranks)
@@ -228,7 +228,7 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if loaded.get('optimizer'):  # a converted checkpoint has none
     if guard:
         guard.load_optimizer(opt, loaded['optimizer'], path, max_over_ranks, parallel and parallel.optimizer_state)
-    else:  # the flags decide the settings, not the checkpoint; a state too small for a fused step is refused
+    else:  # the flags decide the settings, not the checkpoint; a fused step would read past too small a state
         opt.load_state_dict(loaded['optimizer'] | {'param_groups': opt.state_dict()['param_groups']})
         if any(x.shape != p.shape for p, state in opt.state.items() for name, x in state.items() if name != 'step'):
             raise Mistake(f'the optimizer in {path} does not fit')
@@ -392,8 +392,8 @@ while True:
     if iter_num >= max_iters or eval_only:
         break
 
-    # this rank's micro-batches, and how many labels each head (1 + modules) has in those of all ranks. A head's loss is
-    # sum / (labels / micro-batches) below, and then the mean over micro-batches and ranks: in all sum / labels
+    # this rank's micro-batches, and how many labels each head (1 + modules) has in a micro-batch, the mean over all
+    # ranks: each divides its summed losses by it, so that each label of the iteration has the same weight
     micro_batches = range(seen + rank, seen + gradient_accumulation_steps, world)
     batches = [get_batch('train', 0, number) for number in micro_batches]
     labels = sum((raw_model.labels(y) >= 0).sum(dim=(1, 2)) for _, y in batches)

@@ -7,6 +7,7 @@ prompts may differ in length, and each row keeps all of its correct drafts. GPT.
 greedy tokens are equal except for rounding, and sampled tokens have the same distribution.
 """
 
+import copy
 import math
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from extras import experts
-from model import GREEDY, NOT_FINITE, Mistake, draw, first_line, probabilities
+from model import GREEDY, MLA, NOT_FINITE, Mistake, draw, first_line, probabilities
 
 # the ends of the names of norms, routers, and the weights of an indexer's heads
 KEPT = 'norm.weight', 'norm.bias', '_norm', 'ln_f.weight', 'mlp.gate.weight', 'weights_proj.weight'
@@ -48,6 +49,22 @@ def join_latents(attn):
     attn.latents = lambda x: F.linear(x, attn.a_weight, bias).split(sizes, dim=-1)
 
 
+@torch.no_grad()
+def check_absorption(model):
+    """Mistake if the attention decodes something else than it trains: see MLA.absorb"""
+    attn, w = model.transformer.h[0].attn, model.lm_head.weight
+    if not (isinstance(attn, MLA) and attn.absorb):
+        return
+    T = min(4, model.config.block_size)
+    x = torch.arange(T * w.size(1), device=w.device).sin().to(w.dtype).view(1, T, -1)
+    q, latent = (a.float() for a in attn.project(x, model.rope_cos[:T], model.rope_sin[:T]))
+    attn = copy.deepcopy(attn).float()  # less rounding, so that a small difference is one
+    trained = attn.attend(q, latent)                                                          # (1, T, H*v)
+    decoded = attn.attend(q, latent, torch.ones(T, T, dtype=torch.bool, device=w.device).tril())
+    if (decoded - trained).norm() > 3e-3 * trained.norm():  # TF32 rounds to 1e-3
+        raise Mistake('MLA decodes something else than it trains: set absorb = False in it, or change attend_absorbed')
+
+
 class Speculation(NamedTuple):
     """Counts for each row."""
     passes: torch.Tensor    # (B,): passes that verified drafts
@@ -74,6 +91,7 @@ class Decoder:
     """
 
     def __init__(self, model, compile=False):
+        check_absorption(model)
         self.model, self.compile, self.step = model, compile, step
         self.states = {}  # kept for a compiled step: a CUDA graph works only on the tensors it was recorded with
         self.calls = Counter()

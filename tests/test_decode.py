@@ -1,5 +1,6 @@
 """The decoder against GPT.generate and whole forwards: greedy tokens, the distribution of sampled ones, its caches."""
 
+import contextlib
 import itertools
 import re
 
@@ -90,6 +91,8 @@ def test_a_changed_attention_is_decoded_only_without_absorption(monkeypatch, abs
     model(idx[:, :8], cache=cache)
     got, want = model(idx[:, 8:], cache=cache, pos=8)[0], model(idx)[0]
     assert torch.allclose(got, want, atol=1e-5) != absorb
+    with pytest.raises(Mistake, match='set absorb = False') if absorb else contextlib.nullcontext():
+        assert Decoder(model).generate(idx.tolist(), 9, 0)[0] == model.generate(idx, 9, 0).tolist()
 
 
 def test_a_stop_token_ends_each_row_for_itself():
