@@ -522,14 +522,20 @@ class GPT(model.GPT):
 
     def get_num_active_params(self):
         """As in model.py; of Engram's tables a token uses R rows."""
-        memories = [block.engram for block in self.blocks() if block.engram is not None]
-        idle = sum(m.table.weight.numel() - len(m.primes) * self.config.engram_dim for m in memories)
+        idle = sum(m.table.weight.numel() - m.k_proj.in_features for m in self.memories())
         return super().get_num_active_params() - idle
+
+    def flops_per_token(self):
+        """As in model.py; a row that is looked up is no product."""
+        return super().flops_per_token() - 6 * sum(m.k_proj.in_features for m in self.memories())
+
+    def memories(self):
+        return [block.engram for block in self.blocks() if block.engram is not None]
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         """As in model.py; Engram's tables learn faster, and do not decay."""
         optimizer = super().configure_optimizers(weight_decay, learning_rate, betas, device_type)
-        tables = [p for name, p in self.named_parameters() if name.endswith('engram.table.weight')]
+        tables = [m.table.weight for m in self.memories() if m.table.weight.requires_grad]
         if tables:
             matrices = optimizer.param_groups[0]
             matrices['params'] = [p for p in matrices['params'] if all(p is not table for table in tables)]

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
-from conftest import TINY, run_inside, torchrun, train
+from conftest import TINY, load, losses, run_inside, torchrun, train
 
+import grpo
 import model
 import model_v4
-from extras import architecture, hf
-from extras.decode import Decoder
+from extras import architecture, experts, fp8, hf, optim, parallel
+from extras.decode import Decoder, for_decoding
 from model import Mistake
 
 V4 = '--architecture=model_v4'
@@ -305,3 +307,371 @@ def test_compiled_and_recomputed_blocks_keep_the_indexers_loss():
 def test_settings_of_v4_that_fit_nothing(flags, message):
     with pytest.raises(Mistake, match=message):
         model_v4.GPTConfig(**TINY | flags)
+# -----------------------------------------------------------------------------
+# what every idea must do
+
+IDEAS = {
+    'mhc': dict(hc_mult=3),
+    'engram': dict(engram_layers='0,1', engram_heads=2, engram_rows=50, engram_dim=4),
+    'experts': dict(scoring_func='sqrtsoftplus', swiglu_limit=0.5, num_hash_layers=1),
+    'all': dict(hc_mult=2, engram_layers='1', engram_ngram=4, engram_rows=50, scoring_func='sqrtsoftplus',
+                swiglu_limit=2.0, num_hash_layers=2),
+}
+idea = pytest.mark.parametrize('overrides', IDEAS.values(), ids=IDEAS)
+
+
+def flags(overrides):
+    return [f'--{name}={value}' for name, value in overrides.items()]
+
+
+def v4_model(std=0.2, **overrides):
+    """A model in which no part is at its neutral initial value."""
+    gpt = model_v4.GPT(model_v4.GPTConfig(**{**TINY, 'initializer_range': std, **overrides}))
+    for name, p in gpt.named_parameters():
+        if name.endswith(('norm', 'norm.weight')):
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+        elif name.endswith(('conv', 'base', 'scale', 'hc_fn')):
+            torch.nn.init.normal_(p, std=0.5)
+    return gpt
+
+
+@idea
+def test_each_idea_changes_the_logits_and_all_its_parameters_learn(overrides):
+    gpt, idx = v4_model(**overrides), torch.randint(61, (2, 32))
+    gpt(idx, idx)[1].backward()
+    idle = [name for name, p in gpt.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not idle
+    plain = model.GPT(model.GPTConfig(**TINY))
+    plain.load_state_dict({name: x for name, x in gpt.state_dict().items() if name in plain.state_dict()})
+    assert (plain.eval()(idx)[0] - gpt.eval()(idx)[0]).abs().max() > 1e-3
+
+
+@idea
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_the_whole(overrides):
+    """Token by token and in parts; then rows of different lengths, with and without drafts of the MTP modules."""
+    gpt, idx = v4_model(**overrides).eval(), torch.randint(61, (2, 32))
+    whole, cache = gpt(idx, idx)[0], gpt.make_cache(2, 32)
+    for start, end in ((0, 2), (2, 3), (3, 4), (4, 11), (11, 12), (12, 30), (30, 31), (31, 32)):
+        got = gpt(idx[:, start:end], cache=cache, pos=start)[0]
+        torch.testing.assert_close(got[:, 0], whole[:, end - 1], atol=1e-4, rtol=1e-4)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [1], [1, 2, 3]]
+    plain = [gpt.generate(torch.tensor([prompt]), 20, temperature=0)[0].tolist() for prompt in prompts]
+    decoder = Decoder(gpt)
+    assert decoder.generate(prompts, 20, temperature=0)[0] == plain
+    rows, told = decoder.generate(prompts, 20, temperature=0, speculative=True)
+    assert rows == plain and told.drafts.sum() > told.accepted.sum()
+
+
+@idea
+def test_no_token_changes_what_stands_before_it(overrides):
+    gpt, idx = v4_model(**overrides).eval(), torch.randint(61, (1, 24))
+    other = idx.clone()
+    other[0, 12] = (idx[0, 12] + 1) % 61
+    a, b = (gpt(x, x)[0][0] for x in (idx, other))
+    torch.testing.assert_close(a[:12], b[:12], atol=1e-6, rtol=1e-6)
+    assert (a[12:15] - b[12:15]).abs().amax(dim=1).min() > 1e-4
+
+
+@idea
+def test_recompute_and_bf16(overrides):
+    gpt, idx = v4_model(0.05, **overrides), torch.randint(61, (2, 32))
+
+    def gradients():
+        gpt.zero_grad()
+        loss = gpt(idx, idx)[1]
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in gpt.parameters())]
+
+    want = gradients()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert gradients()[0] == pytest.approx(want[0].item(), rel=0.02)
+    gpt.recompute()
+    for a, b in zip(gradients(), want, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    rows, _ = Decoder(for_decoding(gpt.eval(), torch.bfloat16)).generate([[1, 2], [3]], 12, speculative=True)
+    assert [len(row) for row in rows] == [14, 13]
+
+
+@idea
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_every_parameter_is_in_one_group_of_the_optimizer(overrides, kind):
+    gpt = v4_model(**overrides)
+    make = optim.muon if kind == 'muon' else model_v4.GPT.configure_optimizers
+    groups = make(gpt, 0.1, 1e-3, (0.9, 0.95), 'cpu').param_groups
+    inside = [id(p) for group in groups for p in group['params']]
+    assert len(inside) == len(set(inside)) and set(inside) == {id(p) for p in gpt.parameters()}
+    tables = {id(block.engram.table.weight) for block in gpt.blocks() if block.engram}
+    apart = [group for group in groups if 'lr_scale' in group]
+    assert [(group['lr_scale'], group['weight_decay'], 'muon' in group) for group in apart] == \
+        [(5.0, 0.0, False)] * bool(tables)
+    assert {id(p) for group in apart for p in group['params']} == tables
+    decayed = {id(p) for group in groups if group['weight_decay'] > 0 for p in group['params']}
+    assert not any(id(p) in decayed for p in gpt.parameters() if p.dim() < 2)
+
+
+@idea
+def test_initial_values_in_shards_are_those_of_one_process(overrides):
+    config = model_v4.GPTConfig(**TINY, **overrides, tie_word_embeddings=False)
+    torch.manual_seed(5)
+    whole = model_v4.GPT(config)
+    with torch.device('meta'):
+        empty = model_v4.GPT(config)
+    empty.to_empty(device='cpu')
+    torch.manual_seed(5)
+    parallel.fill(empty, None)
+    for name, x in whole.state_dict().items():
+        assert torch.equal(empty.state_dict()[name], x), name
+
+
+@idea
+def test_grpo_trains_it(overrides):
+    gpt = v4_model(**overrides, eos_token_id=0)
+    before = {name: p.clone() for name, p in gpt.named_parameters()}
+    decoder, prompts = Decoder(gpt), [[1, 2, 3]] * 2 + [[4, 5]] * 2
+    responses = grpo.sample_responses(decoder, prompts, 8, 1.0)
+    rows, mask, sampled = grpo.pack(prompts, responses, 0, 'cpu', decoder.log_probs)
+    optimizer = gpt.configure_optimizers(0.0, 1e-3, (0.9, 0.99), 'cpu')
+    numbers = grpo.update(gpt, optimizer, rows, mask, torch.tensor([1., -1, 1, -1]), sampled_logp=sampled)
+    assert numbers['mismatch'] < 1e-4 and 0 < numbers['grad_norm']
+    assert any(not torch.equal(before[name], p) for name, p in gpt.named_parameters())
+
+
+def assert_same_losses(folder, out, rel=1e-3):
+    one, other = losses(folder), losses(folder, out)
+    assert len(one) == 6 and one.keys() == other.keys()
+    assert all(other[step] == pytest.approx(one[step], rel=rel) for step in one)
+
+
+@pytest.mark.parametrize('overrides', [IDEAS['all'], *(pytest.param(IDEAS[name], marks=pytest.mark.slow)
+                                                      for name in ('mhc', 'engram', 'experts'))])
+def test_two_ranks_and_a_resume_train_as_one_run(small, overrides):
+    given = [V4, *flags(overrides)]
+    train(small, *given)
+    assert 'iteration 3 of 6' in train(small, *given, '--max_iters=3', '--out_dir=other') + \
+        train(small, *given, '--out_dir=other', '--init_from=resume')
+    one, other = load(small), load(small, 'other/ckpt.pt')
+    assert all(torch.equal(x, other['model'][name]) for name, x in one['model'].items())
+    code, printed = torchrun(small, *given, '--out_dir=two')
+    assert code == 0, printed
+    assert_same_losses(small, 'two', rel=1e-4)
+
+
+@pytest.mark.slow
+@idea
+def test_compiled_and_sharded_runs_train_as_a_plain_one(small, overrides):
+    given = [V4, *flags(overrides)]
+    train(small, *given)
+    assert 'without torch.compile' not in train(small, *given, '--compile=True', '--out_dir=compiled')
+    assert_same_losses(small, 'compiled')
+    for more in ('--expert_parallel=2', '--checkpoint=dcp'):
+        code, printed = torchrun(small, *given, '--shard=2', more, f'--out_dir={more[2:5]}')
+        assert code == 0, printed
+        assert_same_losses(small, more[2:5])
+    code, printed = torchrun(small, *given, '--shard=2', '--checkpoint=dcp', '--out_dir=che', '--init_from=resume',
+                             '--max_iters=8')
+    assert code == 0 and 'iteration 6 of 8' in printed, printed
+
+
+@pytest.mark.slow
+@idea
+@torch.no_grad()
+def test_a_compiled_step_decodes_as_a_plain_one(overrides):
+    gpt = v4_model(**overrides).eval()
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    decoder = Decoder(gpt, compile=True)
+    rows = decoder.generate(prompts, 20, temperature=0, speculative=True)[0]
+    assert decoder.compile and rows == Decoder(gpt).generate(prompts, 20, temperature=0)[0]
+
+
+@pytest.mark.parametrize('overrides, said', [
+    (dict(hc_mult=65), 'hc_mult=65 must lie in 0..64'), (dict(hc_sinkhorn_iters=0), 'hc_sinkhorn_iters=0 must'),
+    (dict(engram_layers='0,2'), "engram_layers='0,2' must be different main blocks below n_layer=2"),
+    (dict(engram_layers='1,1'), 'must be different'), (dict(engram_layers='first'), 'must be different'),
+    (dict(engram_ngram=1), 'engram_ngram=1 must lie in 2..16'), (dict(engram_rows=0), 'engram_rows=0 must be positive'),
+    (dict(num_hash_layers=3), 'num_hash_layers=3 must lie in 0..n_layer=2'),
+    (dict(num_hash_layers=1, n_routed_experts=0), 'needs experts'),
+    (dict(num_hash_layers=1, first_k_dense_replace=1), 'needs experts'), (dict(swiglu_limit=-1.0), 'swiglu_limit=-1.0'),
+    (dict(scoring_func='sqrtsoftplus', n_group=2), 'needs n_group=1'),
+    (dict(scoring_func='relu'), "must be 'sigmoid' or 'softmax', or in model_v4 'sqrtsoftplus'"),
+])
+def test_fields_that_do_not_fit(overrides, said):
+    with pytest.raises(Mistake) as e:
+        model_v4.GPTConfig(**TINY | overrides)
+    assert said in str(e.value)
+    with pytest.raises(Mistake):
+        model.GPTConfig(scoring_func='sqrtsoftplus')
+
+
+# -----------------------------------------------------------------------------
+# mHC
+
+def transformers_v4(**sizes):
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4
+    return modeling_deepseek_v4, DeepseekV4Config(hidden_size=32, num_hidden_layers=2, **sizes)
+
+
+def test_mixing_matrices_are_doubly_stochastic():
+    comb = model_v4.sinkhorn(torch.randn(50, 4, 4), 20, 1e-6)
+    for dim in (-1, -2):
+        torch.testing.assert_close(comb.sum(dim=dim), torch.ones(50, 4), atol=1e-3, rtol=0)
+    assert (comb - comb.transpose(-1, -2)).abs().max() > 0.1 and comb.min() > 0
+
+
+@torch.no_grad()
+def test_hyper_connections_equal_transformers():
+    theirs, config = transformers_v4(hc_mult=4)
+    ours = model_v4.GPTConfig(**TINY, hc_mult=4)
+    a, b = model_v4.HyperConnection(ours), theirs.DeepseekV4HyperConnection(config)
+    head, their_head = model_v4.StreamNorm(ours), theirs.DeepseekV4HyperHead(config)
+    for p, q in ((a.fn, b.fn), (a.base, b.base), (a.scale, b.scale), (head.hc_fn, their_head.hc_fn),
+                 (head.hc_base, their_head.hc_base), (head.hc_scale, their_head.hc_scale)):
+        q.copy_(p.normal_())
+    x, y = torch.randn(2, 9, 4, 32), torch.randn(2, 9, 32)
+    post, comb, collapsed = b(x)
+    want = post.unsqueeze(-1) * y.unsqueeze(-2) + comb.transpose(-1, -2) @ x
+    h, *mix = a(x)
+    for got, wanted in ((h, collapsed), (mix[0], post), (mix[1], comb), (model_v4.connect(x, y, *mix), want),
+                        (head(x), torch.nn.functional.rms_norm(their_head(x), (32,), eps=1e-6))):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_one_stream_that_passes_all_is_the_plain_residual():
+    x, y = torch.randn(2, 5, 1, 32), torch.randn(2, 5, 32)
+    hc = model_v4.HyperConnection(model_v4.GPTConfig(**TINY))
+    with torch.no_grad():
+        hc.fn.zero_()
+        hc.base.copy_(torch.tensor([30.0, 0.0, 7.0]))                       # pre 1, post 1, comb 1
+    h, *mix = hc(x)
+    torch.testing.assert_close(h, x[:, :, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model_v4.connect(x, y, *mix)[:, :, 0], x[:, :, 0] + y, atol=1e-5, rtol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# Engram
+
+@pytest.mark.parametrize('n', [1, 3])
+@torch.no_grad()
+def test_engram_equals_plain_loops(n):
+    """The hash of the released demo, the gate and the convolution, one position and one stream at a time."""
+    gpt = v4_model(engram_layers='0,1', engram_ngram=3, engram_heads=2, engram_rows=40, engram_dim=4, hc_mult=n)
+    memory, idx = gpt.transformer.h[1].engram, torch.randint(61, (2, 20))
+    C, N, V, rms = 32, 3, 61, torch.nn.functional.rms_norm
+    h = torch.randn(2, 20, n, C)
+    tokens, _ = gpt.recent(idx, None, 0)
+    got = memory(h if n > 1 else h[:, :, 0], tokens).view(2, 20, n, C)
+    sizes = [block.engram.primes for block in gpt.transformer.h]
+    assert sizes == [[41, 43, 47, 53], [59, 61, 67, 71]]
+    k_norm, h_norm, conv_norm = (p.view(n, C) for p in (memory.k_norm, memory.h_norm, memory.conv_norm))
+    for b in range(2):
+        values = []
+        for t in range(20):
+            ids = [int(idx[b, t - k]) if t >= k else V for k in range(N)]
+            parts, start = [], 0
+            for length in (2, 3):
+                mix = 0
+                for k in range(length):
+                    mix ^= ids[k] * memory.multipliers[k]
+                    assert 0 <= mix < 2**63
+                for head in range(2):
+                    prime = memory.primes[2 * (length - 2) + head]
+                    parts.append(memory.table.weight[start + mix % prime])
+                    start += prime
+            e = torch.cat(parts)
+            key, value = (memory.k_proj.weight @ e).view(n, C), memory.v_proj.weight @ e
+            rows = []
+            for j in range(n):
+                a = (rms(key[j], (C,), k_norm[j], 1e-6) @ rms(h[b, t, j], (C,), h_norm[j], 1e-6)).item() / C**0.5
+                rows.append(torch.sigmoid(torch.tensor(math.copysign(abs(a)**0.5, a))) * value)
+            values.append(torch.stack(rows))
+        normed = [torch.stack([rms(v[j], (C,), conv_norm[j], 1e-6) for j in range(n)]) for v in values]
+        for t in range(20):
+            z = sum(memory.conv[k].view(n, C) * normed[t - 3 * k] for k in range(4) if t >= 3 * k)
+            want = values[t] + torch.nn.functional.silu(z)
+            torch.testing.assert_close(got[b, t], want, atol=1e-5, rtol=1e-5)
+
+
+def test_engram_begins_without_its_convolution_and_counts_the_rows_it_reads():
+    gpt = model_v4.GPT(model_v4.GPTConfig(**TINY, engram_layers='0', engram_heads=2, engram_dim=4))
+    plain = model.GPT(model.GPTConfig(**TINY))
+    memory = gpt.transformer.h[0].engram
+    assert not memory.conv.any()
+    added = sum(p.numel() for p in memory.parameters())
+    rows = memory.table.weight.numel()
+    assert rows == 4 * sum(memory.primes) > 4 * 4 * 4096
+    assert gpt.get_num_params() == plain.get_num_params() + added
+    assert gpt.get_num_active_params() == plain.get_num_active_params() + added - rows + 4 * 4
+    assert gpt.flops_per_token() == plain.flops_per_token() + 6 * (added - rows)
+
+
+def test_the_tables_learn_at_a_multiple_of_the_rate(small):
+    """After one step of AdamW from zero moments each weight that has a gradient has moved by the learning rate."""
+    moved = {}
+    for scale in (1, 5):
+        given = [V4, '--engram_layers=0', f'--engram_lr_scale={scale}', '--warmup_iters=0', '--eval_interval=1',
+                 '--weight_decay=0.0', '--decay_lr=False', '--learning_rate=1e-3']
+        train(small, *given, '--max_iters=2', f'--out_dir={scale}')
+        train(small, *given, '--max_iters=1', f'--out_dir={scale}1')
+        a, b = (load(small, f'{out}/ckpt.pt')['model']['transformer.h.0.engram.table.weight']
+                for out in (scale, f'{scale}1'))
+        moved[scale] = (a - b).abs().max().item()
+    assert moved[5] == pytest.approx(5 * moved[1], rel=0.2)
+
+
+# -----------------------------------------------------------------------------
+# V4's experts
+
+@pytest.mark.parametrize('hashed', [True, False])
+@torch.no_grad()
+def test_experts_equal_transformers(hashed):
+    theirs, config = transformers_v4(
+        n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=16, intermediate_size=16, vocab_size=61,
+        swiglu_limit=0.5, n_shared_experts=1, mlp_layer_types=['hash_moe', 'moe'])
+    gpt = v4_model(scoring_func='sqrtsoftplus', swiglu_limit=0.5, num_hash_layers=1, routed_scaling_factor=1.5)
+    ours, block = gpt.transformer.h[not hashed].mlp.eval(), theirs.DeepseekV4SparseMoeBlock(config, int(not hashed))
+    block.gate.weight.copy_(ours.gate.weight)
+    block.experts.gate_up_proj.copy_(ours.experts_gate_up)
+    block.experts.down_proj.copy_(ours.experts_down)
+    gate, up = ours.shared_experts.gate_up_proj.weight.chunk(2)
+    for p, q in ((block.shared_experts.gate_proj, gate), (block.shared_experts.up_proj, up),
+                 (block.shared_experts.down_proj, ours.shared_experts.down_proj.weight)):
+        p.weight.copy_(q)
+    idx, x = torch.randint(61, (2, 40)), torch.randn(2, 40, 32)
+    if hashed:
+        block.gate.tid2eid.copy_(ours.tid2eid)
+    else:
+        block.gate.e_score_correction_bias.copy_(ours.e_score_correction_bias.normal_())
+    want, clamped = block(x, idx), (gpt.transformer.h[0].mlp.experts_gate_up[0] @ x.flatten(0, 1).t()).abs() > 0.5
+    assert clamped.float().mean() > 0.3
+    for way in (model.sorted_experts, experts.all_experts, experts.wide_experts, experts.chosen_experts):
+        ours.experts_fn = way
+        torch.testing.assert_close(ours(x, idx.unsqueeze(-1))[0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_table_of_experts_is_balanced():
+    gpt = model_v4.GPT(model_v4.GPTConfig(**TINY, num_hash_layers=2))
+    tables = [block.mlp.tid2eid for block in gpt.transformer.h]
+    for table in tables:
+        assert table.shape == (61, 3) and all(len(set(row)) == 3 for row in table.tolist())
+        assert set(table.flatten().bincount(minlength=8).tolist()) == {22, 23}
+    assert not torch.equal(*tables)
+
+
+@pytest.mark.parametrize('way', ['fp8', 'fp8 wide', 'kernels'])
+def test_no_way_of_the_experts_drops_the_clamps(way, monkeypatch):
+    gpt, x = v4_model(0.5, swiglu_limit=0.25, first_k_dense_replace=1), torch.randn(2, 16, 32)
+    want = [block.mlp(x) for block in gpt.transformer.h]
+    without = v4_model(0.5, first_k_dense_replace=1)
+    without.load_state_dict(gpt.state_dict())
+    if way == 'kernels':                                                    # where torch's own grouped kernel runs
+        kernels = pytest.importorskip('extras.kernels')
+        experts.enable(gpt, kernels.sorted_experts, kernels=True)
+        experts.enable(without, kernels.sorted_experts, kernels=True)
+    else:
+        monkeypatch.setattr(experts, 'is_wide', lambda *_: way == 'fp8 wide')
+        fp8.enable(gpt, fp8.Recipe())
+        fp8.enable(without, fp8.Recipe())
+    for wanted, a, b in zip(want, gpt.transformer.h, without.transformer.h):
+        wanted, got, other = (y[0] if isinstance(y, tuple) else y for y in (wanted, a.mlp(x), b.mlp(x)))
+        assert (got - wanted).norm() < 0.2 * wanted.norm() < (other - wanted).norm()
