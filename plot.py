@@ -225,7 +225,7 @@ def main():
         path = os.path.join(path, 'log.jsonl') if os.path.isdir(path) else path
         inputs.append(path)
         header, train, evals = read_log(path)
-        name = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        name = os.fsencode(os.path.basename(os.path.dirname(os.path.abspath(path)))).decode(errors='replace')
         return name.replace('$', r'\$'), train, evals, header  # between two $ matplotlib reads formulas
 
     logs = [read(path) for path in args.logs]

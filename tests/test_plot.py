@@ -103,6 +103,14 @@ def test_a_folder_stands_for_its_log_and_several_logs_leave_each_figure(tmp_path
     assert (tmp_path / 'a/log.png').read_bytes() == before and not (tmp_path / 'b/log.png').exists()
 
 
+def test_a_folder_whose_name_is_no_utf_8(tmp_path):
+    folder = tmp_path / 'a\udcff'
+    folder.mkdir()
+    (folder / 'log.jsonl').write_text('\n'.join(map(json.dumps, train_records())))
+    code, _, said = run_inside(ROOT / 'plot.py', 'a\udcff', cwd=tmp_path)
+    assert (code, said) == (0, '') and (folder / 'log.png').exists()
+
+
 @pytest.mark.parametrize('theirs, words', [
     (dict(n=12, every=9), 'it has no step from 100 on, where the comparison begins'), (dict(n=13, every=9), None),
     (dict(n=14, every=9), 'has other steps'), (None, 'must have its seed, 1; 0 have')])

@@ -168,7 +168,8 @@ def damage(rng, path, folder, others):
     if path.suffix in ('.json', '.jsonl'):
         kinds, weights = [*kinds, 'value'], [*weights, 20]
     kind = rng.choices(kinds, weights)[0]
-    kind = 'cut' if kind == 'pipe' and path.parent == folder else kind  # these a user may give by a pipe
+    if kind in ('link', 'pipe') and path.parent == folder:  # what the user names may be a pipe
+        kind = 'cut'
     at = rng.randrange(len(data))
     if kind == 'flip':
         for _ in range(rng.choice([1, 1, 2, 8])):
