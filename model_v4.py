@@ -6,14 +6,16 @@ Papers: V3.2 = arXiv 2512.02556, mHC = arXiv 2512.24880, Engram = arXiv 2601.073
 
 Letters in the shape comments as in model.py, and
   d index_head_dim    J index_n_heads      k index_topk
+  D n + r, V4's head size    W entries, one for each closed window of tokens    s a compressor's series
   n hc_mult, the streams of the residual (in mHC and Engram, where no head size is meant)
   N engram_ngram      R rows looked up per token: (N - 1) * engram_heads
 """
 
+import functools
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -32,6 +34,14 @@ class GPTConfig(model.GPTConfig):
     index_n_heads: int = 4
     index_head_dim: int = -1        # at least qk_rope_head_dim; cached too, once per token and layer
     index_warmup: bool = False      # attention stays dense, and the indexer alone learns
+    # V4's attention; a head has the size qk_nope_head_dim + qk_rope_head_dim
+    layer_types: str = ''           # a letter for each main block: s window alone, c window and CSA, h window and HCA
+    sliding_window: int = 128       # positions that every block sees, the query's own included
+    compress_rate_csa: int = 4      # tokens for each entry; of CSA's entries a query reads index_topk (0: all)
+    compress_rate_hca: int = 128
+    compress_rope_theta: float = 160000.0  # in blocks with entries
+    o_groups: int = 1               # groups of heads, each with an output projection of its own
+    o_lora_rank: int = -1           # width of a group's output
     # hyper-connections (mHC)
     hc_mult: int = 1                # streams of the residual; 1 or 0: off
     hc_sinkhorn_iters: int = 20
@@ -55,6 +65,8 @@ class GPTConfig(model.GPTConfig):
         super().__post_init__()
         if self.index_head_dim == -1:
             self.index_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        if self.o_lora_rank == -1:
+            self.o_lora_rank = max(1, self.n_embd // max(1, self.o_groups))
         model.check_config(self, CHECKS)
 
     @property
@@ -74,6 +86,16 @@ CHECKS = [  # as in model.py, but after the -1 are derived
     ('index_n_heads', lambda x, c: 0 < x < 2**31, 'must be positive, < 2**31'),
     ('index_head_dim', lambda x, c: c.qk_rope_head_dim <= x < 2**31,
      'must be at least qk_rope_head_dim={qk_rope_head_dim}, < 2**31'),
+    ('layer_types', lambda x, c: x == '' or len(x) == c.n_layer and set(x) <= set('sch'),
+     "must be '' or a letter s, c or h for each of the n_layer={n_layer} main blocks"),
+    ('layer_types', lambda x, c: x == '' or c.q_lora_rank > 0, 'needs q_lora_rank above 0'),
+    ('sliding_window compress_rate_csa compress_rate_hca compress_rope_theta o_lora_rank', lambda x, c: 0 < x < 2**31,
+     'must be positive, < 2**31'),
+    ('compress_rate_csa', lambda x, c: 'c' not in c.layer_types or x <= c.block_size,
+     'must be at most block_size={block_size}: no window of layer_types={layer_types} would ever close'),
+    ('compress_rate_hca', lambda x, c: 'h' not in c.layer_types or x <= c.block_size,
+     'must be at most block_size={block_size}: no window of layer_types={layer_types} would ever close'),
+    ('o_groups', lambda x, c: 0 < x and c.n_head % x == 0, 'must divide n_head={n_head}'),
     ('index_warmup', lambda x, c: not x or c.index_topk > 0, 'must be False, unless index_topk is above 0'),
     ('hc_mult', lambda x, c: 0 <= x <= 64, 'must lie in 0..64'),
     ('hc_sinkhorn_iters', lambda x, c: 0 < x <= 1000, 'must lie in 1..1000'),
@@ -109,10 +131,15 @@ class Indexer(nn.Module):
         """x (B, T, C) and the normed latent of the queries -> q (B, T, J, d), w (B, T, J), k (B, T, d), all in fp32"""
         q = self.wq_b(c_q).unflatten(-1, (-1, self.d))
         k = self.k_norm(self.wk(x).float())
-        with torch.autocast(x.device.type, enabled=False):
-            w = F.linear(x.float(), self.weights_proj.weight.float())
-        w = w * (w.size(-1) * self.d) ** -0.5
+        w = head_weights(x, self.weights_proj, self.d)
         return rope_halves(q, cos.unsqueeze(-2), sin.unsqueeze(-2)), w, rope_halves(k, cos, sin)
+
+
+def head_weights(x, proj, d):
+    """x (B, T, C) -> w of V3.2 eq. 1 (B, T, J) in fp32, with the scale of the scores"""
+    with torch.autocast(x.device.type, enabled=False):
+        w = F.linear(x.float(), proj.weight.float())
+    return w * (w.size(-1) * d) ** -0.5
 
 
 def rope_halves(x, cos, sin):
@@ -134,9 +161,9 @@ def index_scores(q, w, k, seen):
 
 def index_loss(scores, attention, kept):
     """V3.2 eq. 3-4: KL(p || softmax I) over the kept positions, the mean over tokens. All three are (B, T, S);
-    attention: the sum over heads, 0 where not kept.
+    attention: the sum over heads, 0 where not kept. A token that keeps none adds 0.
     """
-    p = attention / attention.sum(dim=-1, keepdim=True)
+    p = attention / attention.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     log_i = scores.masked_fill(~kept, float('-inf')).log_softmax(dim=-1).masked_fill(~kept, 0)
     return F.kl_div(log_i, p, reduction='none').sum(dim=-1).mean()
 
@@ -195,6 +222,210 @@ class SparseMLA(model.MLA):
         q, rows, seen = q.transpose(1, 2).flatten(0, 1), rows.flatten(0, 1), (best > float('-inf')).flatten(0, 1)
         y = self.attend_absorbed(q.unsqueeze(2), rows, seen[:, None, None])            # each query is a batch row
         return y.view(*chosen.shape[:2], -1)
+
+
+# -----------------------------------------------------------------------------
+# V4's attention (V4 section 2.3): one head of keys that are also the values, a sliding window, and compressed entries
+
+class Compressor(nn.Module):
+    """One entry for each window of `rate` tokens: a mean of their C, by softmax(Z + B) for each channel (V4 eq. 9-12,
+    20-23). CSA has two series: an entry mixes series a of the window before with series b of its own.
+    """
+
+    def __init__(self, config, kind, width):
+        super().__init__()
+        self.series, self.rate = (2, config.compress_rate_csa) if kind == 'c' else (1, config.compress_rate_hca)
+        self.kv_proj = nn.Linear(config.n_embd, self.series * width, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, self.series * width, bias=False)
+        self.position_bias = nn.Parameter(torch.zeros(self.rate, self.series * width))
+        self.kv_norm = RMSNorm(width, config.rms_norm_eps)
+
+    def make_cache(self, rings, kept):
+        """-> a ring of the last windows' [C | Z], and the entries; what closes no window goes to their last row.
+        rings and kept: see Attention.make_cache()
+        """
+        width = self.position_bias.size(1)
+        return [rings(self.series * self.rate, 2 * width), kept(self.rate, width // self.series)]
+
+    def forward(self, x, cos, sin, cache, place, whole):
+        """x (B, T, C) at the positions place (1 or B, T) -> entries (B, W, width). cache: from make_cache(), or None
+        whole: x begins at the first position, else the cache has what was before. cos, sin: tables (block_size, r/2)
+        """
+        cz = torch.cat((self.kv_proj(x), self.gate_proj(x)), dim=-1)                   # (B, T, 2 s width)
+        if cache is not None:
+            ring, kept = cache
+            write_ring(ring, cz, place)
+        if whole:
+            w = torch.arange(x.size(1) // self.rate, device=x.device)
+            windows = cz[:, :len(w) * self.rate].unflatten(1, (len(w), self.rate))     # (B, W, rate, 2 s width)
+            entries = self.mix(windows, windows.roll(1, dims=1), w, cos, sin).to(cz.dtype)
+            if cache is not None:
+                kept[:, :len(w)] = entries
+            return entries
+        w = place // self.rate                                                         # each token's window
+        slots = (w * self.rate).unsqueeze(-1) + torch.arange(-self.rate, self.rate, device=x.device)
+        found = ring[row_numbers(x, slots), slots[..., -self.series * self.rate:] % ring.size(1)]
+        entry = self.mix(found[:, :, -self.rate:], found[:, :, :self.rate], w, cos, sin)   # (B, T, width)
+        closed = (place + 1) % self.rate == 0  # a draft's entry is written again with its position's next token
+        kept[row_numbers(x, w), torch.where(closed, w, kept.size(1) - 1)] = entry.to(kept.dtype)
+        return kept[:, :-1]
+
+    def mix(self, windows, before, w, cos, sin):
+        """[C | Z] of the windows w and of those before them (B, W, rate, 2 s width) -> entries (B, W, width)"""
+        (c, z), (c_a, z_a) = (x.float().chunk(2, dim=-1) for x in (windows, before))
+        z, z_a = z + self.position_bias.float(), z_a + self.position_bias.float()
+        if self.series == 2:
+            width = c.size(-1) // 2
+            z_a = z_a.masked_fill((w == 0)[..., None, None], float('-inf'))            # nothing is before window 0
+            c, z = (torch.cat((a[..., :width], b[..., width:]), dim=-2) for a, b in ((c_a, c), (z_a, z)))
+        at = (w * self.rate).clamp(max=len(cos) - 1)
+        return rope_last(self.kv_norm((c * z.softmax(dim=-2)).sum(dim=-2)), cos[at], sin[at])
+
+
+class EntryIndexer(nn.Module):
+    """CSA's lightning indexer (V4 eq. 13-17): it scores entries of its own compressor. Trained as V3.2's."""
+
+    def __init__(self, config):
+        super().__init__()
+        J, self.d = config.index_n_heads, config.index_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, J * self.d, bias=False)
+        self.weights_proj = nn.Linear(config.n_embd, J, bias=False)
+        self.compressor = Compressor(config, 'c', self.d)
+
+    def forward(self, x, c_q, rope, *compressing):
+        """x (B, T, C), c_q the normed latent of the queries -> q (B, T, J, d), w (B, T, J), k (B, W, d)"""
+        q = rope_last(self.wq_b(c_q).unflatten(-1, (-1, self.d)).float(), *rope)
+        return q, head_weights(x, self.weights_proj, self.d), self.compressor(x, *compressing)
+
+
+class Attention(nn.Module):
+    """V4's attention. Its cache is a list of tensors, batch first, whose sizes but for the entries' do not grow."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.kind = config, config.layer_types[layer] if layer < config.n_layer else 's'  # MTP: s
+        C, H, D, G = config.n_embd, config.n_head, config.qk_nope_head_dim + config.qk_rope_head_dim, config.o_groups
+        self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, H * D, bias=False)
+        self.kv_proj = nn.Linear(C, D, bias=config.bias)
+        self.kv_norm = RMSNorm(D, config.rms_norm_eps)
+        self.sinks = nn.Parameter(torch.zeros(H))
+        self.compressor = Compressor(config, self.kind, D) if self.kind != 's' else None
+        self.indexer = EntryIndexer(config) if self.kind == 'c' and config.index_topk > 0 else None
+        self.o_a_proj = nn.Linear(H // G * D, G * config.o_lora_rank, bias=False)      # each group has its own rows
+        self.o_proj = nn.Linear(G * config.o_lora_rank, C, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def make_cache(self, zeros, length):
+        """zeros(rows, width) -> an empty tensor (B, rows, width). A ring has room for the drafts of a pass behind its
+        newest token, so that what they write is never seen: their rows are those of positions that no query reads.
+        """
+        def rings(rows, width):
+            return zeros(min(rows, length) + self.at_a_time, width)
+
+        def kept(rate, width):
+            return zeros(length // rate + 1, width)
+
+        cache = [rings(self.config.sliding_window, self.kv_proj.out_features)]
+        for part in filter(None, (self.compressor, self.indexer and self.indexer.compressor)):
+            cache += part.make_cache(rings, kept)
+        return cache
+
+    @property
+    def at_a_time(self):  # tokens that the rings can take without losing what the first of them reads
+        return 1 + self.config.num_nextn_predict_layers
+
+    def forward(self, x, cos, sin, cache=None, pos=0):
+        """x (B, T, C) -> (B, T, C), and in training the indexer's loss, else None. cos, sin: GPT's whole tables
+        cache: from make_cache(), written in place, or None. pos: see run_blocks()
+        """
+        cfg, T, n, whole = self.config, x.size(1), self.at_a_time, isinstance(pos, int) and pos == 0
+        if isinstance(pos, int) and pos > 0 and T > n:
+            return torch.cat([self(x[:, i:i + n], cos, sin, cache, pos + i)[0] for i in range(0, T, n)], dim=1), None
+        place = torch.arange(pos, pos + T, device=x.device).unsqueeze(0) if isinstance(pos, int) else pos
+        cos, sin = (table.chunk(2, dim=-1)[self.kind != 's'] for table in (cos, sin))  # (block_size, r/2)
+        at = place.clamp(max=len(cos) - 1)
+        rope = cos[at].unsqueeze(2), sin[at].unsqueeze(2)                              # (1 or B, T, 1, r/2)
+        c_q = self.q_a_layernorm(self.q_a_proj(x))
+        kv = self.kv_norm(self.kv_proj(x))                                             # (B, T, D)
+        q = rms(self.q_b_proj(c_q).unflatten(-1, (-1, kv.size(-1))), cfg.rms_norm_eps).to(kv.dtype)
+        q, rows = rope_last(q, *rope), rope_last(kv.unsqueeze(2), *rope).squeeze(2)    # (B, T, H, D), (B, T, D)
+        if cache is not None:
+            write_ring(cache[0], rows, place)
+        rows = rows if whole else cache[0]
+        age = (place.unsqueeze(-1) - torch.arange(rows.size(1), device=x.device)) % rows.size(1)
+        parts = [(rows, (age < cfg.sliding_window) & (age <= place.unsqueeze(-1)))]
+        if self.compressor is not None:
+            entries = self.compressor(x, cos, sin, cache and cache[1:3], place, whole)         # (B, W, D)
+            seen = torch.arange(entries.size(1), device=x.device) < ((place + 1) // self.compressor.rate).unsqueeze(-1)
+            if self.indexer is not None:
+                q_index, w, k = self.indexer(x.detach(), c_q.detach(), rope, cos, sin, cache and cache[3:], place,
+                                             whole)
+                scores = index_scores(q_index, w, k, seen)                             # (B, T, W)
+                entries, seen = self.choose(entries, seen, scores, whole)
+            parts.append((entries, seen))
+        y, weights = self.attend(q, parts)
+        loss = None
+        if self.training and self.indexer is not None:
+            loss = index_loss(scores, weights[1].detach().sum(dim=2), seen.expand_as(scores))
+        y = rope_last(y, rope[0], -rope[1]).flatten(2).unflatten(-1, (cfg.o_groups, -1))       # (B, T, G, H/G D)
+        w = self.o_a_proj.weight.unflatten(0, (cfg.o_groups, -1)).to(y.dtype)
+        return self.resid_dropout(self.o_proj(torch.einsum('btgi,goi->btgo', y, w).flatten(2))), loss
+
+    def choose(self, entries, seen, scores, whole):
+        """-> the entries of which a query reads the k best: all, with a mask; or, decoding, (B, T, k, D) of them"""
+        k = self.config.index_topk
+        if k >= entries.size(1) or self.config.index_warmup:
+            return entries, seen
+        best, chosen = scores.topk(k, dim=-1)                                          # (B, T, k)
+        if whole:
+            return entries, seen & torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+        return entries[row_numbers(entries, chosen), chosen], best > float('-inf')
+
+    def attend(self, q, parts):
+        """q (B, T, H, D) attends to parts: rows (B, S, D), or (B, T, S, D) if each query has its own, and which are
+        seen (1 or B, T, S). -> (B, T, H, D), and each part's weights (B, T, H, S)
+        """
+        names = ['bsd' if rows.dim() == 3 else 'btsd' for rows, _ in parts]
+        logits = [torch.einsum(f'bthd,{name}->bths', q, rows).float().masked_fill(~seen.unsqueeze(2), float('-inf'))
+                  for name, (rows, seen) in zip(names, parts)]
+        sinks = self.sinks.float().unsqueeze(-1).expand(*q.shape[:3], 1)
+        weights = torch.cat([x * q.size(-1) ** -0.5 for x in logits] + [sinks], dim=-1).softmax(dim=-1)
+        weights = weights.split([x.size(-1) for x in logits] + [1], dim=-1)
+        y = sum(torch.einsum(f'bths,{name}->bthd', F.dropout(x, self.config.dropout, self.training).to(q.dtype), rows)
+                for name, x, (rows, _) in zip(names, weights, parts))
+        return y, weights
+
+
+def rope_last(x, cos, sin):
+    """apply_rope() on the last r channels"""
+    r = 2 * cos.size(-1)
+    return torch.cat((x[..., :-r], model.apply_rope(x[..., -r:], cos, sin)), dim=-1)
+
+
+def row_numbers(x, places):
+    """-> the rows' numbers (B, 1, ...), to index x (B, S, ...) together with places (1 or B, T, ...)"""
+    return torch.arange(len(x), device=x.device).view(-1, *[1] * (places.dim() - 1))
+
+
+def write_ring(ring, rows, place):
+    """Write rows (B, T, w) into a ring (B, R, w): position p stands in row p % R."""
+    R = ring.size(1)
+    place = place[:, -R:] % R
+    ring[row_numbers(ring, place), place] = rows[:, -R:].to(ring.dtype)
+
+
+def rope_tables(config):
+    """As model.rope_table(), but for V4's attention (block_size, r): for blocks without entries, then, with YaRN, which
+    leaves their size alone, for blocks with entries.
+    """
+    if not config.layer_types:
+        return model.rope_table(config)
+    plain = model.rope_table(replace(config, rope_factor=1.0))
+    slow = model.rope_table(replace(config, rope_theta=config.compress_rope_theta, rope_mscale=1.0,
+                                    rope_mscale_all_dim=1.0))
+    return [torch.cat(pair, dim=-1) for pair in zip(plain, slow)]
 
 
 # -----------------------------------------------------------------------------
@@ -384,6 +615,8 @@ class Block(model.Block):
 
     def __init__(self, config, layer):
         self.mla = SparseMLA if config.index_topk > 0 else model.MLA
+        if config.layer_types:
+            self.mla = functools.partial(Attention, layer=layer)
         super().__init__(config, layer)
         self.layer, streams = layer, config.hc_mult > 1
         self.attn_hc = HyperConnection(config) if streams else None
@@ -395,14 +628,15 @@ class Block(model.Block):
             if isinstance(module, (model.MLP, MoE)):
                 module.limit = config.swiglu_limit
 
-    def forward(self, x, cos, sin, cache=None, pos=0, tokens=None, convolved=None):
+    def forward(self, x, cos, sin, cache=None, pos=0, tokens=None, convolved=None, tables=None):
         """As in model.py, but with mHC x is n streams (B, T, n, C). tokens and convolved: from GPT.recent()
+        tables: GPT's whole tables of cos and sin, for V4's attention.
         Third in the routing is the indexer's loss. Compiled and recomputed blocks would lose what they kept aside.
         """
         if self.engram is not None:
             x = x + self.engram(x, tokens, convolved.get(self.layer), pos)
         h, *mix = self.attn_hc(x) if self.attn_hc else (x,)
-        y = self.attn(self.input_layernorm(h), cos, sin, cache, pos)
+        y = self.attn(self.input_layernorm(h), *(tables or (cos, sin)), cache, pos)
         y, index_loss = y if isinstance(y, tuple) else (y, None)
         x = connect(x, y, *mix) if mix else x + y
         h, *mix = self.ffn_hc(x) if self.ffn_hc else (x,)
@@ -439,15 +673,19 @@ class GPT(model.GPT):
         for name, buffer in self.named_buffers():
             if name.endswith('tid2eid'):
                 self.initialise(name, buffer)
+        if config.layer_types:
+            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config)):
+                self.register_buffer(name, table, persistent=False)
         self.index_losses = []  # of each block, set by main_stack() and mtp_module() for training_loss()
         if config.index_warmup:
             for name, p in self.named_parameters():
                 p.requires_grad_('.indexer.' in name)
 
-    def run_blocks(self, blocks, x, cache, pos, *more):
+    def run_blocks(self, blocks, x, cache, pos, tokens=None, convolved=None):
         if self.config.hc_mult > 1:
             x = x.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)      # (B, T, n, C)
-        x, found = super().run_blocks(blocks, x, cache, pos, *more)
+        tables = (self.rope_cos, self.rope_sin) if self.config.layer_types else None
+        x, found = super().run_blocks(blocks, x, cache, pos, tokens, convolved, tables)
         self.index_losses += [index_loss for *_, index_loss in found if index_loss is not None]
         return x, [routing for *routing, _ in found if routing[0] is not None]
 
@@ -482,14 +720,21 @@ class GPT(model.GPT):
         return torch.stack(tokens, dim=-1), dict(zip(layers, kept[1:]))
 
     def make_cache(self, batch_size, length, blocks=None, device=None):
-        """As in model.py; with Engram, behind the blocks, the tokens (B, length), and for each of its layers the inputs
-        of its convolution (B, length, n C).
+        """As in model.py, but for V4's attention a list of tensors for each block. With Engram, behind the blocks, the
+        tokens (B, length), and for each of its layers the inputs of its convolution (B, length, n C).
         """
-        cache, layers = super().make_cache(batch_size, length, blocks, device), self.config.memory_layers
-        if layers:
-            width = max(1, self.config.hc_mult) * self.config.n_embd
-            cache.append(torch.zeros(batch_size, length, dtype=torch.long, device=cache[0].device))
-            cache += [cache[0].new_zeros(batch_size, length, width) for _ in layers if self.config.engram_conv]
+        cfg, w = self.config, self.lm_head.weight
+
+        def zeros(*size, dtype=None):
+            return torch.zeros(batch_size, *size, dtype=dtype or compute_dtype(w), device=device or w.device)
+
+        if cfg.layer_types:
+            cache = [block.attn.make_cache(zeros, length) for block in self.blocks()[:blocks or cfg.n_layer]]
+        else:
+            cache = super().make_cache(batch_size, length, blocks, device)
+        if cfg.memory_layers:
+            cache.append(zeros(length, dtype=torch.long))
+            cache += [zeros(length, max(1, cfg.hc_mult) * cfg.n_embd) for _ in cfg.memory_layers if cfg.engram_conv]
         return cache
 
     @torch.no_grad()
@@ -498,7 +743,7 @@ class GPT(model.GPT):
         last = name.rpartition('.')[2]
         if last in ('k_norm', 'h_norm', 'conv_norm'):
             p.fill_(1.0)
-        elif last in ('base', 'hc_base', 'hc_fn', 'conv'):
+        elif last in ('base', 'hc_base', 'hc_fn', 'conv', 'sinks', 'position_bias'):
             p.zero_()
         elif last in ('scale', 'hc_scale'):
             p.fill_(0.01)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from extras import experts
 from model import GREEDY, MLA, NOT_FINITE, Mistake, draw, first_line, probabilities
@@ -33,7 +34,8 @@ def for_decoding(model, dtype):
             p.data = p.data.to(dtype)
     if model.config.q_lora_rank > 0:
         for block in model.blocks():
-            join_latents(block.attn)
+            if hasattr(block.attn, 'latents'):  # MLA
+                join_latents(block.attn)
     return model.eval().requires_grad_(False)
 
 
@@ -180,7 +182,7 @@ class Decoder:
         if not self.compile:
             return empty_state(self.model, B, S, D)
         if (B, S, D) in self.states:
-            for cache in self.states[B, S, D].caches:  # an earlier call's nan would spread: 0 * nan is nan
+            for cache in tree_leaves(self.states[B, S, D].caches):  # an earlier call's nan would spread: 0 * nan is nan
                 cache.zero_()
         else:
             self.states[B, S, D] = empty_state(self.model, B, S, D)
@@ -241,13 +243,13 @@ def empty_state(model, B, S, D, device=None):
 
 
 def tensors_of(s):
-    return [*s.caches, *(x for x in s if isinstance(x, torch.Tensor))]
+    return tree_leaves(s)
 
 
 def take_rows(s, rows):
     """-> a copy of the State, with the given rows alone"""
     rows = torch.tensor(rows).to(s.known.device)
-    return s._replace(caches=[cache[rows] for cache in s.caches],
+    return s._replace(caches=tree_map(lambda cache: cache[rows], s.caches),
                       **{name: x[rows] for name, x in s._asdict().items() if name != 'caches' and x.dim() > 0})
 
 
@@ -257,9 +259,10 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     U different prompts are computed in the caches' first U rows; then each row copies the row of its prompt.
     """
     longest = max(map(len, prompts))
-    number = {prompt: u for u, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    number = {prompt: u for u, prompt in enumerate(sorted(dict.fromkeys(map(tuple, prompts)), key=len))}
     U, source = len(number), [number[tuple(prompt)] for prompt in prompts]
     firsts = [source.index(u) for u in range(U)]                              # the first row with each prompt
+    moved = source != [*range(len(source))]
     numbers = torch.tensor([[len(prompt) for prompt in prompts], source, firsts + [0] * (len(source) - U)])
     known, source, firsts = numbers.to(s.known.device)                                        # (B,) each
     s.known.copy_(known)
@@ -269,19 +272,29 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     s.stop.fill_(-1 if stop_token is None else stop_token)
     s.temperature.fill_(min(temperature, 1e30))  # fits in float32
     s.counts.zero_()
-    caches = [cache[:U] for cache in s.caches]
     tokens = s.tokens[firsts[:U], :longest]                                                   # (U, longest)
-    h, _ = model.main_stack(tokens, caches)                                                   # (U, longest, C)
+    lengths = [longest] * U
+    if getattr(model.config, 'layer_types', ''):  # its rings would keep the padding: each length by itself
+        lengths = [*map(len, number)]
+    h = torch.cat([read(model, s.caches, tokens, slice(lengths.index(n), lengths.index(n) + lengths.count(n)), n, D)
+                   for n in dict.fromkeys(lengths)])                                          # (U, longest, C)
+    if moved:
+        for cache in tree_leaves(s.caches):
+            cache[:, :longest] = cache[source, :longest]
     advance(model, s, h[source.unsqueeze(1), known.unsqueeze(1) - 1], 0, sampled, top_k)
     if D > 0:
         s.h[:, :longest] = h[source]
-        for k, module, blocks in mtp_modules(model, caches):  # draft() recomputes what depends on later tokens
-            h, _ = model.mtp_module(module, F.pad(tokens[:, k:], (0, min(k, longest))), h, blocks)
-    if U < len(source):
-        for cache in s.caches:
-            cache[:, :longest] = cache[source, :longest]
-    if D > 0:
         draft(model, s, sampled, top_k)
+
+
+def read(model, caches, tokens, rows, length, D):
+    """Fill the given rows of the caches from tokens (U, longest), up to `length` -> main states (rows, longest, C)"""
+    caches, tokens, padding = tree_map(lambda cache: cache[rows], caches), tokens[rows], tokens.size(1) - length
+    states, _ = model.main_stack(tokens[:, :length], caches)
+    h = states
+    for k, module, blocks in mtp_modules(model, caches) if D > 0 else ():  # draft() recomputes the last rows
+        h, _ = model.mtp_module(module, F.pad(tokens[:, k:length], (0, min(k, length))), h, blocks)
+    return F.pad(states, (0, 0, 0, padding))
 
 
 def mtp_modules(model, caches):

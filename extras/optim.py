@@ -11,7 +11,7 @@ from model import Mistake
 
 def muon(model, weight_decay, learning_rate, betas, device_type):
     """GPT -> Muon for its matrices, AdamW for embedding, head, routers, norms, biases and Engram's tables."""
-    adamw_names = ('wte.weight', 'lm_head.weight', 'gate.weight', 'engram.conv')
+    adamw_names = ('wte.weight', 'lm_head.weight', 'gate.weight', 'engram.conv', 'position_bias')
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tables = [p for name, p in named if name.endswith('engram.table.weight')]  # see model_v4.py
     matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith((*adamw_names, 'table.weight'))]
