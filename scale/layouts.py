@@ -112,11 +112,11 @@ def states(gpt, W, layout):
     return sum(n / shards * (4 + 4 + 8 + buckets) for n, _, shards, _ in parts(gpt, layout))
 
 
-def saved_bytes(config, dense):
+def saved_bytes(config, layer):
     """What a block keeps of a sequence for the backward under bf16 autocast, as torch counts it while model.py runs.
     Weights do not count, nor autocast's copies of them.
     """
-    block = Block(config, dense).train()
+    block = Block(config, layer).train()
     angles = torch.empty(2, config.block_size, config.qk_rope_head_dim // 2)
     x = torch.randn(1, config.block_size, config.n_embd, requires_grad=True)
     saved = []  # the tensors themselves: alive, no two storages have one address
@@ -134,7 +134,7 @@ def activations(gpt):
     """Of one sequence through all blocks, and where each block keeps its fp32 input and one at a time all the rest."""
     dense = [isinstance(block.mlp, MLP) for block in gpt.blocks()]
     with FakeTensorMode():
-        saved = {kind: saved_bytes(gpt.config, kind) for kind in set(dense)}
+        saved = {kind: saved_bytes(gpt.config, dense.index(kind)) for kind in set(dense)}
     inputs = len(dense) * 4 * gpt.config.block_size * gpt.config.n_embd
     return sum(saved[kind] for kind in dense), inputs + max(saved.values())
 
