@@ -115,7 +115,7 @@ def draw(path):
 def measure():
     """Time a block of the main run, 1 x 1,024 tokens, fp32, on this CPU: the fastest of 25."""
     config = GPTConfig(**main_run()[1])
-    block, angles = Block(config).train(), rope_table(config)
+    block, angles = Block(config, config.n_layer - 1).train(), rope_table(config)
     x = torch.randn(1, config.block_size, config.n_embd, requires_grad=True)
 
     def run(inputs):
