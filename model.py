@@ -26,8 +26,7 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     """nanoGPT's fields, then DeepSeek's, named as in the released configs. -1 (or -1.0): __post_init__ derives the
-    value, so that nanoGPT's own flags describe a whole model.
-    """
+    value, so that nanoGPT's own flags describe a whole model."""
     block_size: int = 1024          # context length in tokens
     vocab_size: int = 50304         # GPT-2's 50257, padded to a multiple of 64
     n_layer: int = 12               # main blocks; each MTP module adds its own
@@ -71,8 +70,9 @@ class GPTConfig:
     rope_beta_slow: float = 1.0     # pairs that turn less often than this are slowed by rope_factor
     rope_mscale: float = 1.0
     rope_mscale_all_dim: float = 1.0
-
-    score_fns = {'sigmoid': torch.sigmoid, 'softmax': lambda logits: logits.softmax(dim=-1)}  # by scoring_func
+    # no fields here, but another architecture may have others
+    score_fns = {'sigmoid': torch.sigmoid, 'softmax': lambda logits: logits.softmax(dim=-1)}
+    swiglu_limit = 0.0
 
     def __post_init__(self):
         check_config(self)
@@ -144,8 +144,7 @@ class MLA(nn.Module):
 
     def project(self, x, cos, sin, latents=None):
         """x (B, T, C) -> q (B, H, T, n + r), and what the cache holds: the normed latent and the rotated key, which
-        all heads share, (B, T, c + r). cos, sin: (T, r/2), or (B, T, r/2) if each row has its own positions
-        """
+        all heads share, (B, T, c + r). cos, sin: (T, r/2), or (B, T, r/2) if each row has its own positions"""
         n, r, c, _ = self.sizes
         q, kv = latents or self.latents(x)
         if self.config.q_lora_rank > 0:
@@ -184,8 +183,7 @@ class MLA(nn.Module):
 
     def attend_absorbed(self, q, latent, seen):
         """attend() without expand(): fold W_uk into the query and W_uv into the output, and stay in the latent space.
-        All heads share one key, the latent's row, and one value, the row's first c numbers.
-        """
+        All heads share one key, the latent's row, and one value, the row's first c numbers."""
         (H, T), (n, r, c, v_dim) = q.shape[1:3], self.sizes
         q_nope, q_rope = q.split((n, r), dim=-1)
         w_uk, w_uv = self.kv_b_proj.weight.view(H, n + v_dim, c).split((n, v_dim), dim=1)
@@ -202,19 +200,18 @@ class MLA(nn.Module):
 
 
 def swiglu(x, limit=0.0):
-    """[gate, up] (..., 2h) -> silu(gate) * up (..., h). limit > 0: first clamp to gate <= limit, |up| <= limit"""
+    """[gate, up] (..., 2h) -> silu(gate) * up (..., h). limit > 0: clamp before that to gate <= limit, |up| <= limit"""
     gate, up = x.chunk(2, dim=-1)
-    if limit > 0:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    gate, up = (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit > 0 else (gate, up)
     return F.silu(gate) * up
 
 
 class MLP(nn.Module):
     """The dense FFN, and all shared experts together as one wide FFN."""
-    limit = 0.0  # swiglu()'s, as in MoE; another architecture has its own
 
     def __init__(self, config, width):
         super().__init__()
+        self.limit = config.swiglu_limit
         self.gate_up_proj = nn.Linear(config.n_embd, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, config.n_embd, bias=False)
 
@@ -224,7 +221,6 @@ class MLP(nn.Module):
 
 class MoE(nn.Module):
     """DeepSeekMoE (V3 eq. 12-20): shared experts for every token, and K of E small routed experts per token."""
-    limit = 0.0
 
     def __init__(self, config):
         super().__init__()
@@ -238,38 +234,34 @@ class MoE(nn.Module):
         self.register_buffer('e_score_correction_bias', torch.zeros(E))
         self.experts_fn = sorted_experts  # extras/experts.py, kernels.py and fp8.py replace it
 
-    def forward(self, x, *more):
+    def forward(self, x, chosen=None):
         """(B, T, C) -> (B, T, C), and in training its scores (B, T, E) and chosen experts (B, T, K), else None."""
         B, T, C = x.shape
         flat = x.view(-1, C)                                                # (N, C)
-        scores, gates, experts = self.route(flat, *more)                    # (N, E), (N, K), (N, K)
+        scores, gates, experts = self.route(flat, chosen)                   # (N, E), (N, K), (N, K)
         out = self.routed(flat, gates, experts).view(B, T, C)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)                              # eq. 12
         return out, (scores.view(B, T, -1), experts.view(B, T, -1)) if self.training else None
 
-    def route(self, x, *more):
-        """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32. more: see choose()"""
+    def route(self, x, chosen=None):
+        """x (N, C) -> scores (N, E), gates (N, K), chosen experts (N, K). All in fp32. chosen: not by their scores"""
         cfg, K = self.config, self.config.num_experts_per_tok
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.gate.weight.float())
         scores = cfg.score_fns[cfg.scoring_func](logits)                                         # eq. 15
-        experts = self.choose(scores.detach(), *more)
+        biased = scores.detach() + self.e_score_correction_bias
+        if cfg.n_group > 1:
+            biased = keep_best_groups(biased, cfg.n_group, cfg.topk_group, cfg.scoring_func)
+        experts = biased.topk(K, dim=-1, sorted=False).indices if chosen is None else chosen     # eq. 16
         gates = scores.gather(1, experts)  # without b
         if cfg.norm_topk_prob and K > 1:  # with K = 1 the gate would always be 1, without a gradient
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)                            # eq. 13
         return scores, gates * cfg.routed_scaling_factor, experts
 
-    def choose(self, scores):
-        """scores (N, E) -> the K chosen experts (N, K). Another architecture may choose by more than the scores."""
-        cfg, biased = self.config, scores + self.e_score_correction_bias
-        if cfg.n_group > 1:
-            biased = keep_best_groups(biased, cfg.n_group, cfg.topk_group, cfg.scoring_func)
-        return biased.topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices                # eq. 16
-
     def routed(self, x, gates, experts):
         """The sum over the chosen experts in eq. 12: x (N, C), gates and experts (N, K) -> (N, C)"""
-        return self.experts_fn(x, gates, experts, self.experts_gate_up, self.experts_down, self.limit)
+        return self.experts_fn(x, gates, experts, self.experts_gate_up, self.experts_down, self.config.swiglu_limit)
 
 
 def sorted_experts(x, gates, experts, gate_up, down, limit=0.0):
@@ -282,15 +274,13 @@ def sorted_experts(x, gates, experts, gate_up, down, limit=0.0):
 
 
 class Block(nn.Module):
-    mla, moe = MLA, MoE  # another architecture has its own
-
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, mla=MLA, moe=MoE):
         super().__init__()
         dense = config.n_routed_experts == 0 or layer < config.first_k_dense_replace
         self.input_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.attn = self.mla(config)
+        self.attn = mla(config)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.mlp = MLP(config, config.intermediate_size) if dense else self.moe(config)
+        self.mlp = MLP(config, config.intermediate_size) if dense else moe(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None, pos=0):
@@ -352,8 +342,7 @@ class GPT(nn.Module):
 
     def run_blocks(self, blocks, x, cache, pos, *more):
         """x (B, T, C) through the blocks -> (B, T, C), and (scores, experts) of each MoE block in training.
-        pos: the first token's position, or all positions (B, T), if each row has its own. more: for all blocks
-        """
+        pos: the first token's position, or all positions (B, T), if each row has its own. more: for all blocks"""
         place = slice(pos, pos + x.size(1)) if isinstance(pos, int) else pos.clamp(max=self.config.block_size - 1)
         cos, sin = self.rope_cos[place], self.rope_sin[place]               # (T, r/2) or (B, T, r/2) each
         routing = []
@@ -399,8 +388,7 @@ class GPT(nn.Module):
         label_counts (1 + modules): by what each head's summed loss is divided; None: its labels here. The training loop
         gives the mean over micro-batches and ranks, so that each label of an iteration weighs the same.
         Leaves tensors in `stats`: `losses` (1 + modules), of the main head and each MTP module; `balance`, the mean
-        over MoE layers; `load` (MoE layers, E), the tokens of each expert.
-        """
+        over MoE layers; `load` (MoE layers, E), the tokens of each expert."""
         D, states = len(self.mtp), [h]
         for k, module in enumerate(self.mtp, start=1):
             token = F.pad(idx[:, k:], (0, min(k, idx.size(1))))             # t_{i+k}; the padded end has no label
@@ -442,8 +430,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):
         """Append max_new_tokens tokens to each row of idx (B, T). temperature below GREEDY: always the likeliest token.
         Past block_size the context is the last block_size tokens, as in nanoGPT, and there is no cache. After its
-        stop_token a row gets only stop_token; generation ends early when every row has one.
-        """
+        stop_token a row gets only stop_token; generation ends early when every row has one."""
         B, T = idx.shape
         if T == 0:
             raise ValueError('generate needs a prompt of at least one token')
@@ -502,8 +489,7 @@ class GPT(nn.Module):
 
     def loss_of_heads(self, states, labels, weights, counts=None):
         """States (B, T, C) through the shared head, against labels (heads, B, T; -1: none) -> the weighted sum of their
-        mean losses, and these means (heads,) without a gradient. counts (heads,): see training_loss()
-        """
+        mean losses, and these means (heads,) without a gradient. counts (heads,): see training_loss()"""
         labels = labels.flatten(1)                                          # (heads, B*T)
         valid = labels >= 0
         counts = valid.sum(dim=1) if counts is None else counts
@@ -578,9 +564,8 @@ class GPT(nn.Module):
             weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
             config = cls.config_class(**checkpoint['model_args'])
         except Exception as e:  # no file, a damaged one, or another program's
-            if is_out_of_memory(e):
-                raise
-            raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+            raise e if is_out_of_memory(e) else \
+                Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
         if 'transformer.wpe.weight' in weights:
             raise Mistake(f'{path}: this is a nanoGPT (GPT-2) checkpoint: it does not fit MLA and MoE; train a model')
         model = cls(replace(config, **overrides))
@@ -645,8 +630,7 @@ def check_config(config, further=()):
 
 def balance_and_load(routing, has_label):
     """-> the sequence-wise balance loss of each MoE layer without its weight alpha (layers,), 1 at balance (eq. 17-20),
-    and its load (layers, E), the number of tokens that each expert got. routing: run_blocks()'s; has_label: (B, T)
-    """
+    and its load (layers, E), the number of tokens that each expert got. routing: run_blocks()'s; has_label: (B, T)"""
     scores, experts = (torch.stack(x) for x in zip(*routing))               # (L, B, T, E), (L, B, T, K)
     E, K = scores.size(-1), experts.size(-1)
     # tokens behind a row's last label only fill the row, and do not count
@@ -674,8 +658,7 @@ def remember(cache, latent, pos):
 
 def compute_dtype(x):
     """autocast's dtype if enabled, else x.dtype"""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def yarn_mscale(factor, mscale):
@@ -684,8 +667,7 @@ def yarn_mscale(factor, mscale):
 
 def rope_table(config):
     """cos and sin of position * theta^(-2i/r), each (block_size, r/2), fp32. YaRN (arXiv 2309.00071, section 3.2) keeps
-    the frequency of pairs that turn often within the trained context, divides others by the factor, blends between.
-    """
+    the frequency of pairs that turn often within the trained context, divides others by the factor, blends between."""
     r, factor = config.qk_rope_head_dim, config.rope_factor
     freq = config.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)              # (r/2,)
     if factor > 1:
@@ -705,8 +687,7 @@ def rope_table(config):
 
 def keep_best_groups(choice, n_group, topk_group, scoring_func):
     """Group-limited routing (V3 section 2.1.2): choice (N, E) -> choice, but -inf outside each token's topk_group best
-    groups. A group's score is the sum of its two best experts' scores; in V2 (softmax) its best expert's score.
-    """
+    groups. A group's score is the sum of its two best experts' scores; in V2 (softmax) its best expert's score."""
     groups = choice.unflatten(-1, (n_group, -1))                            # (N, n_group, E / n_group)
     best = min(2 if scoring_func == 'sigmoid' else 1, groups.size(-1))
     strength = groups.topk(best, dim=-1).values.sum(dim=-1)                 # (N, n_group)
@@ -791,8 +772,7 @@ def cross_entropy_rows(logits, target, row_weight):
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_i row_weight_i * cross_entropy(h_i @ weight.T, target_i), without ever holding all the logits.
     The forward computes the gradient too, so that nothing of width V is kept or computed twice. h: (N, C), weight:
-    (V, C), target and row_weight: (N,), row_weight 0 leaves a row out -> the sum, and each row's loss (N,).
-    """
+    (V, C), target and row_weight: (N,), row_weight 0 leaves a row out -> the sum, and each row's loss (N,)."""
     CHUNK = 2048  # rows whose gradients are held at a time; with fewer, the weight's gradient is slower
     SLICE = 512   # rows whose logits become gradients at a time: few enough that caches hold some of them
 
@@ -854,14 +834,12 @@ PEAK_TFLOPS = {'Laptop': math.nan, 'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 
 
 
 def peak_tflops(name):
-    words = f' {name} '.replace('-', ' ')
-    return next((peak for part, peak in PEAK_TFLOPS.items() if f' {part} ' in words), math.nan)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if f' {part} ' in f' {name} '.replace('-', ' ')), math.nan)
 
 
 def save_checkpoint(checkpoint, path, best_path=None):
     """Write a temporary file, force it to the disk, rename it: a kill at any instant leaves a whole one. The name
-    best_path comes first: a run killed between the two repeats the steps since path, and writes the best one again.
-    """
+    best_path comes first: a run killed between the two repeats the steps since path, and writes the best one again."""
     new, new_best = f'{path}.tmp', f'{best_path}.tmp'
 
     def write(target):

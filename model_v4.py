@@ -43,7 +43,7 @@ class GPTConfig(model.GPTConfig):
     o_groups: int = 1               # groups of heads, each with an output projection of its own
     o_lora_rank: int = -1           # width of a group's output
     # hyper-connections (mHC)
-    hc_mult: int = 1                # streams of the residual; 1 or 0: off
+    hc_mult: int = 0                # streams of the residual; 0 or 1: off
     hc_sinkhorn_iters: int = 20
     hc_eps: float = 1e-6
     # conditional memory (Engram)
@@ -588,17 +588,16 @@ def look_back(x, steps, before, cache, pos):
 # -----------------------------------------------------------------------------
 # V4's experts
 
-class MoE(model.MoE):
-    """model.py's. In V4's first blocks (V4 section 2.1) a fixed table says which experts a token has; the router gives
-    the gates alone."""
+class HashMoE(model.MoE):
+    """V4's first blocks (V4 section 2.1): a fixed table says which experts a token has; the router gives the gates."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.register_buffer('tid2eid', None)  # (V, K)
+        self.register_buffer('tid2eid', torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.long))
 
-    def choose(self, scores, tokens=None):
-        """scores (N, E), tokens (B, T, N) -> the K chosen experts (N, K)"""
-        return super().choose(scores) if self.tid2eid is None else self.tid2eid[tokens[..., 0].flatten()]
+    def forward(self, x, tokens):
+        """x (B, T, C), tokens (B, T, N), the newest first -> as in model.py"""
+        return super().forward(x, self.tid2eid[tokens[..., 0].flatten()])
 
 
 def balanced_table(n_tokens, n_experts, k):
@@ -611,22 +610,15 @@ def balanced_table(n_tokens, n_experts, k):
 # the model of these parts
 
 class Block(model.Block):
-    moe = MoE
-
     def __init__(self, config, layer):
-        self.mla = SparseMLA if config.index_topk > 0 else model.MLA
+        mla = SparseMLA if config.index_topk > 0 else model.MLA
         if config.layer_types:
-            self.mla = functools.partial(Attention, layer=layer)
-        super().__init__(config, layer)
+            mla = functools.partial(Attention, layer=layer)
+        super().__init__(config, layer, mla, HashMoE if layer < config.num_hash_layers else model.MoE)
         self.layer, streams = layer, config.hc_mult > 1
         self.attn_hc = HyperConnection(config) if streams else None
         self.ffn_hc = HyperConnection(config) if streams else None
         self.engram = Engram(config, layer) if layer in config.memory_layers else None
-        if layer < config.num_hash_layers:
-            self.mlp.tid2eid = torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.long)
-        for module in self.modules():
-            if isinstance(module, (model.MLP, MoE)):
-                module.limit = config.swiglu_limit
 
     def forward(self, x, cos, sin, cache=None, pos=0, tokens=None, convolved=None, tables=None):
         """As in model.py, but with mHC x is n streams (B, T, n, C). tokens and convolved: from GPT.recent()
@@ -641,7 +633,8 @@ class Block(model.Block):
         x = connect(x, y, *mix) if mix else x + y
         h, *mix = self.ffn_hc(x) if self.ffn_hc else (x,)
         h = self.post_attention_layernorm(h)
-        y, routing = self.mlp(h, tokens) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
+        y = self.mlp(h, tokens) if isinstance(self.mlp, HashMoE) else self.mlp(h)
+        y, routing = y if isinstance(self.mlp, model.MoE) else (y, None)
         x = connect(x, self.dropout(y), *mix) if mix else x + self.dropout(y)
         return x, (*(routing or (None, None)), index_loss) if self.training else None
 

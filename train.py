@@ -104,8 +104,7 @@ if architecture != 'model':
 # -----------------------------------------------------------------------------
 # ranks and device
 ddp = 'RANK' in os.environ  # torchrun started this process
-rank = int(os.environ.get('RANK', 0))
-world = int(os.environ.get('WORLD_SIZE', 1))
+rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 master = rank == 0
 sharded = shard != 1 or expert_parallel > 1
 if ddp and device.startswith('cuda'):
@@ -234,9 +233,8 @@ if loaded.get('optimizer'):  # a converted checkpoint has none
             raise Mistake(f'the optimizer in {path} does not fit')
     if loaded.get('scaler'):
         scaler.load_state_dict(loaded['scaler'])
-iter_num = loaded.get('iter_num', 0)
+iter_num, best_val_loss = loaded.get('iter_num', 0), loaded.get('best_val_loss', math.inf)
 seen = loaded.get('micro_batches', iter_num * gradient_accumulation_steps)  # by all ranks, also before a resume
-best_val_loss = loaded.get('best_val_loss', math.inf)
 val_loss, wandb_id = loaded.get('val_loss'), loaded.get('wandb_id')  # the loss of these weights, None: not evaluated
 loaded = {}  # free the memory
 
@@ -248,10 +246,9 @@ if compile:
     raw_model.compile()
 if guard:
     guard.try_micro_batch(raw_model, opt, get_batch('train', 0, 0), ctx, config, max_over_ranks)
-model = raw_model
-if ddp and not sharded:
-    # the balance bias is the only buffer that changes, and it changes equally on all ranks
-    model = DDP(raw_model, device_ids=[device] if device_type == 'cuda' else None, forward_sync_buffers=False)
+# the balance bias is the only buffer that changes, and it changes equally on all ranks
+model = raw_model if sharded or not ddp else \
+    DDP(raw_model, device_ids=[device] if device_type == 'cuda' else None, forward_sync_buffers=False)
 clip_grad_norm_ = parallel.clip_grad_norm_ if sharded else torch.nn.utils.clip_grad_norm_
 accumulation = gradient_accumulation_steps // world  # micro-batches per iteration and rank
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
@@ -461,8 +458,7 @@ while True:
         if record['in_a_row'] >= max_skipped_iters:
             raise Mistake(f'{record["in_a_row"]} iterations in a row had a loss or a gradient that is not '
                           'finite; try a smaller learning_rate, with --init_from=resume if there is a checkpoint')
-    iter_num, val_loss = iter_num + 1, None
-    seen += gradient_accumulation_steps
+    iter_num, seen, val_loss = iter_num + 1, seen + gradient_accumulation_steps, None
 
     # after a signal to any rank, all ranks leave after the same step
     if max_over_ranks(signalled):

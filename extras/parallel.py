@@ -175,7 +175,8 @@ def routed(moe, group, x, gates, experts):
     if R == 0:  # a product without rows is refused; a row of zeros with gate 0 gives gradients of zero
         x, gates, mine = F.pad(x, (0, 0, 0, 1)), F.pad(gates, (0, 1)), mine.new_zeros(1)
     gate_up, down = (weights_of_all(w, N) for w in (moe.experts_gate_up, moe.experts_down))
-    out = moe.experts_fn(x, gates.unsqueeze(1), mine.unsqueeze(1), gate_up, down, moe.limit)  # (R, C)
+    out = moe.experts_fn(x, gates.unsqueeze(1), mine.unsqueeze(1), gate_up, down,
+                         moe.config.swiglu_limit)                                         # (R, C)
     return Gather.apply(travel(out[:R], here, there, group), place, token)                    # (n, C)
 
 

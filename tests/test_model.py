@@ -58,9 +58,9 @@ def test_main_config_has_the_published_sizes():
         f'attention with these heads: {config.n_head * 2 * config.v_head_dim:,}',
         'experts': f'{config.n_shared_experts} shared + {config.n_routed_experts} routed of width '
         f'{config.moe_intermediate_size}, {config.num_experts_per_tok} routed ones per token',
-        'parameters without embedding and head': f'{model.get_num_params() / 1e6:.2f}M, of which a token uses '
+        'parameters without embedding and head': f'{model.get_num_params() / 1e6:.2f}M; a token uses '
         f'{model.get_num_active_params() / 1e6:.2f}M',
-        'per block': f'{size / 1e6:.2f}M, of which a token uses {active / 1e6:.2f}M',
+        'per block': f'{size / 1e6:.2f}M; a token uses {active / 1e6:.2f}M',
         'tokens per iteration': f'{names["batch_size"]} x {names["gradient_accumulation_steps"]} x '
         f'{names["block_size"]:,} = {tokens:,}'}
 

@@ -22,8 +22,7 @@ MUTANTS = [
     # the model
     ('model.py', 'place = slice(pos, pos + x.size(1))', 'place = slice(0, x.size(1))', 'model'),
     ('model.py', 'pos.clamp(max=self.config.block_size - 1)', 'pos.clamp(max=self.config.block_size - 2)', 'decode'),
-    ('model.py', 'gates = scores.gather(1, experts)',
-     'gates = (scores + self.e_score_correction_bias).gather(1, experts)', 'model'),
+    ('model.py', 'gates = scores.gather(1, experts)', 'gates = biased.gather(1, experts)', 'model'),
     ('model.py', 'y = y * row_gates.to(y.dtype)', 'y = y', 'model'),
     ('model.py', 'x = module.combine(self.transformer.drop(self.transformer.wte(token)), h)',
      'x = module.combine(self.transformer.wte(token), h)', 'model train'),
