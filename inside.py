@@ -358,6 +358,8 @@ def main():
     guard.check_device(device)
     words = scripts.read_text(text)
     model, checkpoint, tokenizer = scripts.load_checkpoint(out_dir, device)
+    guard.need(not getattr(model.config, 'layer_types', ''),
+               f"{out_dir} has V4's attention (layer_types), and this page draws MLA")
     dtype = (checkpoint.get('config') or {}).get('dtype') or 'float32'
     ids = tokenizer.begin + tokenizer.encode(words)
     least, context = 2 + len(model.mtp), model.config.block_size

@@ -417,11 +417,9 @@ def write_ring(ring, rows, place):
 
 
 def rope_tables(config):
-    """As model.rope_table(), but for V4's attention (block_size, r): for blocks without entries, then, with YaRN, which
-    leaves their size alone, for blocks with entries.
+    """As model.rope_table(), but two tables side by side (block_size, r): for blocks without entries, then for blocks
+    with entries. The second has YaRN, which leaves the size of the numbers alone.
     """
-    if not config.layer_types:
-        return model.rope_table(config)
     plain = model.rope_table(replace(config, rope_factor=1.0))
     slow = model.rope_table(replace(config, rope_theta=config.compress_rope_theta, rope_mscale=1.0,
                                     rope_mscale_all_dim=1.0))
@@ -666,13 +664,15 @@ class GPT(model.GPT):
         for name, buffer in self.named_buffers():
             if name.endswith('tid2eid'):
                 self.initialise(name, buffer)
-        if config.layer_types:
-            for name, table in zip(('rope_cos', 'rope_sin'), rope_tables(config)):
-                self.register_buffer(name, table, persistent=False)
         self.index_losses = []  # of each block, set by main_stack() and mtp_module() for training_loss()
         if config.index_warmup:
             for name, p in self.named_parameters():
                 p.requires_grad_('.indexer.' in name)
+
+    def tables(self):
+        if not self.config.layer_types:
+            return super().tables()
+        return dict(zip(('rope_cos', 'rope_sin'), rope_tables(self.config)))
 
     def run_blocks(self, blocks, x, cache, pos, tokens=None, convolved=None):
         if self.config.hc_mult > 1:
