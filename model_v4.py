@@ -653,6 +653,7 @@ class GPT(model.GPT):
     |------------------------------------------------------|--------------|-------------------|
     | fn of a HyperConnection, tables and k, v of Engram   | normal       | initializer_range |
     | scales of mHC; its bases, hc_fn, Engram's convolution | constant    | 0.01; 0           |
+    | sinks and position_bias of V4's attention            | constant     | 0                 |
     | tid2eid                                              | random, each expert as often as the others |
     """
     config_class, block, module = GPTConfig, Block, MTP
