@@ -516,7 +516,7 @@ class Engram(nn.Module):
         rng = random.Random(10007 * layer)
         # odd, and small enough that no product with a token id overflows 63 bits
         self.multipliers = [2 * rng.randrange((2**62 - 1) // (V + 1)) + 1 for _ in range(N)]
-        # equal tokens have one id (V: no token, before the first); extras/architecture.py may merge " The" and "the"
+        # each token's id in the hash (V: no token, before the first); two tokens with one id share their rows
         self.register_buffer('canonical', torch.arange(V + 1))
         self.table = nn.Embedding(sum(self.primes), config.engram_dim)
         self.k_proj = nn.Linear(len(self.primes) * config.engram_dim, n * C, bias=False)
