@@ -661,7 +661,8 @@ def test_a_number_that_is_not_finite_in_the_shard_of_one_rank(small):
     message = 'the optimizer in out/ckpt.dcp is damaged, or does not fit: resume with the --optimizer of its run\n'
     assert train(small, RESUME, code=2).endswith(message)
     code, printed = torchrun(small, RESUME, '--shard=0')
-    assert code == 1 and printed.count(message) == 1 and 'Traceback' not in printed, printed
+    ours = printed.partition('torch/distributed/elastic')[0]  # torchrun adds a traceback of its own
+    assert code == 1 and printed.count(message) == 1 and 'Traceback' not in ours, printed
 
 
 def begin(clone, *flags, restarts=0, **kwargs):
