@@ -72,7 +72,7 @@ class GPTConfig:
     rope_mscale_all_dim: float = 1.0
     # no fields here, but another architecture may have others
     score_fns = {'sigmoid': torch.sigmoid, 'softmax': lambda logits: logits.softmax(dim=-1)}
-    swiglu_limit = 0.0
+    swiglu_limit, always_free, free_if_given = 0.0, (), ()  # the last two: what train.py's resume may change
 
     def __post_init__(self):
         check_config(self)
@@ -170,8 +170,7 @@ class MLA(nn.Module):
 
     def attend(self, q, latent, seen=None):
         """q (B, H, T, n + r) attends to latent (B, S, c + r). -> (B, T, H*v)
-        seen: in decoding, the positions that each query attends to, (T, S) or (B, 1, T, S); None: causal, a whole text
-        """
+        seen: in decoding, the positions that each query attends to, (T, S) or (B, 1, T, S); None: a whole text"""
         if seen is not None and self.absorb:
             return self.attend_absorbed(q, latent, seen)
         k, v = self.expand(latent)
@@ -202,7 +201,8 @@ class MLA(nn.Module):
 def swiglu(x, limit=0.0):
     """[gate, up] (..., 2h) -> silu(gate) * up (..., h). limit > 0: clamp before that to gate <= limit, |up| <= limit"""
     gate, up = x.chunk(2, dim=-1)
-    gate, up = (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit > 0 else (gate, up)
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return F.silu(gate) * up
 
 
@@ -369,8 +369,7 @@ class GPT(nn.Module):
         without targets      the logits (B, 1, V) of the last position, and None
         targets in eval      the logits (B, T, V), or None if not return_logits, and the main next-token loss
         targets in training  None (memory never holds all logits), and the loss of training_loss()
-        cache: from make_cache(). idx are the tokens at positions pos..pos+T-1, and forward writes them into the cache.
-        """
+        cache: from make_cache(). idx are the tokens at positions pos..pos+T-1; forward writes them into the cache."""
         end = pos + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f'{end} tokens do not fit in block_size={self.config.block_size}')
@@ -407,8 +406,7 @@ class GPT(nn.Module):
 
     def labels(self, targets):
         """targets (B, T; -1: none) -> what each head predicts (1 + modules, B, T): module k at position i t_{i+k+1}.
-        The last k positions have no label, nor have those with a missing target or a document's end before the label.
-        """
+        The last k positions have none, nor have those with a missing target or a document's end before the label."""
         labels = [targets]
         for k in range(1, 1 + len(self.mtp)):
             beyond = (labels[-1] < 0) | (labels[-1] == self.config.eos_token_id)
@@ -420,8 +418,7 @@ class GPT(nn.Module):
     def update_balance(self, load):
         """Loss-free balancing: raise b of experts below their layer's mean load, lower b of experts above it.
         Call it once after each optimizer step. load (MoE layers, E): tokens of each expert in the step, over all
-        micro-batches and ranks. A layer without load keeps its b. b keeps its mean: a shift of all changes no choice.
-        """
+        micro-batches and ranks. A layer without load keeps its b. b keeps its mean: a shift changes no choice."""
         step = self.config.bias_update_speed * torch.sign(load.float().mean(dim=1, keepdim=True) - load)
         for moe, delta in zip(self.moe_layers(), step - step.mean(dim=1, keepdim=True)):
             moe.e_score_correction_bias += delta
@@ -564,8 +561,9 @@ class GPT(nn.Module):
             weights = {k.removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
             config = cls.config_class(**checkpoint['model_args'])
         except Exception as e:  # no file, a damaged one, or another program's
-            raise e if is_out_of_memory(e) else \
-                Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
+            if is_out_of_memory(e):
+                raise
+            raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
         if 'transformer.wpe.weight' in weights:
             raise Mistake(f'{path}: this is a nanoGPT (GPT-2) checkpoint: it does not fit MLA and MoE; train a model')
         model = cls(replace(config, **overrides))
@@ -699,8 +697,7 @@ def keep_best_groups(choice, n_group, topk_group, scoring_func):
 def sort_by_expert(experts, gates, n_experts):
     """Sort the N*K choices (experts, gates: (N, K)) by expert, into M rows -> each row's token (M,), each choice's row
     (N, K), each row's gate (M, 1), and where each expert's rows end (E,). No loop, no host sync, no shape that depends
-    on the data. Padding rows (token N: zeros; gate 0) align each expert's first row, so that kernels meet few shapes.
-    """
+    on the data. Padding rows (token N: zeros; gate 0) align each expert's first row: kernels then meet few shapes."""
     N, K = experts.shape
     align = row_alignment(experts.numel(), n_experts)
     expert, order = experts.view(-1).sort(stable=True)                      # (N*K,)
@@ -724,8 +721,7 @@ def row_alignment(n, n_experts):
 
 class Gather(torch.autograd.Function):
     """index (M,): each row's token, zeros behind the last token. index (N, K): the sum of each token's K rows. The
-    gradient of one is the other, by `inverse`. A plain x[index] adds its gradient with atomics, slowly, in any order.
-    """
+    gradient of one is the other, by `inverse`. A plain x[index] adds gradients with atomics, slowly, in any order."""
     @staticmethod
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(index, inverse)
@@ -834,7 +830,8 @@ PEAK_TFLOPS = {'Laptop': math.nan, 'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 
 
 
 def peak_tflops(name):
-    return next((peak for part, peak in PEAK_TFLOPS.items() if f' {part} ' in f' {name} '.replace('-', ' ')), math.nan)
+    words = f' {name} '.replace('-', ' ')
+    return next((peak for part, peak in PEAK_TFLOPS.items() if f' {part} ' in words), math.nan)
 
 
 def save_checkpoint(checkpoint, path, best_path=None):

@@ -172,12 +172,11 @@ def max_over_ranks(x):
 # the model: new, from this run's or another run's checkpoint, or from a folder in Hugging Face's format
 fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 # settings that a resume may change (always / only if given); the checkpoint decides all others
-always_free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size', 'index_warmup')
+always_free = ('dropout', 'bias_update_speed', 'aux_loss_alpha', 'mtp_lambda', 'block_size', *GPTConfig.always_free)
 free_if_given = ('eos_token_id', 'rope_factor', 'rope_original_max_position_embeddings', 'rope_beta_fast',
-                 'rope_beta_slow', 'rope_mscale', 'rope_mscale_all_dim', 'index_topk', 'index_n_heads',
-                 'index_head_dim')
-overrides = {name: config[name] for name in (*always_free, *free_if_given) if name in fields
-             and (name in always_free or config[name] != fields[name])}
+                 'rope_beta_slow', 'rope_mscale', 'rope_mscale_all_dim', *GPTConfig.free_if_given)
+given = [name for name in free_if_given if config[name] != fields[name]]
+overrides = {name: config[name] for name in (*always_free, *given)}
 # the last checkpoint: guard finds every kind and compares iterations, two files alone compare times
 paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_last.pt')]
 newest = max(filter(os.path.exists, paths), key=os.path.getmtime, default=paths[0])
@@ -246,9 +245,10 @@ if compile:
     raw_model.compile()
 if guard:
     guard.try_micro_batch(raw_model, opt, get_batch('train', 0, 0), ctx, config, max_over_ranks)
-# the balance bias is the only buffer that changes, and it changes equally on all ranks
-model = raw_model if sharded or not ddp else \
-    DDP(raw_model, device_ids=[device] if device_type == 'cuda' else None, forward_sync_buffers=False)
+model = raw_model
+if ddp and not sharded:
+    # the balance bias is the only buffer that changes, and it changes equally on all ranks
+    model = DDP(raw_model, device_ids=[device] if device_type == 'cuda' else None, forward_sync_buffers=False)
 clip_grad_norm_ = parallel.clip_grad_norm_ if sharded else torch.nn.utils.clip_grad_norm_
 accumulation = gradient_accumulation_steps // world  # micro-batches per iteration and rank
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
