@@ -440,6 +440,7 @@ if __name__ == '__main__':
 
         # evaluate and save; after a signal to any rank, all ranks leave after the same iteration
         due = iter_num % eval_interval == 0 or iter_num == max_iters
+        signalled = signalled if ddp else signals  # alone it needs no answer of the device
         if due or signalled:
             scripts.check_weights(model, path)
         if signalled:

@@ -54,16 +54,15 @@ def join_latents(attn):
 @torch.no_grad()
 def check_absorption(model):
     """Mistake if the attention decodes something else than it trains: see MLA.absorb"""
-    attn, w = model.transformer.h[0].attn, model.lm_head.weight
+    attn, T = model.transformer.h[0].attn, min(4, model.config.block_size)
     if not (isinstance(attn, MLA) and attn.absorb):
         return
-    T = min(4, model.config.block_size)
-    x = torch.arange(T * w.size(1), device=w.device).sin().to(w.dtype).view(1, T, -1)
-    q, latent = (a.float() for a in attn.project(x, model.rope_cos[:T], model.rope_sin[:T]))
-    attn = copy.deepcopy(attn).float()  # less rounding, so that a small difference is one
+    attn = copy.deepcopy(attn).float().cpu().eval()
+    x = torch.arange(float(T * model.config.n_embd)).sin().view(1, T, -1)
+    q, latent = attn.project(x, model.rope_cos[:T].cpu(), model.rope_sin[:T].cpu())
     trained = attn.attend(q, latent)                                                          # (1, T, H*v)
-    decoded = attn.attend(q, latent, torch.ones(T, T, dtype=torch.bool, device=w.device).tril())
-    if (decoded - trained).norm() > 3e-3 * trained.norm():  # TF32 rounds to 1e-3
+    decoded = attn.attend(q, latent, torch.ones(T, T, dtype=torch.bool).tril())
+    if (decoded - trained).norm() > 1e-3 * trained.norm():
         raise Mistake('MLA decodes something else than it trains: set absorb = False in it, or change attend_absorbed')
 
 
@@ -93,7 +92,6 @@ class Decoder:
     """
 
     def __init__(self, model, compile=False):
-        check_absorption(model)
         self.model, self.compile, self.step = model, compile, step
         self.states = {}  # kept for a compiled step: a CUDA graph works only on the tensors it was recorded with
         self.calls = Counter()

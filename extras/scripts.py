@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from extras import architecture, experts, folder, guard, integrity, tokenizer
+from extras import architecture, decode, experts, folder, guard, integrity, tokenizer
 from model import Mistake, first_line
 
 
@@ -93,6 +93,7 @@ def load_checkpoint(out_dir, device, **overrides):
                f'{path} is no checkpoint of this model: its config is no table with a dtype of '
                f'{", ".join(guard.DTYPES)}')
     speaks = tokenizer.of_checkpoint(out_dir, checkpoint.get('meta') or {}, model.config.vocab_size)
+    decode.check_absorption(model)
     return model.to(device), checkpoint, speaks
 
 

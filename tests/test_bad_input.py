@@ -376,8 +376,8 @@ def test_as_processes(small):
 ATTEND = 'def expand(self, latent):'
 
 
-@pytest.mark.parametrize('before, compiled', [('def __init__(self, config, dense=False):', False), (ATTEND, False),
-                                              (ATTEND, True)], ids=['building', 'forward', 'compiled'])
+@pytest.mark.parametrize('before, compiled', [('def __init__(self, config, layer, mla=MLA, moe=MoE):', False),
+                                              (ATTEND, False), (ATTEND, True)], ids=['building', 'forward', 'compiled'])
 def test_a_bug_keeps_its_traceback(small, before, compiled):
     """A researcher's own, in model.py. A ValueError of building or of the trial was once one line, as a user's mistake
     is.

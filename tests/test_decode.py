@@ -92,6 +92,7 @@ def test_a_changed_attention_is_decoded_only_without_absorption(monkeypatch, abs
     got, want = model(idx[:, 8:], cache=cache, pos=8)[0], model(idx)[0]
     assert torch.allclose(got, want, atol=1e-5) != absorb
     with pytest.raises(Mistake, match='set absorb = False') if absorb else contextlib.nullcontext():
+        decode.check_absorption(model)
         assert Decoder(model).generate(idx.tolist(), 9, 0)[0] == model.generate(idx, 9, 0).tolist()
 
 

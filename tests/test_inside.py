@@ -51,7 +51,7 @@ def test_experts_gates_and_losses_are_those_of_a_training_forward(monkeypatch, o
     data = looked(model, ids)
     assert all(torch.equal(moe.e_score_correction_bias, b) for moe, b in zip(model.moe_layers(), before))
     routed, route = [], MoE.route
-    monkeypatch.setattr(MoE, 'route', lambda self, x: routed.append(route(self, x)) or routed[-1])
+    monkeypatch.setattr(MoE, 'route', lambda self, x, *_: routed.append(route(self, x)) or routed[-1])
     idx, targets = torch.tensor([ids]), torch.tensor([[*ids[1:], -1]])
     model.train()(idx, targets)
     layers = [layer for layer in data['layers'] if 'experts' in layer]

@@ -174,10 +174,10 @@ def test_with_extras_it_is_the_same_run_and_keeps_the_earlier_one(nanogpt):
     assert 'is now in out.old1' in train(nanogpt)
     assert records(nanogpt) == records(nanogpt, 'out.old1') == alone
     said = train(nanogpt, '--max_iters=-1', code=1).splitlines()[-1]  # nanoGPT's configurator has no hook
-    assert said == 'model.Mistake: max_iters=-1 must be finite and not negative'
+    assert said == 'model.Mistake: max_iters=-1 must be finite, not negative, and below 2**63'
     shutil.copy(ROOT / 'configurator.py', nanogpt)
     said = train(nanogpt, '--max_iters=-1', code=2).splitlines()[-1]
-    assert said == 'max_iters=-1 must be finite and not negative' and not (nanogpt / 'out.old2').exists()
+    assert said == 'max_iters=-1 must be finite, not negative, and below 2**63' and not (nanogpt / 'out.old2').exists()
 
 
 def test_sample_alone_says_what_it_needs(nanogpt):
