@@ -17,8 +17,9 @@ def bench(*args):
     return json.loads(printed)
 
 
-@pytest.mark.parametrize('what, args', [('train', ['--peer=ours,transformers', '--steps=1']),
-                                        ('decode', ['--peer=ours,gpt2', '--prompt_tokens=4', '--new_tokens=2'])])
+@pytest.mark.parametrize('what, args', [
+    ('train', ['--peer=ours,transformers', '--steps=1']),
+    pytest.param('decode', ['--peer=ours,gpt2', '--prompt_tokens=4', '--new_tokens=2'], marks=pytest.mark.slow)])
 def test_every_row_is_measured(what, args):
     rows = bench(what, '--json', *TOY, *args)
     assert [row['peer'] for row in rows] == args[0].removeprefix('--peer=').split(',')
@@ -26,6 +27,7 @@ def test_every_row_is_measured(what, args):
         assert 'missing' not in row and row['tokens/s'] > 0 and row['peak GiB'] > 0
 
 
+@pytest.mark.slow
 def test_every_way_to_the_loss_finds_the_same():
     rows = bench('loss', '--json', *TOY, '--rows=32', '--steps=1')
     assert [row['peer'] for row in rows] == ['ours', 'plain', 'torch']

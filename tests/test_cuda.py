@@ -185,7 +185,7 @@ def what_three_iterations_add(folder, *flags, script='train.py'):
     [], ['--optimizer=muon', '--n_group=2', '--topk_group=1'],
     ['--fp8=True', '--scoring_func=softmax'],
     pytest.param(['--fp8=True', '--fp8_scaling=row', '--grad_clip=0.0'], marks=pytest.mark.slow),
-    ['--fp8=True', '--fp8_scaling=tensor', '--bf16_moments=True']], ids=' '.join)
+    pytest.param(['--fp8=True', '--fp8_scaling=tensor', '--bf16_moments=True'], marks=pytest.mark.slow)], ids=' '.join)
 def test_the_training_loop_has_no_host_sync_and_no_grouped_mm_that_cuda_refuses(small, flags):
     """train.py itself, in bf16."""
     syncs, grouped, faults = what_three_iterations_add(small, *flags)

@@ -410,7 +410,7 @@ def test_scale_layouts_are_those_cublas_documents(monkeypatch, rows, grad_dtype)
 
 @needs_cuda_build
 @pytest.mark.parametrize('experts', [20, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('scaling', ['tile', 'row', 'tensor'])
+@pytest.mark.parametrize('scaling', ['tile', *(pytest.param(s, marks=pytest.mark.slow) for s in ('row', 'tensor'))])
 def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeypatch, scaling, experts, capability):
     """Each FP8 linear layer comes to one scaled_mm, and the experts to two where 14 of 20 are one wide layer; and the
     two products of a linear layer's backward pass, as direct calls."""

@@ -16,6 +16,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='this torch has no triton')
 
 
+@pytest.mark.slow
 def test_numbers_by_the_interpreter():
     """In a process of its own: triton decides at its import whether it interprets."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST')} | {'TRITON_INTERPRET': '1'}
@@ -30,7 +31,7 @@ def test_numbers_by_the_interpreter():
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
-@pytest.mark.parametrize('cc', SHARED)
+@pytest.mark.parametrize('cc', [cc if cc == 80 else pytest.param(cc, marks=pytest.mark.slow) for cc in SHARED])
 def test_each_kernel_compiles_for_each_gpu(cc, tmp_path):
     """With tensor-core instructions, within the shared memory; and at multiples of 16 no register spills to memory."""
     import triton

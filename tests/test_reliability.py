@@ -545,6 +545,7 @@ def test_found_inf_of_zero_changes_no_bit():
 
 # kills and signals
 
+@pytest.mark.slow
 def test_three_kills_at_random_instants(small):
     good, text = soak.kill(soak.prepare(small), 3, iterations=60)
     assert good and text.startswith('3 kills'), text

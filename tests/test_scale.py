@@ -46,7 +46,8 @@ def test_v3_has_its_published_sizes():
     assert f'{layouts.MODELS["Moonlight"].gpt.get_num_params(non_embedding=False) / 1e9:.1f}' == '16.0'
 
 
-@pytest.mark.parametrize('world', [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('world', [2, 4])
 @needs_namespace
 def test_states_and_traffic_are_what_torch_and_the_kernel_count(world):
     found = json.loads(in_a_namespace(torchrun(world, f"tests/fakes/traffic.py '{json.dumps(SETTINGS)}'")))

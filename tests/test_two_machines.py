@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import SMALL, torchrun
 
@@ -39,6 +40,7 @@ runpy.run_path('train.py', run_name='__main__')
     assert not (small / 'out').exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_on_the_first_machine_alone(small, tmp_path):
     """Before the ranks connect: torchrun's store, which is there, goes with it."""
     other = shutil.copytree(small, tmp_path / 'other')
@@ -48,6 +50,7 @@ def test_a_mistake_on_the_first_machine_alone(small, tmp_path):
     assert 'train.py", line' not in printed[1]
 
 
+@pytest.mark.slow
 def test_an_out_dir_that_is_not_one_folder(small, tmp_path):
     other = shutil.copytree(small, tmp_path / 'other')
     codes, printed = two_machines([small, other], '--max_iters=3', port=29656, GLOO_SOCKET_IFNAME='lo')
@@ -65,6 +68,7 @@ def test_whichever_rank_cannot_compile_says_so_and_all_go_on_without(small):
     """The second rank alone. On a rank other than 0 this was silent, and the ranks ran different code."""
     (small / 'fails.py').write_text('''
 import os, runpy, sys
+import pytest
 import torch
 import model
 if os.environ['RANK'] == '1':
@@ -85,6 +89,7 @@ runpy.run_path('train.py', run_name='__main__')
 def test_whichever_rank_runs_out_of_memory_says_so_and_all_stop(small):
     (small / 'fails.py').write_text('''
 import os, runpy
+import pytest
 import torch
 import model
 forward = model.GPT.forward
