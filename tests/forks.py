@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 
+import torch
+
 SERVERS = {}  # {what libraries read when they are loaded: this process's socket to the server started with it}
 
 
@@ -68,11 +70,11 @@ def run(args, cwd, env, timeout=300):
 
 def torchrun(args, cwd, env, n, timeout=600):
     """n ranks of a script, as torchrun starts and ends them: 0 or 1, and what they printed, both streams."""
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
+    # as torchrun's agent does: a rank that served the store would take it away from the others when it leaves
+    store = torch.distributed.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
     env = env | {'WORLD_SIZE': str(n), 'LOCAL_WORLD_SIZE': str(n), 'GROUP_RANK': '0', 'MASTER_ADDR': 'localhost',
-                 'MASTER_PORT': str(port)}
+                 'MASTER_PORT': str(store.port), 'TORCHELASTIC_USE_AGENT_STORE': 'True',
+                 'TORCHELASTIC_RESTART_COUNT': '0'}
     until, code = time.monotonic() + timeout, 0
     with tempfile.TemporaryFile() as out:
         running = [Process(args, cwd, env | {'RANK': str(i), 'LOCAL_RANK': str(i)}, out, out) for i in range(n)]

@@ -109,7 +109,8 @@ def test_ranks_with_short_and_long_rows_are_as_one_process(small):
     meta = pickle.loads((small / 'data/abc/meta.pkl').read_bytes())
     (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps(meta | {'row_length': 16}))
     # the first moment is the gradient
-    flags = ['--batch_size=1', '--max_iters=2', '--beta1=0.0', '--grad_clip=0.0', '--learning_rate=1e-6']
+    flags = ['--batch_size=1', '--max_iters=2', '--beta1=0.0', '--grad_clip=0.0', '--learning_rate=1e-6',
+             '--bias_update_speed=0.0']
     train(small, *flags, '--out_dir=one')
     code, printed = torchrun(small, *flags, '--out_dir=two')
     assert code == 0, printed
@@ -118,6 +119,18 @@ def test_ranks_with_short_and_long_rows_are_as_one_process(small):
         assert two[step] == pytest.approx(one[step], abs=1e-5)
     for a, b in zip(*(load(small, f'{out}/ckpt.pt')['optimizer']['state'].values() for out in ('one', 'two'))):
         torch.testing.assert_close(b['exp_avg'], a['exp_avg'], atol=1e-5, rtol=1e-3)
+
+    # the loss of an iteration: the sum over the labels of its micro-batches by the number of labels
+    gpt, _ = GPT.from_checkpoint(small / 'one/ckpt.pt')     # the rate is so small that the weights are as before
+    tokens = np.fromfile(small / 'data/abc/train.bin', np.uint16).astype(np.int64)
+    labels = np.where(np.fromfile(small / 'data/abc/train_mask.bin', np.uint8), tokens, -1)
+    total, counts = 0, []
+    for index in (2, 3):
+        start = 16 * np.random.default_rng((1337, 0, 0, index)).integers((len(tokens) - 17) // 16 + 1)
+        x, y = torch.from_numpy(tokens[start:start + 16])[None], torch.from_numpy(labels[start + 1:start + 17])[None]
+        counts.append((y >= 0).sum().item())
+        total += gpt.eval()(x, y)[1].item() * counts[-1]
+    assert counts[0] != counts[1] and one[1][0] == pytest.approx(total / sum(counts), abs=0.01)
 
 
 # two checkpoints

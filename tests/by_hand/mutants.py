@@ -55,7 +55,7 @@ MUTANTS = [
     ('train.py', 'label_counts = all_reduce(labels) / gradient_accumulation_steps', 'label_counts = None',
      'reliability'),
     ('train.py', 'label_counts = all_reduce(labels) / gradient_accumulation_steps',
-     'label_counts = labels / accumulation', 'train parallel two_files'),
+     'label_counts = labels / accumulation', 'reliability'),
     ('train.py', 'model.set_requires_all_reduce(micro_step == accumulation - 1)',
      'model.set_requires_all_reduce(False)',
      'parallel'),
