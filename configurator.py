@@ -30,14 +30,14 @@ _PACKAGES = ('accelerate', 'datasets', 'matplotlib', 'safetensors', 'tiktoken', 
              'triton', 'wandb')  # optional ones, which a script imports when it needs them
 
 
-def _shown(text):
+def shown(text):
     """The text without control characters, which a terminal would obey: their code points, as U+001B"""
     return _re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda found: f'U+{ord(found[0]):04X}', text)
 
 
 def _print(text):
     if _os.environ.get('RANK', '0') == '0':  # only rank 0 prints
-        print(_shown(text))
+        print(shown(text))
 
 
 def _one_line(error):
@@ -80,7 +80,7 @@ def _excepthook(kind, error, trace):
     if line is None:
         _sys.__excepthook__(kind, error, trace)
     else:
-        print(_shown(line), file=_sys.stderr)
+        print(shown(line), file=_sys.stderr)
     for stream in (_sys.stdout, _sys.stderr):
         try:
             stream.flush()

@@ -220,7 +220,7 @@ class SparseMLA(model.MLA):
     def attend_chosen(self, q, latent, scores):
         """attend_absorbed() to the k best positions of each query, which are gathered. -> (B, T, H*v)"""
         best, chosen = scores.topk(self.config.index_topk, dim=-1)                     # (B, T, k) each
-        rows = latent[torch.arange(len(latent), device=latent.device)[:, None, None], chosen]  # (B, T, k, c+r)
+        rows = latent[row_numbers(latent, chosen), chosen]                             # (B, T, k, c+r)
         q, rows, seen = q.transpose(1, 2).flatten(0, 1), rows.flatten(0, 1), (best > float('-inf')).flatten(0, 1)
         y = self.attend_absorbed(q.unsqueeze(2), rows, seen[:, None, None])            # each query is a batch row
         return y.view(*chosen.shape[:2], -1)
@@ -579,7 +579,7 @@ def look_back(x, steps, before, cache, pos):
     if cache is None:
         return [torch.cat((torch.full_like(x[:, :k], before), x[:, :max(0, T - k)]), dim=1) for k in steps]
     place = pos if isinstance(pos, torch.Tensor) else torch.arange(pos, pos + T, device=x.device).expand(len(x), T)
-    row = torch.arange(len(x), device=x.device).unsqueeze(1)
+    row = row_numbers(x, place)
     cache[row, place] = x.to(cache.dtype)
     known = place.view(*place.shape, *[1] * (x.dim() - 2))                  # (B, T, 1, ...)
     return [torch.where(known >= k, cache[row, (place - k).clamp(min=0)], before) for k in steps]

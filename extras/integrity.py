@@ -74,7 +74,7 @@ def check_context(path, config):
 
 def check_sizes(path, **overrides):
     """Mistake if the config of the .pt file at `path` asks for another model than its tensors make. Call it before that
-    model is built. overrides: as in GPT.from_checkpoint()
+    model is built. overrides: as in GPT.from_checkpoint(). -> the config
     """
     try:
         check_stored(path)
@@ -89,6 +89,7 @@ def check_sizes(path, **overrides):
         raise Mistake(f'{path} is no checkpoint of this model: {type(e).__name__}: {first_line(e)}') from None
     # the run's architecture may have more fields than the checkpoint's
     check_context(path, replace(config, **{name: x for name, x in overrides.items() if hasattr(config, name)}))
+    return config
 
 
 def check_stored(path):

@@ -10,17 +10,15 @@ from model import Mistake
 
 
 def muon(model, weight_decay, learning_rate, betas, device_type):
-    """GPT -> Muon for its matrices, AdamW for embedding, head, routers, norms, biases and Engram's tables."""
+    """GPT -> Muon for its matrices; AdamW, in the model's own groups, for embedding, head, routers and all the rest."""
     adamw_names = ('wte.weight', 'lm_head.weight', 'gate.weight', 'engram.conv', 'position_bias')
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    tables = [p for name, p in named if name.endswith('engram.table.weight')]  # see model_v4.py
-    matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith((*adamw_names, 'table.weight'))]
-    others = [p for name, p in named if p.dim() >= 2 and name.endswith(adamw_names)]
-    groups = [{'params': others, 'weight_decay': weight_decay},
-              {'params': [p for _, p in named if p.dim() < 2], 'weight_decay': 0.0},
-              {'params': matrices, 'weight_decay': weight_decay, 'muon': True}]
-    if tables:
-        groups.append({'params': tables, 'weight_decay': 0.0, 'lr_scale': model.config.engram_lr_scale})
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = model.configure_optimizers(weight_decay, learning_rate, betas, device_type).param_groups
+    decayed, small, *more = [{k: group[k] for k in ('params', 'weight_decay', 'lr_scale') if k in group}
+                             for group in groups]
+    others = [p for p in decayed['params'] if names[id(p)].endswith(adamw_names)]
+    matrices = [p for p in decayed['params'] if not names[id(p)].endswith(adamw_names)]
+    groups = [decayed | {'params': others}, small, decayed | {'params': matrices, 'muon': True}, *more]
     return Muon(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu'))
 
 

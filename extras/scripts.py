@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 import runpy
 import shlex
 import shutil
@@ -49,9 +48,8 @@ def for_output(text):
     """The text as a script prints it: for a pipe or a file as it is; for a terminal with the code points of control
     characters, as U+001B, in their places, because a terminal obeys them. Line ends and tabs stay.
     """
-    if not sys.stdout.isatty():
-        return text
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda found: f'U+{ord(found[0]):04X}', text)
+    from configurator import shown  # here, as in load_reward()
+    return shown(text) if sys.stdout.isatty() else text
 
 
 # -----------------------------------------------------------------------------
@@ -78,9 +76,9 @@ def open_checkpoint(out_dir, device='cpu', assign=False, **overrides):
         path = os.path.relpath(os.path.realpath(path))  # the run may set the link to another one meanwhile
         model, checkpoint = dcp.from_checkpoint(path, device, with_optimizer=False, **overrides)
     else:
-        integrity.check_sizes(path, **overrides)
+        GPT = architecture.of_config(integrity.check_sizes(path, **overrides))
         with torch.device('meta') if assign else contextlib.nullcontext():
-            model, checkpoint = architecture.of_file(path)[0].from_checkpoint(path, device, assign, **overrides)
+            model, checkpoint = GPT.from_checkpoint(path, device, assign, **overrides)
     integrity.check_checkpoint(path, model, checkpoint)
     return path, model, checkpoint
 
