@@ -272,7 +272,8 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     s.counts.zero_()
     tokens = s.tokens[firsts[:U], :longest]                                                   # (U, longest)
     lengths = [longest] * U
-    if getattr(model.config, 'layer_types', ''):  # its rings would keep the padding: each length by itself
+    # a ring, unlike a cache with a row for each position, would keep the padding: each length by itself
+    if any(cache.size(1) != s.tokens.size(1) for cache in tree_leaves(s.caches)):
         lengths = [*map(len, number)]
     h = torch.cat([read(model, s.caches, tokens, slice(lengths.index(n), lengths.index(n) + lengths.count(n)), n, D)
                    for n in dict.fromkeys(lengths)])                                          # (U, longest, C)
