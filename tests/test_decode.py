@@ -346,7 +346,7 @@ def test_sampled_output_of_a_model_keeps_the_distribution():
 
 @pytest.mark.parametrize('overrides, experts', [
     pytest.param({'n_routed_experts': 16}, 'their own', marks=pytest.mark.slow),
-    ({'n_layer': 2, 'first_k_dense_replace': 1, 'n_shared_experts': 0}, 'all')])
+    ({'first_k_dense_replace': 1, 'n_shared_experts': 0}, 'all')])
 def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same(overrides, experts):
     """Whatever the position, the prompts' lengths, the stop token, the temperature and the weights."""
     torch._dynamo.reset()

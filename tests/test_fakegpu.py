@@ -68,9 +68,16 @@ def numbers_of_the_docs(sm, mode):
     return [float(cell.replace(',', '')) for cell in row[2:]]
 
 
-@pytest.mark.parametrize('sm, mode', [
-    (80, 'eager'), *(pytest.param(sm, mode, marks=slow) for sm in (80, 89, 90) for mode in ('eager', 'compiled')
-                     if (sm, mode) != (80, 'eager'))])
+def test_the_main_run_with_narrow_layers(on_gpu):
+    """As many products as at its own width, and no more kernels: AdamW's smaller weights need fewer."""
+    found = on_gpu(80, 'train.py', *MAIN, '--compile=False', '--n_embd=96', '--n_head=2', '--moe_intermediate_size=16')
+    _, launches, triton, gemms, _, _ = numbers_of_the_docs(80, 'eager')
+    assert faults(found, launches + triton, gemms) == []
+
+
+@slow
+@pytest.mark.parametrize('mode', ['eager', 'compiled'])
+@pytest.mark.parametrize('sm', [80, 89, 90])
 def test_the_main_run(on_gpu, sm, mode):
     """An iteration of one micro-batch of config/train_deepseek.py, beside docs/gpu.md."""
     found = on_gpu(sm, 'train.py', *MAIN, f'--compile={mode == "compiled"}')

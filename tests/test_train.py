@@ -182,16 +182,32 @@ def test_uint32_tokens_are_read_as_such(small):
 
 
 def test_compile_falls_back_to_eager_in_one_line(small):
-    printed = train_apart(small, '--compile=True', anew=True, CXX='/nonexistent/compiler',
-                          TORCHINDUCTOR_FORCE_DISABLE_CACHES=1)
+    short = ['--n_layer=1', '--num_nextn_predict_layers=0', '--max_iters=2']
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({'force_disable_caches': True, 'cpp.cxx': ('/nonexistent/compiler',)}):
+        printed = train(small, '--compile=True', *short)
     assert 'going on without torch.compile' in printed
-    train(small, '--out_dir=eager')
+    train(small, *short, '--out_dir=eager')
     assert losses(small) == losses(small, 'eager')
 
 
-@pytest.mark.parametrize('kept, on_two_ranks', [(1.0, False), pytest.param(1.0, True, marks=pytest.mark.slow),
-                                                pytest.param(0.0, True, marks=pytest.mark.slow)])
-def test_compiled_blocks_train_like_eager_ones(small, kept, on_two_ranks):
+def test_graphs_of_compiled_blocks_train_like_eager_ones(small, monkeypatch):
+    """Without Inductor, whose compiler takes a minute."""
+    compile = GPT.compile
+    monkeypatch.setattr(GPT, 'compile', lambda self: compile(self, backend='aot_eager'))
+    short = ['--n_layer=1', '--num_nextn_predict_layers=1']
+    train(small, *short, '--out_dir=eager')
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert 'without torch.compile' not in train(small, *short, '--compile=True')
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0
+    one, eager = losses(small), losses(small, 'eager')
+    assert len(one) == 6 and all(one[step] == pytest.approx(eager[step], rel=1e-4) for step in eager)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kept', [1.0, 0.0])
+def test_compiled_blocks_train_like_eager_ones(small, kept):
     """On two ranks too, with DDP around the blocks: those find the first run's code in Inductor's cache."""
     short = ['--max_iters=2', '--eval_interval=2', '--n_layer=1', '--num_nextn_predict_layers=1', '--dtype=bfloat16']
     code, _, said = run_inside('train.py', *SMALL, *short, cwd=small)
@@ -201,12 +217,10 @@ def test_compiled_blocks_train_like_eager_ones(small, kept, on_two_ranks):
     eager, one = losses(small, 'out'), losses(small, 'one')
     assert list(eager) == list(one) == [0, 1]
     assert all(one[step] == pytest.approx(eager[step], rel=0.02) for step in eager)
-    if on_two_ranks:
-        printed += train_on_two_ranks(small, *short, '--out_dir=two')
-        two = losses(small, 'two')
-        assert two == pytest.approx(one, rel=1e-3)                  # only the order of the sums differs
-        ranks = [torch.load(small / f'rank{r}', weights_only=True) for r in range(2)]
-        assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
+    printed += train_on_two_ranks(small, *short, '--out_dir=two')
+    assert losses(small, 'two') == pytest.approx(one, rel=1e-3)     # only the order of the sums differs
+    ranks = [torch.load(small / f'rank{r}', weights_only=True) for r in range(2)]
+    assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
     assert 'without torch.compile' not in printed
 
 
