@@ -186,7 +186,7 @@ if ddp and scripts and store.check(['begun']) and max_over_ranks(os.path.exists(
 if init_from != 'resume':  # another run's checkpoint, the one that sample.py reads; from scratch there is none
     path = guard.last_checkpoint(init_from, ['ckpt']) if guard else os.path.join(init_from, 'ckpt.pt')
 if guard:
-    guard.check_path(init_from, path, overrides, max_over_ranks)
+    GPT = guard.check_path(init_from, path, overrides, max_over_ranks, GPT)
 
 torch.manual_seed(seed)
 parallel = import_extra('parallel', 'shard or expert_parallel') if sharded else None

@@ -25,7 +25,8 @@ def of_args(model_args):
 
 
 def of_file(path):
-    """A ckpt.pt -> GPT and GPTConfig; model.py's if it cannot be read, because its reader says what is wrong"""
+    """A checkpoint -> GPT and GPTConfig; model.py's if it cannot be read, because its reader says what is wrong"""
+    path = os.path.join(path, 'rest.pt') if os.path.isdir(path) else path
     try:
         return of_args(torch.load(path, map_location='meta', weights_only=True, mmap=True)['model_args'])
     except Exception:

@@ -181,10 +181,9 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
     if not found.get('optimizer'):  # from Hugging Face, perhaps by convert.py
         from extras.hf import check_vocabulary
         check_vocabulary(os.path.dirname(path), meta, config['dataset'])
-    defaults = type(model.config)()
     ignored = [f'{name}={config[name]}' for name, value in vars(model.config).items()
-               if name not in overrides and name != 'vocab_size' and config[name] not in (-1, value)
-               and config[name] != type(defaults).__dataclass_fields__[name].default]
+               if name not in (*overrides, 'vocab_size', 'architecture') and config.get(name, -1) not in (-1, value)
+               and config[name] != type(model.config).__dataclass_fields__[name].default]
     if ignored and os.environ.get('RANK', '0') == '0':
         print(f"ignored, since the architecture is the checkpoint's: {', '.join(ignored)}")
     original, factor = model.config.rope_original_max_position_embeddings, model.config.rope_factor

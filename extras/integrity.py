@@ -52,10 +52,12 @@ def check_run(init_from, path, checkpoint, config, max_over_ranks):
         print(f'note: {path} has all {number} iterations: to train on, raise max_iters={config["max_iters"]}')
 
 
-def check_path(init_from, path, overrides, max_over_ranks):
-    """For train.py. Mistake on all ranks if a machine lacks the checkpoint: the others would wait long for it."""
+def check_path(init_from, path, overrides, max_over_ranks, GPT):
+    """For train.py. Mistake on all ranks if a machine lacks the checkpoint: the others would wait long for it.
+    -> the GPT of the checkpoint's architecture, unless the run's GPT is another than model.py's
+    """
     if init_from == 'scratch' or init_from != 'resume' and not os.path.exists(path):
-        return
+        return GPT
     here, absent = max_over_ranks(os.path.exists(path)), max_over_ranks(not os.path.exists(path))
     if here and absent:
         raise Mistake(f'{path} is missing on some machines: {os.path.dirname(path)} must be one folder for all of them')
@@ -63,6 +65,7 @@ def check_path(init_from, path, overrides, max_over_ranks):
         raise Mistake(missing(path))
     if path.endswith('.pt'):
         check_sizes(path, **overrides)
+    return architecture.of_file(path)[0] if GPT is architecture.named('model')[0] else GPT
 
 
 def check_context(path, config):

@@ -34,10 +34,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from extras import fp8, optim
+from extras import architecture, fp8, optim
 from extras.guard import need
 from extras.scripts import autocast
-from model import GPT, GPTConfig, apply_rope
+from model import apply_rope
 
 RESULTS = os.path.join(ROOT, 'runs', 'ablations.jsonl')
 
@@ -101,10 +101,38 @@ def variants(size):
         },
         'initialisation': {'0.02': {'initializer_range': 0.02}, '0.006': {'initializer_range': 0.006}},
     }
-    if size == 'large':  # the five large questions
+    # model_v4.py's ideas; the indexers learn from the first iteration on, without a dense warm-up
+    T, n, memory = SIZES[size]['block_size'], SIZES[size]['n_layer'], {'engram_layers': '0'}
+    windows = {'sliding_window': T // 4, 'compress_rate_hca': T // 4}
+    added = 2 * 4096 * 16 + 2 * 32 * C  # by this memory: two tables and two projections
+    narrow = 8 * round((W // 4 - added / (27 * n * C)) / 8)  # the experts' width that takes about as much away
+    later = {
+        'later attention': {
+            'DSA, 1/4 of the positions': {'index_topk': T // 4}, 'DSA, 1/8 of the positions': {'index_topk': T // 8},
+            'window of 1/4 alone': windows | {'layer_types': 's' * n},
+            'window and CSA': windows | {'layer_types': 'c' * n},
+            'window and CSA, 1/4 of its entries': windows | {'layer_types': 'c' * n, 'index_topk': T // 16},
+            'window, CSA and HCA': windows | {'layer_types': ('ch' * n)[:n]},
+        },
+        'hyper-connections': {'mHC, 2 streams': {'hc_mult': 2}, 'mHC, 4 streams': {'hc_mult': 4}},
+        'memory': {
+            'Engram': memory, 'Engram, 512 rows': memory | {'engram_rows': 512},
+            'Engram, 2 tokens': memory | {'engram_ngram': 2}, 'Engram, 4 tokens': memory | {'engram_ngram': 4},
+            'Engram, gate 1/2': memory | {'gate': False}, 'Engram, no convolution': memory | {'engram_conv': False},
+            'Engram in two blocks': {'engram_layers': '0,1'},
+            "Engram, base's parameters": memory | {'moe_intermediate_size': narrow},
+        },
+        "V4's experts": {'one hash layer': {'num_hash_layers': 1}, 'sqrt-softplus': {'scoring_func': 'sqrtsoftplus'}},
+    }
+    questions |= {question: {name: {'architecture': 'model_v4'} | own for name, own in found.items()}
+                  for question, found in later.items()}
+    if size == 'large':  # fewer questions
         keep = {'attention': ('MHA', 'MQA', "MLA, V3's head sizes"),
                 'experts': ('dense', '32 experts, 8 chosen, none shared'), 'balance': ('none', 'auxiliary loss, 0.01'),
-                'MTP': ('one module', 'two modules'), 'optimizer': ('Muon',)}
+                'MTP': ('one module', 'two modules'), 'optimizer': ('Muon',),
+                'later attention': ('DSA, 1/4 of the positions', 'window and CSA', 'window, CSA and HCA'),
+                'hyper-connections': ('mHC, 4 streams',), 'memory': ('Engram', "Engram, base's parameters"),
+                "V4's experts": ('one hash layer',)}
         questions = {q: {name: questions[q][name] for name in names} for q, names in keep.items()}
     return {'base': {'base': {}}} | questions
 
@@ -137,6 +165,8 @@ def build(size, variant, vocab_size):
     own = dict(settings_of(size, variant))
     kv_heads, rope, precision = own.pop('kv_heads', None), own.pop('rope', True), own.pop('precision', None)
     own.pop('optimizer', None)
+    gate = own.pop('gate', True)
+    GPT, GPTConfig = architecture.of_args(own)
     sizes = {k: v for k, v in SIZES[size].items() if k != 'steps'}
     if kv_heads:
         own['qk_rope_head_dim'] = sizes['n_embd'] // sizes['n_head']
@@ -150,10 +180,16 @@ def build(size, variant, vocab_size):
         for name, p in model.named_parameters():
             if '.attn.' in name:
                 model.initialise(name, p)
+    if not gate:  # of Engram: always 1/2
+        for memory in model.memories():
+            memory.k_norm.requires_grad_(False).zero_()
     if not rope:
         model.rope_cos.fill_(1), model.rope_sin.fill_(0)
     if precision in ('tile', 'tensor'):
         fp8.enable(model, fp8.Recipe(precision))
+    if own.get('layer_types'):  # windows do not grow with the text: a token's share of the cache of a full context
+        cached = sum(x.numel() for block in model.make_cache(1, config.block_size) for x in block)
+        return model, round(2 * cached / config.block_size)
     return model, 2 * config.n_layer * cached
 
 
@@ -240,7 +276,7 @@ def optimizer_of(size, variant, model, lr):
 def iteration(model, optimizer, context, x, y, lr, mtp_lambda):
     """One optimizer step, as train.py's; returns the load (MoE layers, E), or None."""
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * group.get('lr_scale', 1)
     with context:
         loss = model(x, y, mtp_lambda=mtp_lambda)[1]
     loss.backward()
@@ -445,7 +481,8 @@ def tables(runs, times):
 def table(runs, times, size, question, names):
     """Differences are to the base: below 0 is better."""
     extra = {'attention': ['cache, bytes'], 'balance': ['MaxVio', 'dead'], 'MTP': ['accepted drafts'],
-             'experts': ['MaxVio', 'parameters']}.get(question, [])
+             'experts': ['MaxVio', 'parameters'], 'later attention': ['cache, bytes'], 'memory': ['parameters'],
+             }.get(question, [])
     head = ['variant', 'val loss', 'same tokens', 'ahead', 'same FLOPs', 'same seconds', 'ms', 'rate', *extra]
     lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
     time_of = {r['variant']: r for r in times if r['size'] == size}

@@ -152,6 +152,10 @@ def run_inside(script, *args, cwd):
     return code, out.getvalue(), err.getvalue()
 
 
+def pytest_xdist_auto_num_workers():
+    return os.cpu_count() + 1  # many tests wait for a while: for a signal, a rank, a line that is printed
+
+
 def pytest_configure(config):
     if 'or' in config.option.markexpr:  # make test-all
         forks.run, forks.torchrun = forks.run_anew, forks.torchrun_anew

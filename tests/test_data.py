@@ -634,9 +634,10 @@ def test_another_corpus_of_the_hub(clone, fineweb):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--column=words'], "no column 'words', but text, id, body"), (['--column=id'], 'is no text'),
-    (['--split=test'], 'Bad split'), (['--config=sample-9BT'], 'sample-10BT'), (['--hub=.'], 'Other ways'),
-    (['--hub=HuggingFaceFW/nothing'], "doesn't exist"),
+    (['--column=words'], "no column 'words', but text, id, body"), (['--config=sample-9BT'], 'sample-10BT'),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (['--column=id'], 'is no text'), (['--split=test'], 'Bad split'), (['--hub=.'], 'Other ways'),
+        (['--hub=HuggingFaceFW/nothing'], "doesn't exist"))),
 ])
 def test_mistakes_with_the_hub(clone, fineweb, flags, message):
     assert message in fail(*FINEWEB, *flags, cwd=clone)

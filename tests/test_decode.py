@@ -35,9 +35,11 @@ def prompts_of(*lengths, vocab_size=61):
 
 def plain(model, prompts, n, stop_token=None):
     """Each prompt alone, by the slow twin, cut behind its stop token."""
-    rows = [model.generate(torch.tensor([p]), n, temperature=0, stop_token=stop_token)[0].tolist() for p in prompts]
-    if stop_token is None:
-        return rows
+    rows = [model.generate(torch.tensor([p]), n, temperature=0)[0].tolist() for p in prompts]
+    return cut(rows, prompts, stop_token)
+
+
+def cut(rows, prompts, stop_token):
     new = [row[len(p):] for row, p in zip(rows, prompts)]
     return [p + (row[:row.index(stop_token) + 1] if stop_token in row else row) for p, row in zip(prompts, new)]
 
@@ -45,13 +47,15 @@ def plain(model, prompts, n, stop_token=None):
 @pytest.mark.parametrize('overrides', [
     {}, dict(num_nextn_predict_layers=1), dict(num_nextn_predict_layers=3), dict(mtp_n_layer=2, q_lora_rank=0),
     dict(first_k_dense_replace=1, n_shared_experts=0, v_head_dim=24, bias=True), dict(n_routed_experts=0)])
-@pytest.mark.parametrize('speculative', [False, True])
-def test_greedy_tokens_are_generates_for_prompts_of_all_lengths_and_beyond_block_size(overrides, speculative):
+def test_greedy_tokens_are_generates_for_prompts_of_all_lengths_and_beyond_block_size(overrides):
     model = tiny_model(**overrides).eval()                           # block_size is 32
     decoder = Decoder(model)
-    for lengths, n in itertools.product([(1,), (7, 1, 3), (31, 32, 33, 40, 2)], (0, 1, 2, 25)):
+    for lengths in (1,), (7, 1, 3), (31, 32, 33, 40, 2):
         prompts = prompts_of(*lengths)
-        assert decoder.generate(prompts, n, temperature=0, speculative=speculative)[0] == plain(model, prompts, n)
+        want = plain(model, prompts, 25)
+        for n, speculative in itertools.product((0, 1, 2, 25), (False, True)):
+            rows = decoder.generate(prompts, n, temperature=0, speculative=speculative)[0]
+            assert rows == [row[:len(prompt) + n] for row, prompt in zip(want, prompts)]
 
 
 @pytest.mark.parametrize('overrides', [{}, dict(v_head_dim=24, q_lora_rank=0, bias=True)])
@@ -99,18 +103,21 @@ def test_a_changed_attention_is_decoded_only_without_absorption(monkeypatch, abs
 def test_a_stop_token_ends_each_row_for_itself():
     model, ended = tiny_model(block_size=64).eval(), []
     decoder, prompts = Decoder(model), prompts_of(5, 1, 9, 4, 4, 2)
-    for stop_token in plain(model, prompts[:1], 40)[0][8:30:6]:
-        want = plain(model, prompts, 40, stop_token)
+    rows = plain(model, prompts, 40)
+    for stop_token in rows[0][8:30:6]:
+        want = cut(rows, prompts, stop_token)
         ended += [row[-1] == stop_token for row in want]
         for speculative in (False, True):
             got, _ = decoder.generate(prompts, 40, temperature=0, stop_token=stop_token, speculative=speculative)
             assert got == want
     assert 4 <= sum(ended) < len(ended)
     # one behind every position of a pass, among the drafts too; and beyond block_size
-    model = counting_model(block_size=16)
-    for stop_token, n in itertools.product(range(COUNTING), (12, 40)):
-        got, _ = Decoder(model).generate([[0, 1], [5], [2, 3, 4]], n, 0, stop_token=stop_token, speculative=True)
-        assert got == plain(model, [[0, 1], [5], [2, 3, 4]], n, stop_token)
+    model, short = counting_model(block_size=16), [[0, 1], [5], [2, 3, 4]]
+    for n in (12, 40):
+        rows = plain(model, short, n)
+        for stop_token in range(COUNTING):
+            got, _ = Decoder(model).generate(short, n, 0, stop_token=stop_token, speculative=True)
+            assert got == cut(rows, short, stop_token)
     # a prompt that ends with it is not complete
     assert decoder.generate([[3, 7, stop_token]], 5, stop_token=stop_token)[0][0][3:] != []
 

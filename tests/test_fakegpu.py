@@ -180,8 +180,8 @@ def sampled(on_gpu, *flags, sm=80):
 
 
 @pytest.mark.parametrize('sm, speculative, launches, gemms', [
-    (80, False, 203, 26), (90, True, 437, 55), pytest.param(80, True, 437, 55, marks=slow),
-    pytest.param(90, False, 203, 26, marks=slow)])
+    (80, False, 203, 26), (80, True, 437, 55), pytest.param(90, False, 203, 26, marks=slow),
+    pytest.param(90, True, 437, 55, marks=slow)])
 def test_decoding(on_gpu, trained, sm, speculative, launches, gemms):
     """No step waits; between them the host looks at most 7 times whether 100 tokens are there."""
     found, steps = sampled(on_gpu, f'--speculative={speculative}', sm=sm)

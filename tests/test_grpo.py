@@ -489,6 +489,7 @@ def test_a_run_keeps_the_earlier_one(workshop):
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == first
 
 
+@pytest.mark.slow
 def test_a_restart_goes_on_from_its_own_run_alone(workshop):
     """Over a finished run's folder the first attempt dies at once, the second in iteration 3, the third ends."""
     out = workshop / 'out-restarted'

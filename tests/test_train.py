@@ -181,6 +181,7 @@ def test_uint32_tokens_are_read_as_such(small):
     assert log(small)[0]['model_args']['vocab_size'] == 70050
 
 
+@pytest.mark.filterwarnings('ignore:dynamo_pgo force disabled')
 def test_compile_falls_back_to_eager_in_one_line(small):
     short = ['--n_layer=1', '--num_nextn_predict_layers=0', '--max_iters=2']
     torch._dynamo.reset()

@@ -57,13 +57,20 @@ def test_a_run_says_its_architecture_and_the_scripts_read_it_back(small):
     assert 'iteration 3 of 6' in train(small, V4, '--init_from=resume')
 
 
+@pytest.mark.parametrize('form', ['whole', 'dcp'])
+def test_a_resume_needs_no_flag(small, form):
+    """Its optimizer has the group of Engram's tables, too."""
+    given = ['--engram_layers=0', '--engram_rows=50', f'--checkpoint={form}']
+    train(small, V4, *given)
+    train(small, V4, *given, '--max_iters=3', '--out_dir=other')
+    train(small, given[-1], '--out_dir=other', '--init_from=resume')
+    assert losses(small) == losses(small, 'other')
+
+
 def test_architectures_that_are_none(small):
     for name in ('model_v5', 'sample', '../model', ''):
         said = train(small, f'--architecture={name}', code=2)
         assert said.splitlines()[-1].startswith(f'architecture={name!r} must be one of the files model, model_v4')
-    train(small, V4, '--max_iters=3')
-    said = train(small, '--init_from=resume', code=2)
-    assert "'architecture'" in said.splitlines()[-1]
 
 
 def test_its_fields_are_flags_and_stand_in_the_help(small):
