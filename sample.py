@@ -4,8 +4,13 @@ Generates text from a checkpoint that train.py wrote.
     python sample.py --out_dir=out-demo --start="def " --num_samples=3 --max_new_tokens=200
     python sample.py --out_dir=out-demo --start=FILE:prompt.txt --num_samples=1 --temperature=0
     python sample.py --init_from=DIR --start="The "    # a DeepSeek checkpoint in Hugging Face's format
+    python sample.py --out_dir=out-demo --interactive=True --max_new_tokens=100
+
+The last continues the lines that you type: each line comes behind all the text so far, and an empty line lets the model
+go on. Ctrl-C ends an answer, Ctrl-D (the end of the input) the program.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -24,8 +29,8 @@ if hasattr(signal, 'SIGPIPE'):  # Windows has none
 import torch
 
 from extras import guard, scripts
-from extras.decode import Decoder, for_decoding
-from extras.tokenizer import of_checkpoint
+from extras.decode import Decoder, Speculation, for_decoding, speculation
+from extras.tokenizer import of_checkpoint, speller
 from model import Mistake
 
 # -----------------------------------------------------------------------------
@@ -33,6 +38,8 @@ init_from = 'resume'  # the checkpoint in out_dir, or the path of a folder in Hu
 out_dir = 'out'
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file
 num_samples = 10  # generated together, as one batch
+stream = False  # print the tokens as they come, one sample after another; num_samples=1 always does
+interactive = False  # continue your lines, one answer for each, with the cache kept from line to line
 max_new_tokens = 500
 temperature = 0.8  # 0, or less than 1e-6: always the likeliest token
 top_k = 200  # 0: every token may be drawn
@@ -51,6 +58,7 @@ guard.check_ranges(globals(), [
     ('out_dir', lambda x: x != '', 'name the folder of a run'),
     ('num_samples', lambda x: x > 0, 'be positive'),
     ('max_new_tokens temperature top_k', lambda x: x >= 0, 'not be negative'),
+    ('max_new_tokens', lambda x: x > 0 or not interactive, 'be positive in a conversation'),
     ('seed', lambda x: -2**63 <= x < 2**64, 'fit in 64 bits'),
     ('dtype', lambda x: x in ('', *guard.DTYPES), "be 'float32', 'bfloat16' or 'float16'"),
     ('start', lambda x: x[:5].upper() != 'FILE:' or x[:5] == 'FILE:' or x[5:6].isspace(),
@@ -60,29 +68,43 @@ guard.check_device(device)
 if start.startswith('FILE:'):
     start = scripts.read_text(start[5:])
 
+if interactive:
+    start, num_samples = start if start != '\n' else '', 1
+
 # the model and the prompt; a folder's tokenizer and the prompt come before its weights, which may be large
 if init_from == 'resume':
     model, checkpoint, tokenizer = scripts.load_checkpoint(out_dir, device)
 else:
     checkpoint, tokenizer = {}, of_checkpoint(init_from)
 prompt = tokenizer.begin + tokenizer.encode(start)
-guard.need(prompt, 'start is an empty prompt: give it at least one token')
+guard.need(prompt or interactive, 'start is an empty prompt: give it at least one token')
 if init_from != 'resume':
     from extras import hf
     model = hf.from_pretrained(init_from).to(device)
-guard.need(max(prompt) < model.config.vocab_size, f'{tokenizer.name} does not fit the model: the prompt has the token '
-           f'{max(prompt)}, the vocabulary {model.config.vocab_size}')
+block_size = model.config.block_size
+
+
+def check_ids(ids):
+    highest, size = max(ids, default=0), model.config.vocab_size
+    guard.need(highest < size, f'{tokenizer.name} does not fit the model: the prompt has the token {highest}, the '
+               f'vocabulary {size}')
+
+
+check_ids(prompt)
 guard.need(len(model.mtp) > 0 or not speculative, 'speculative=True needs MTP modules, and this model has none')
 scripts.use_kernels(model.eval())
 dtype = dtype or (checkpoint.get('config') or {}).get('dtype') or 'float32'
 model = for_decoding(model, getattr(torch, dtype))
-scripts.use_few_threads(model, num_samples)
+one_by_one = (stream or num_samples == 1) and max_new_tokens > 0
+rows_at_a_time = 1 if one_by_one else num_samples
+scripts.use_few_threads(model, rows_at_a_time)
 
-# generate
+# the decoder, and the memory that it needs
 total = len(prompt) + max_new_tokens
-context = min(total, model.config.block_size)
+context = min(total, block_size)
 decoder = Decoder(model, compile or context - len(prompt) >= compile_from)
-needed = num_samples * (decoder.bytes_per_row(context, len(model.mtp) if speculative else 0) + 8 * total)
+row_bytes = decoder.bytes_per_row(block_size if interactive else context, len(model.mtp) if speculative else 0)
+needed = rows_at_a_time * row_bytes + 8 * num_samples * total
 try:
     torch.empty(needed, dtype=torch.uint8, device=device)
 except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
@@ -90,23 +112,125 @@ except (RuntimeError, TypeError):  # TypeError: a number beyond 64 bits
                   'num_samples or max_new_tokens') from None
 torch.manual_seed(seed)
 stop_token = model.config.eos_token_id if model.config.eos_token_id >= 0 else tokenizer.end
-t0 = time.perf_counter()
-prompts = [prompt] * num_samples
-rows, speculation = decoder.generate(prompts, max_new_tokens, temperature, top_k, stop_token, speculative)
-dt = time.perf_counter() - t0 - decoder.compile_seconds
+# -----------------------------------------------------------------------------
 
-# print
-for row in rows:
-    text = tokenizer.decode(row[:-1] if row[-1] == stop_token and len(row) > len(prompt) else row)
-    print(scripts.for_output(text))
-    print('---------------')
-made = sum(map(len, rows)) - num_samples * len(prompt)
-if decoder.compile_seconds:
-    print(f'compiled in {decoder.compile_seconds:.1f} s')
-print(f'{made} tokens in {dt:.2f} s: {made / dt:.1f} tokens/s')
-if speculative:
-    passes, tokens, drafts, accepted = (count.sum(dim=0) for count in speculation)
+
+def write(text):
+    print(scripts.for_output(text), end='', flush=True)
+
+
+def speed(made, seconds):
+    return f'{made} tokens in {seconds:.2f} s: {made / seconds:.1f} tokens/s'
+
+
+def drafts_of(counted):
+    """Speculation -> a line about the drafts"""
+    passes, tokens, drafts, accepted = (count.sum(dim=0) for count in counted)
     rates = ', '.join(f'module {k} {100 * a / max(n, 1):.0f}%'
                       for k, (a, n) in enumerate(zip(accepted.tolist(), drafts.tolist()), start=1))
-    print(f'accepted drafts: {rates}; {tokens / passes:.2f} tokens per sample and pass' if passes > 0 else
-          'no draft was verified: a first token, and tokens past block_size, are decoded plainly')
+    return (f'accepted drafts: {rates}; {tokens / passes:.2f} tokens per sample and pass' if passes > 0 else
+            'no draft was verified: a first token, and tokens past block_size, are decoded plainly')
+
+
+def follow(row, spell, stopped=(), spare=0):
+    """Write the text that follows a row, token by token, and append the tokens to the row. spell: speller()'s, which
+    has spelt the row. It ends after a token if `stopped` is not empty any more.
+    """
+    for new in decoder.stream(row[:], max_new_tokens, temperature, top_k, stop_token, speculative, spare):
+        row += new
+        write(spell(new[:-1] if new[-1] == stop_token else new))
+        if stopped:
+            break
+    write(spell([], last=True))
+
+
+def ask():
+    """The user's next line; None at the end of the input"""
+    while True:
+        try:
+            return input('> ' if sys.stdin.isatty() and sys.stdout.isatty() else '')
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print('\nCtrl-D ends the conversation', file=sys.stderr)
+
+
+def with_line(row, line):
+    """The row and behind it the tokens of a line, which begins a line of the text too; Mistake if it has none."""
+    ended = row[-1:] == [stop_token] or tokenizer.decode(row[-16:])[-1:] in ('', '\n')
+    try:
+        ids = tokenizer.encode(line if ended or not line else '\n' + line)
+    except Mistake:
+        ids = tokenizer.encode(line)  # characters without a line's end
+    check_ids(ids)
+    guard.need(row + ids, 'there is no text yet that an empty line could continue: type some')
+    # a full context would cost a whole pass for each token: forget its older half
+    return (row + ids)[-max(1, block_size // 2):] if len(row + ids) >= block_size else row + ids
+
+
+@contextlib.contextmanager
+def interruptible():
+    """-> a list that Ctrl-C appends to. A second Ctrl-C, before the step is over, ends the program."""
+    pressed = []
+
+    def press(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, press)
+    yield pressed
+    signal.signal(signal.SIGINT, before)
+
+
+def converse(row):
+    """Continue the user's lines until the input ends."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() then knows the arrow keys)
+    if hasattr(sys.stdin, 'reconfigure'):
+        sys.stdin.reconfigure(errors='replace')
+    while (line := ask()) is not None:
+        try:
+            row = with_line(row, line)
+        except Mistake as e:
+            print(configurator.shown(str(e)), file=sys.stderr)
+            continue
+        spell, before = speller(tokenizer.decode), len(row)
+        spell(row)
+        t0, compiling = time.perf_counter(), decoder.compile_seconds
+        with interruptible() as pressed:
+            follow(row, spell, pressed, spare=before + max_new_tokens)
+        dt = time.perf_counter() - t0 - (decoder.compile_seconds - compiling)
+        print()
+        drafts = '; ' + drafts_of(speculation(decoder.kept.counts)) if speculative else ''
+        print(f'{speed(len(row) - before, dt)}; context {min(len(row), block_size)} of {block_size}{drafts}',
+              file=sys.stderr)
+
+
+if interactive:
+    converse(prompt)
+    sys.exit()
+t0 = time.perf_counter()
+if one_by_one:
+    rows, counts = [], []
+    for _ in range(num_samples):
+        rows.append(prompt[:])
+        spell = speller(tokenizer.decode)
+        write(spell(prompt))
+        follow(rows[-1], spell)
+        print('\n---------------')
+        counts.append(speculation(decoder.kept.counts.clone()))  # a compiled step keeps writing to them
+    counted = Speculation(*map(torch.cat, zip(*counts)))
+else:
+    prompts = [prompt] * num_samples
+    rows, counted = decoder.generate(prompts, max_new_tokens, temperature, top_k, stop_token, speculative)
+dt = time.perf_counter() - t0 - decoder.compile_seconds
+if not one_by_one:
+    for row in rows:
+        write(tokenizer.decode(row[:-1] if row[-1] == stop_token and len(row) > len(prompt) else row))
+        print('\n---------------')
+if decoder.compile_seconds:
+    print(f'compiled in {decoder.compile_seconds:.1f} s')
+print(speed(sum(map(len, rows)) - num_samples * len(prompt), dt))
+if speculative:
+    print(drafts_of(counted))

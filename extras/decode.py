@@ -74,6 +74,17 @@ class Speculation(NamedTuple):
     accepted: torch.Tensor  # (B, D): per module, drafts accepted
 
 
+def speculation(counts):
+    """A State's counts (B, 2 + 2 D) -> Speculation"""
+    return Speculation(counts[:, 0], counts[:, 1], *counts[:, 2:].chunk(2, dim=1))
+
+
+def check_scores(scores):
+    """Mistake if the score of a new token is nan or infinity."""
+    if not all(score < math.inf for score in scores):  # nor for nan
+        raise Mistake(NOT_FINITE)
+
+
 def compiled_step(model):
     # a CUDA graph or C++ saves the host's time, and so do guards that skip the model's modules; without
     # isolate_recompiles another model's Decoder would then get this model's graph
@@ -94,6 +105,7 @@ class Decoder:
     def __init__(self, model, compile=False):
         self.model, self.compile, self.step = model, compile, step
         self.states = {}  # kept for a compiled step: a CUDA graph works only on the tensors it was recorded with
+        self.kept = None  # the State of the last stream()
         self.calls = Counter()
         self.log_probs = []  # set by generate(): for each row the log-probabilities of the tokens it sampled
         self.compile_seconds = 0.0
@@ -123,7 +135,7 @@ class Decoder:
         if speculative and D == 0:
             raise ValueError('speculative decoding needs MTP modules, and this model has none')
         rows, counts = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), 2 + 2 * D, dtype=torch.long)
-        self.log_probs = [[] for _ in rows]
+        self.log_probs, self.kept = [[] for _ in rows], None
         if max_new_tokens > 0 and rows:
             contexts = [row[-block_size:] for row in rows]
             s = self.state(len(rows), min(max(map(len, contexts)) + max_new_tokens, block_size + 1), D)
@@ -136,8 +148,7 @@ class Decoder:
                 ends, scores = s.known.tolist(), s.scores.tolist()
                 for i, row, end, of_row in zip(places, s.tokens.tolist(), ends, scores):
                     new = slice(len(contexts[i]), end)
-                    if not all(score < math.inf for score in of_row[new]):  # nor for nan
-                        raise Mistake(NOT_FINITE)
+                    check_scores(of_row[new])
                     rows[i] += row[new]
                     self.log_probs[i] = of_row[new] if temperature >= GREEDY else []
 
@@ -165,7 +176,54 @@ class Decoder:
             for (row, left), new in zip(full, out[:, block_size:].tolist()):
                 new = new[:left]
                 row += new[:new.index(stop_token) + 1] if stop_token in new else new
-        return rows, Speculation(counts[:, 0], counts[:, 1], *counts[:, 2:].split((D, D), dim=1))
+        return rows, speculation(counts)
+
+    @torch.no_grad()
+    def stream(self, prompt, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False, spare=0):
+        """One prompt, token ids -> yields lists of the tokens that follow it, as they come: the same as generate()'s.
+        After each list the caller may leave.
+
+        The caches stay, and a next call with the same weights, whose prompt begins with all tokens so far, reads only
+        its own tokens. spare: positions to reserve for such calls
+        Mistake, ValueError: as in generate()
+        """
+        model, row = self.model, list(prompt)
+        block_size, D = model.config.block_size, len(model.mtp) if speculative else 0
+        if not row:
+            raise ValueError('stream needs a prompt of at least one token')
+        if speculative and D == 0:
+            raise ValueError('speculative decoding needs MTP modules, and this model has none')
+        last = len(row) + max_new_tokens
+        if max_new_tokens > 0:
+            context, kind = row[-block_size:], (D, temperature >= GREEDY, top_k)
+            length = min(len(context) + max_new_tokens, block_size + 1)
+            settings = max_new_tokens, temperature, stop_token, *kind
+            if self.continues(context, length, D):
+                extend(model, self.kept, context, *settings)
+            else:
+                self.kept = self.state(1, min(length + spare, block_size + 1), D)
+                begin(model, self.kept, [context], *settings)
+            known, done, s = len(context), False, self.kept
+            while not done:
+                if known > len(context):
+                    self.take_step(s, *kind)
+                new, done = slice(known, s.known.item()), s.done.item()
+                check_scores(s.scores[0, new].tolist())
+                tokens, known = s.tokens[0, new].tolist(), new.stop
+                row += tokens
+                yield tokens
+        while len(row) < last and row[-1] != stop_token:  # the context is full
+            idx = torch.tensor([row[-block_size:]], device=model.lm_head.weight.device)
+            row += model.generate(idx, 1, temperature, top_k)[0, -1:].tolist()
+            yield row[-1:]
+
+    def continues(self, prompt, length, D):
+        """True if the kept State has the beginning of this prompt, and room for `length` tokens."""
+        s = self.kept
+        if s is None or s.q.size(1) != D or s.tokens.size(1) < length + 1 + D:
+            return False
+        known = s.known.item()
+        return known <= len(prompt) and s.tokens[0, :known].tolist() == prompt[:known]
 
     def room(self, length, D):
         """-> S, the positions for rows of up to `length` tokens and 1 + D more, where a finished row still writes. A
@@ -263,13 +321,7 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     moved = source != [*range(len(source))]
     numbers = torch.tensor([[len(prompt) for prompt in prompts], source, firsts + [0] * (len(source) - U)])
     known, source, firsts = numbers.to(s.known.device)                                        # (B,) each
-    s.known.copy_(known)
-    s.end.copy_((known + max_new_tokens).clamp(max=model.config.block_size + 1))
-    s.tokens[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    s.done.fill_(False)
-    s.stop.fill_(-1 if stop_token is None else stop_token)
-    s.temperature.fill_(min(temperature, 1e30))  # fits in float32
-    s.counts.zero_()
+    write_prompts(model, s, prompts, max_new_tokens, temperature, stop_token)
     tokens = s.tokens[firsts[:U], :longest]                                                   # (U, longest)
     lengths = [longest] * U
     # a ring, unlike a cache with a row for each position, would keep the padding: each length by itself
@@ -283,6 +335,36 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     advance(model, s, h[source.unsqueeze(1), known.unsqueeze(1) - 1], 0, sampled, top_k)
     if D > 0:
         s.h[:, :longest] = h[source]
+        draft(model, s, sampled, top_k)
+
+
+def write_prompts(model, s, prompts, max_new_tokens, temperature, stop_token):
+    """The part of a State that needs no model: the prompts' tokens, padded, and what is asked for."""
+    longest = max(map(len, prompts))
+    s.known.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+    s.end.copy_((s.known + max_new_tokens).clamp(max=model.config.block_size + 1))
+    s.tokens[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    s.done.fill_(False)
+    s.stop.fill_(-1 if stop_token is None else stop_token)
+    s.temperature.fill_(min(temperature, 1e30))  # fits in float32
+    s.counts.zero_()
+
+
+def extend(model, s, prompt, max_new_tokens, temperature, stop_token, D, sampled, top_k):
+    """begin() for a State of one row that knows the beginning of its prompt: only the rest is read.
+
+    The caches lack the row of the newest known token. Module k made its k - 1 rows before that from drafts.
+    """
+    first, end = s.known.item() - 1, len(prompt)
+    write_prompts(model, s, [prompt], max_new_tokens, temperature, stop_token)
+    h, _ = model.main_stack(s.tokens[:, first:end], s.caches, first)                          # (1, end - first, C)
+    advance(model, s, h[:, -1:], 0, sampled, top_k)
+    if D > 0:
+        s.h[:, first:end] = h
+        first = max(0, first - D + 1)
+        h = s.h[:, first:end]
+        for k, module, blocks in mtp_modules(model, s.caches):  # draft() recomputes the last rows
+            h, _ = model.mtp_module(module, s.tokens[:, first + k:end + k], h, blocks, first)
         draft(model, s, sampled, top_k)
 
 

@@ -38,6 +38,28 @@ class Tokenizer(NamedTuple):
         return self.decode([i for i in ids if i != self.end])
 
 
+def speller(decode):
+    """-> spell(ids, last=False): the text that further token ids add. In sum it is decode() of all ids.
+
+    A character may be spread over several tokens. Until the character is whole, decode() ends with U+FFFD, which is
+    held back; last=True holds nothing back.
+    """
+    held, said = [], ''  # the last ids, and how much of their text was handed out
+
+    def spell(ids, last=False):
+        nonlocal held, said
+        held = held + ids
+        text = decode(held)
+        ready = text if last else text.rstrip('\ufffd')
+        piece, said = ready[len(said):], max(ready, said, key=len)
+        tail = decode(held[-16:]) if len(held) > 64 and said == text else None
+        if tail and text.endswith(tail):  # not if the tail begins within a character
+            held, said = held[-16:], tail
+        return piece
+
+    return spell
+
+
 def characters(stoi, itos):
     """One token per character."""
     def encode(text):

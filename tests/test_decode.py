@@ -6,9 +6,11 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import TINY, tiny_model
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
+import model_v4
 from extras import decode
 from extras.decode import Decoder, verify
 from model import MLA, Mistake, probabilities
@@ -139,6 +141,53 @@ def test_rows_that_are_done_are_computed_no_longer(monkeypatch, speculative):
     assert rows == [[*range(n, 10)] for n in range(9)]
     assert not speculative or told.tokens.tolist() == [8 - n for n in range(9)]
     assert sizes == ([9, 5, 2] if speculative else [9, 9, 6, 6, 4, 3, 2, 1])  # rows go when a quarter of them is done
+
+
+@pytest.mark.parametrize('overrides, speculative', [
+    ({}, False), (dict(num_nextn_predict_layers=3), True), (dict(engram_layers='0,1', hc_mult=2), True),
+    (dict(layer_types='ch', sliding_window=4, compress_rate_hca=8, index_topk=2), True)])
+def test_a_stream_keeps_its_caches_from_prompt_to_prompt(monkeypatch, overrides, speculative):
+    """Tokens and drafts are those of a prompt that is computed anew, but only its new tokens are read."""
+    overrides = {**TINY, 'block_size': 48, 'initializer_range': 0.2, **overrides}
+    later = 'index_topk' in overrides or 'hc_mult' in overrides
+    model = (model_v4.GPT(model_v4.GPTConfig(**overrides)) if later else tiny_model(**overrides)).eval()
+    read, stack, row = [], model.main_stack, prompts_of(5)[0]
+    monkeypatch.setattr(model, 'main_stack', lambda idx, *args: read.append(idx.size(1)) or stack(idx, *args))
+    decoder, D = Decoder(model), len(model.mtp) if speculative else 0
+    # tokens to generate, tokens of the next line, and how many of the prompt are read: all, where the room is too small
+    for n, line, reads in ((5, 4, 5), (1, 0, 5), (7, 1, 15), (9, 0, 2), (13, 2, 32), (5, 0, 3)):
+        anew = Decoder(model)
+        want = [*anew.stream(row, n, 0, speculative=speculative)]
+        read.clear()
+        lists = [*decoder.stream(row, n, 0, speculative=speculative, spare=10)]
+        assert lists == want and read[0] == reads
+        known = decoder.kept.known.item()
+        assert decoder.kept.tokens[0, :known + D].equal(anew.kept.tokens[0, :known + D])      # and the next drafts
+        assert decoder.kept.counts.equal(anew.kept.counts)
+        for mine, other in zip(*(tree_leaves(d.kept.caches) for d in (decoder, anew))):
+            if (mine.size(1), other.size(1)) == (decoder.kept.tokens.size(1), anew.kept.tokens.size(1)):  # no ring
+                assert torch.allclose(mine[:, :known - 1 - D], other[:, :known - 1 - D], atol=1e-4)
+        row += itertools.chain(*lists)
+        row += prompts_of(line)[0] if line else []
+    assert Decoder(model).generate([row[:-5]], 5, 0, speculative=speculative)[0] == [row]     # beyond block_size
+
+
+def test_a_stream_that_is_left_goes_on_where_it_was():
+    model, row = tiny_model().eval(), [3]
+    decoder, want = Decoder(model), plain(model, [[3]], 25)[0]
+    for tokens in decoder.stream([3], 20, 0, speculative=True, spare=9):
+        row += tokens
+        if len(row) > 5:
+            break
+    assert row == want[:len(row)] and len(row) < 12 and decoder.continues(row, 25, 2)
+    rest = itertools.chain(*decoder.stream(row, 26 - len(row), 0, stop_token=want[-1], speculative=True))
+    assert [*rest] == want[len(row):want.index(want[-1], len(row)) + 1]
+    assert not decoder.continues([3, 3], 20, 2) and not decoder.continues(row[:2], 20, 2)
+    decoder.generate([row], 5)
+    assert not decoder.continues(row, 20, 2)                         # a compiled one writes to the same State
+    for mistake, prompt, speculative in (('at least one', [], False), ('MTP modules', [1], True)):
+        with pytest.raises(ValueError, match=mistake):
+            next(Decoder(tiny_model(num_nextn_predict_layers=0)).stream(prompt, 3, speculative=speculative))
 
 
 def test_equal_prompts_are_computed_once(monkeypatch):

@@ -1,6 +1,7 @@
 """sample.py, and which tokenizer a checkpoint speaks."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 import convert
 from extras import scripts, tokenizer
+from extras.decode import Decoder
 from model import Mistake
 
 FEW = ['--device=cpu', '--dtype=float32', '--num_samples=1', '--max_new_tokens=20', '--temperature=0', '--start=1+2']
@@ -110,11 +112,117 @@ def test_every_way_of_decoding_gives_the_same_text(made, monkeypatch):
         assert re.fullmatch(r'40 tokens in \d+\.\d\d s: \d+\.\d tokens/s', said[-1])
 
 
+def test_samples_one_by_one_as_they_come(made, monkeypatch):
+    """--stream=True, and one sample: the text of the batch, in many pieces."""
+    flags = '--max_new_tokens=40', '--num_samples=2'                 # the context has 32 tokens
+    whole, written = [], []
+    monkeypatch.setattr(scripts, 'for_output', lambda text: written.append(text) or text)
+    for more in ((), ('--stream=True',), ('--stream=True', '--speculative=True'), ('--num_samples=1',)):
+        written.clear()
+        whole.append(text(made, *flags, *more))
+        assert (len(written) == 2) == (not more) and (more == () or len(written) > 15)
+    assert len(set(whole)) == 1 and len(whole[0]) == 43
+
+
 @pytest.mark.parametrize('flag', ['--max_new_tokens=1', '--start=' + '1+2' * 11])
 def test_speculation_without_drafts_says_so(made, flag):
     """The second prompt fills the context, of 32 tokens."""
     code, out, err = run_inside(str(ROOT / 'sample.py'), *FEW, '--speculative=True', flag, cwd=made)
     assert code == 0 and out.splitlines()[-1].startswith('no draft was verified'), err
+
+
+# -----------------------------------------------------------------------------
+# a conversation
+
+def converse(cwd, monkeypatch, lines, *flags, **attributes):
+    """What --interactive=True says to these lines: its answers, and its standard error output"""
+    monkeypatch.setattr('sys.stdin', io.StringIO(lines))
+    for name, value in attributes.items():
+        monkeypatch.setattr(Decoder, name, value)
+    code, out, err = run_inside(str(ROOT / 'sample.py'), *FEW[:-1], '--interactive=True', *flags, cwd=cwd)
+    assert code == 0, err
+    return re.sub('^(Overriding.*\n)*', '', out), err.splitlines()
+
+
+@pytest.mark.parametrize('speculative', [False, True])
+def test_a_conversation(made, tmp_path, monkeypatch, speculative):
+    """Each answer continues all the text so far; a line that the model does not know is said, and left out."""
+    flags = '--max_new_tokens=7', f'--speculative={speculative}'
+    told, said = converse(made, monkeypatch, '\n1+2\né\n*4\n\n', *flags)
+    want, whole = [], ''
+    for line in ('1+2', '\n*4', ''):                                 # 27 characters, and the context has 32 tokens
+        whole += line
+        (tmp_path / 'whole.txt').write_text(whole)
+        answer = text(made, '--max_new_tokens=7', f'--start=FILE:{tmp_path}/whole.txt')[len(whole):]
+        want.append(answer)
+        whole += answer
+    assert told == ''.join(answer + '\n' for answer in want) and len(whole) == 27
+    line = r'7 tokens in \d\.\d\d s: [\d.]+ tokens/s; context (\d+) of 32' + '; accepted.*' * speculative
+    told = [re.fullmatch(line, s) and re.fullmatch(line, s)[1] for s in said]
+    assert told == [None, '10', None, '20', '27']
+    assert 'type some' in said[0] and "does not know the characters 'é'" in said[2]
+
+
+def test_a_conversation_forgets_its_oldest_half(made, monkeypatch):
+    _, said = converse(made, monkeypatch, '1+2\n' + '\n' * 5, '--max_new_tokens=7')
+    assert [line.partition('context ')[2] for line in said] == [f'{n} of 32' for n in (10, 17, 24, 31, 32, 16 + 7)]
+
+
+def test_ctrl_c_ends_an_answer(made, monkeypatch):
+    """And not the conversation. A second one, before the next token comes, ends that too."""
+    stream, times = Decoder.stream, [1]
+
+    def interrupted(*args):
+        for i, tokens in enumerate(stream(*args)):
+            for _ in range(times[0] * (i == 2)):
+                signal.raise_signal(signal.SIGINT)
+            yield tokens
+
+    told, said = converse(made, monkeypatch, '1+2\n1+2\n', stream=interrupted)
+    assert [line.partition(' in ')[0] for line in said] == ['3 tokens'] * 2
+    times[0] = 2
+    monkeypatch.setattr('sys.stdin', io.StringIO('1+2\n'))
+    code, _, said = run_inside(str(ROOT / 'sample.py'), *FEW, '--interactive=True', cwd=made)
+    assert (code, said) == (130, 'interrupted\n')
+
+
+@pytest.mark.slow
+def test_a_conversation_at_a_terminal(made):
+    """Answers come without control characters. Ctrl-C at the prompt says how to leave; Ctrl-D leaves."""
+    ours, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / 'sample.py', *FEW, '--interactive=True', '--temperature=9',
+                                '--max_new_tokens=28'], cwd=made, stdin=terminal, stdout=terminal, stderr=terminal,
+                               env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'dumb'}, start_new_session=True)
+    os.close(terminal)
+    seen = b''
+    for keys, answer in ((b'', b'> '), (b'1+2\n', b'of 32'), (None, b'Ctrl-D ends'), (b'\x04', b'')):
+        process.send_signal(signal.SIGINT) if keys is None else os.write(ours, keys)
+        while answer and answer not in seen:
+            seen += os.read(ours, 1 << 16)
+        done, seen = seen, b''
+        if answer == b'of 32':
+            assert b'U+00' in done and not re.search(rb'[\x00-\x08\x0b\x0c\x0e-\x1f]', done.partition(b'1+2')[2])
+    assert process.wait(timeout=60) == 0
+    os.close(ours)
+
+
+def test_text_comes_in_whole_characters(tmp_path, tiktoken_cache, monkeypatch):
+    """A byte is a token: no piece has half a character, and all pieces are the whole text, through two tokenizers."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tiktoken_cache))
+    write_tokenizer(tmp_path / 'hf')
+    said = 'the é, 東京, 😀👩‍🚀 é\n' * 20
+    for speaks in (tokenizer.from_folder(tmp_path / 'hf'), tokenizer.gpt2()):
+        ids = speaks.encode(said)
+        spell = tokenizer.speller(speaks.decode)
+        pieces = [spell([i]) for i in ids]
+        assert len(ids) > 400 and '' in pieces and all('\ufffd' not in piece for piece in pieces)
+        assert ''.join(pieces) + spell([], last=True) == speaks.decode(ids) == said
+        for cut in range(1, 20):                                     # what ends within a character
+            spell = tokenizer.speller(speaks.decode)
+            assert ''.join(map(spell, ([i] for i in ids[:cut]))) + spell([], last=True) == speaks.decode(ids[:cut])
+    calls = []
+    spell = tokenizer.speller(lambda ids: calls.append(len(ids)) or 'a' * len(ids))
+    assert ''.join(spell([7]) for _ in range(999)) == 'a' * 999 and max(calls) < 99  # no text is spelt again and again
 
 
 # -----------------------------------------------------------------------------
@@ -129,7 +237,8 @@ def test_speculation_without_drafts_says_so(made, flag):
     (['--num_samples=' + '9' * 30], 'GB of memory'), (['--max_new_tokens=1000000000000000'], 'GB of memory'),
     (['--start=file:prompt.txt'], 'begin with FILE: in capitals'), (['--start=FILE:nowhere'], 'No such file'),
     (['--start=FILE:out/ckpt.pt'], "can't decode byte"), (['--num_samples=0'], 'must be positive'),
-    (['--temperature=-1'], 'not be negative'), (['--seed=' + '1' * 23], 'must fit in 64 bits'),
+    (['--interactive=True', '--max_new_tokens=0'], 'be positive in'), (['--temperature=-1'], 'not be negative'),
+    (['--seed=' + '1' * 23], 'must fit in 64 bits'),
     (['--device=meta'], "device='meta' cannot be used"),
     (['--init_from=out'], 'has no config.json, but a ckpt.pt'), (['--start=\udcff'], "characters '\\udcff'"),
     (['--init_from=hf', '--start=\udcff'], 'does not know all of'),
