@@ -1,5 +1,5 @@
-# The main run goes on with V3.2's sparse attention: a query attends to 256 of up to 1,024 positions. Three steps, here on
-# one GPU; torchrun as in config/train_deepseek.py:
+# The main run goes on with V3.2's sparse attention: a query attends to 256 of up to 1,024 positions. Three steps, here
+# on one GPU; torchrun as in config/train_deepseek.py:
 #
 #   python train.py config/train_deepseek.py                                        # dense attention
 #   python train.py config/train_v32.py --init_from=out-deepseek --out_dir=out-v32-warm --index_warmup=True \

@@ -1,6 +1,7 @@
 """The model against plain evaluations of the papers' equations, and its fast paths against slow ones."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -327,6 +328,21 @@ def test_where_experts_are_one_wide_ffn(monkeypatch):
         for experts, wide in zip((14, 15, 28, 29), expected):
             found = experts_file.is_wide(7, experts, torch.device(device), dtype, kernels)
             assert found == (wide == '1'), (device, dtype, experts)
+
+
+def test_few_tokens_compute_every_expert_where_they_choose_half_of_them():
+    """Only without gradients: decoding."""
+    for N, K, E, on_gpu, few in ((1, 4, 8, False, True), (1, 4, 9, False, False), (16, 4, 64, False, True),
+                                 (17, 4, 64, False, False), (256, 4, 64, True, True), (257, 4, 64, True, False)):
+        assert experts_file.is_few(N, K, E, on_gpu) == few
+    ways = []
+    way = functools.partial(experts_file.fastest, wide_way=None, kernels=False,
+                            sorted_way=lambda x, *_: ways.append(len(x)) or x)
+    experts, gates = torch.zeros(4, 3, dtype=torch.long), torch.zeros(4, 3)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            way(torch.zeros(4, 32), gates, experts, torch.zeros(8, 16, 32), torch.zeros(8, 32, 8))
+    assert ways == [4]
 
 
 def test_dispatch_and_combine_are_each_others_transpose():
