@@ -3,10 +3,10 @@ Writes one HTML page that shows a trained model while it reads a text: experts, 
 
     python inside.py --out_dir=out-demo --text=FILE    # a text of one's own, in UTF-8; writes out-demo/inside.html
 
-The page is one file that needs no network. extras/inside.html is its template: the numbers come from here, as JSON.
+The page is one file that needs no network. extras/inside.html is its template: the numbers come from here, as JSON, and
+from extras/attention_maps.py and, for a model of model_v4.py, extras/inside_v4.py.
 """
 
-import base64
 import html
 import json
 import math
@@ -19,7 +19,8 @@ import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
 import torch
 from torch.nn import functional as F
 
-from extras import decode, guard, output, scripts
+from extras import decode, guard, inside_v4, output, scripts
+from extras.attention_maps import attention_of, pack, rounded, score_parts
 from model import MoE
 from plot import read_log
 
@@ -33,19 +34,6 @@ map_bytes = 600_000  # of all attention maps together; where one cell per token 
 if __name__ == '__main__':
     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
-
-
-def pack(x, bits=16):
-    """A tensor of numbers >= 0 -> its shape, and the base64 of its numbers, each rounded to a multiple of `scale`."""
-    top = 2 ** bits - 1
-    scale = max(x.max().item(), 1e-9) / top if x.is_floating_point() else 1
-    steps = (x / scale).round().long().cpu().numpy().astype(f'<u{bits // 8}')
-    return {'shape': list(x.shape), 'bits': bits, 'scale': scale, 'data': base64.b64encode(steps.tobytes()).decode()}
-
-
-def rounded(x, digits=4):
-    """A tensor as lists of numbers; they are finite, or JSON could not hold them."""
-    return [rounded(row, digits) for row in x] if x.dim() > 0 else round(x.item(), digits)
 
 
 # the tokens as text
@@ -111,52 +99,6 @@ def watch(model, idx, caches=None):
     return states, [x for x, _ in into], [x for _, x in into]
 
 
-def score_parts(model, attn, x):
-    """x (1, T, C) -> the two parts of the attention scores, before the softmax: nope and rope (H, T, T). V3 eq. 10"""
-    T, n = x.size(1), attn.config.qk_nope_head_dim
-    q, latent = attn.project(x, model.rope_cos[:T], model.rope_sin[:T])
-    k, _ = attn.expand(latent)                                                         # (1, H, T, n+r), as q
-    nope = q[..., :n] @ k[..., :n].transpose(-1, -2)                                   # (1, H, T, T)
-    rope = q[..., n:] @ k[..., n:].transpose(-1, -2)
-    return attn.scale * nope[0], attn.scale * rope[0]
-
-
-def attention_of(nope, rope, cell):
-    """Parts of the scores (H, T, T) -> the maps on the page, and numbers about each head.
-
-    The softmax takes no notice of what is added to all of a row: each row of a part is shown less its mean.
-    """
-    H, T, _ = nope.shape
-    seen = torch.ones(T, T, dtype=torch.bool, device=nope.device).tril()
-    weights = (nope + rope).masked_fill(~seen, -math.inf).softmax(dim=-1)              # (H, T, T)
-    parts = [((x - (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)) * seen) for x in (nope, rope)]
-
-    n = -(-T // cell)
-    rows, columns = torch.tril_indices(n, n, device=nope.device)
-
-    def cells(x):
-        """The sum over each cell: (H, T, T) -> (H, n (n + 1) / 2), the lower triangle row by row."""
-        x = F.pad(x, (0, n * cell - T, 0, n * cell - T)).unflatten(2, (n, cell)).unflatten(1, (n, cell))
-        return x.sum(dim=(2, 4))[:, rows, columns]                                     # (H, n, cell, n, cell)
-
-    queries = torch.full((n,), cell, device=nope.device)
-    queries[-1] = T - cell * (n - 1)
-    pairs = cells(seen[None].float())
-    shown = [cells(part) / pairs for part in parts]
-    limit = max(part.abs().max().item() for part in shown) or 1.0
-
-    half = torch.arange(T // 2, T, device=nope.device)
-    distance = (torch.arange(T, device=nope.device)[:, None] - torch.arange(T, device=nope.device)).float()
-    numbers = {'itself': weights[:, half, half], 'previous': weights[:, half, (half - 1).clamp(min=0)],
-               'first': weights[:, half, 0], 'back': (weights * distance).sum(dim=-1)[:, half]}
-    spreads = [(part[:, half].square().sum(dim=(1, 2)) / seen[half].sum()).sqrt() for part in parts]
-    return {'cells': n, 'cell': cell, 'limit': limit,
-            'weights': pack((cells(weights) / queries[rows]).clamp(min=0).sqrt(), 8),  # roots: small ones are many
-            'nope': pack(shown[0] / limit + 1, 8), 'rope': pack(shown[1] / limit + 1, 8),
-            'numbers': {name: rounded(x.mean(dim=1)) for name, x in numbers.items()},
-            'spread': [rounded(x) for x in spreads]}
-
-
 def speculate(model, ids, h, caches):
     """Greedy speculative decoding from every place of the text, by extras/decode.py: for the known tokens t_0 .. t_p
     the D drafts for t_{p+1} .. t_{p+D}, the main model's choices given them, and how many of them it accepts.
@@ -172,8 +114,11 @@ def speculate(model, ids, h, caches):
         s = decode.empty_state(model, len(places), T + 1 + D, D)
         s.tokens[:, :T], s.h[:, :T] = ids, h
         s.known.copy_(places + 1)  # what the rows hold beyond, is not looked at, or written first
-        for cache, of_text in zip(s.caches, caches):
-            cache[:, :T] = of_text[:, :T]
+        if inside_v4.has_rings(model):
+            inside_v4.read_prefixes(model, s, places)
+        else:
+            for cache, of_text in zip(s.caches, caches):
+                cache[:, :T] = of_text[:, :T]
         decode.draft(model, s, sampled=False, top_k=None)
         positions = places.unsqueeze(1) + steps                                        # (B, 1+D)
         tokens = s.tokens.gather(1, positions)
@@ -196,8 +141,9 @@ def count_experts(model, windows):
         _, _, into = watch(model, part)
         moe_inputs = [(block.mlp, x) for block, x in zip(model.blocks(), into) if isinstance(block.mlp, MoE)]
         for i, (moe, x) in enumerate(moe_inputs):
-            _, _, experts = moe.route(x.flatten(0, 1))                                 # (N, K)
-            token = at[:, at.size(1) - x.size(1):].flatten()                           # (N,)
+            newest = at.size(1) - x.size(1)
+            _, _, experts = inside_v4.route(moe, x.flatten(0, 1), part[:, newest:].flatten())          # (N, K)
+            token = at[:, newest:].flatten()                                           # (N,)
             met[i].index_put_((token.unsqueeze(1).expand_as(experts), experts), torch.ones(()).to(met[i]), True)
             there[i].index_add_(0, token, torch.ones_like(token, dtype=torch.float))
     return tokens, met, there
@@ -219,11 +165,11 @@ def typical_tokens(met, there, most=8):
     return out
 
 
-def moved_by_bias(moe, x, experts):
-    """The share of tokens (N, C) that would meet other experts than these (N, K) without the bias b."""
+def moved_by_bias(moe, x, experts, tokens):
+    """The share of tokens that would meet other experts than these (N, K) without the bias b. x (N, C), ids: (N,)"""
     bias = moe.e_score_correction_bias.clone()
     moe.e_score_correction_bias.zero_()
-    _, _, plain = moe.route(x)
+    _, _, plain = inside_v4.route(moe, x, tokens)
     moe.e_score_correction_bias.copy_(bias)
     return (plain.sort(dim=1).values != experts.sort(dim=1).values).any(dim=1).float().mean().item()
 
@@ -249,8 +195,24 @@ def heads_of(model, states, ids):
     return heads
 
 
-def layers_of(model, attn_inputs, mlp_inputs, counts):
-    """For each block, main stack first: its attention, and its experts if it has any."""
+def experts_of(moe, number, x, tokens, counts):
+    """x (N, C) into an MoE layer, the MoE layer's number, its tokens (N,), and count_experts() of all MoE layers"""
+    scores, gates, experts = inside_v4.route(moe, x, tokens)                           # (N, E), (N, K) twice
+    order = gates.argsort(dim=1, descending=True)
+    _, met, there = counts
+    load = met[number].sum(dim=0)
+    shown = {'number': number, 'scores': pack(scores), 'gates': pack(gates.gather(1, order)),
+             'chosen': pack(experts.gather(1, order), 16), 'bias': rounded(moe.e_score_correction_bias, 6),
+             'load': load.long().tolist(), 'max_vio': (load.max() / load.mean() - 1).item(),
+             'moved': moved_by_bias(moe, x, experts, tokens),
+             'typical': typical_tokens(met[number], there[number])}
+    return shown | ({'hashed': True} if hasattr(moe, 'tid2eid') else {})
+
+
+def layers_of(model, ids, attn_inputs, mlp_inputs, counts, found):
+    """For each block, main stack first: its attention, its experts if it has any, and what model_v4.py adds, from
+    inside_v4.recorded().
+    """
     names = [(str(i), 0) for i in range(model.config.n_layer)]  # as in the code: transformer.h.0
     for k, module in enumerate(model.mtp, start=1):
         names += [(f'MTP {k}' + (f'.{i}' if len(module.h) > 1 else ''), k) for i in range(len(module.h))]
@@ -259,19 +221,24 @@ def layers_of(model, attn_inputs, mlp_inputs, counts):
     cell = -(-T // max(side, 1))
     layers, moe_layer = [], 0
     for block, (name, start), x, y in zip(model.blocks(), names, attn_inputs, mlp_inputs):
-        layer = {'name': name, 'start': start, 'attention': attention_of(*score_parts(model, block.attn, x), cell)}
+        rows = T - start
+        if block.attn in found:
+            attention = inside_v4.window_attention_of(block.attn, found[block.attn], rows, cell)
+        elif hasattr(block.attn, 'indexer'):
+            attention = inside_v4.sparse_attention_of(model, block.attn, x, cell)
+        else:
+            attention = attention_of(*score_parts(model, block.attn, x), cell)
+        layer = {'name': name, 'start': start, 'attention': attention}
         if isinstance(block.mlp, MoE):
-            scores, gates, experts = block.mlp.route(y.flatten(0, 1))                  # (T-k, E), (T-k, K) twice
-            order = gates.argsort(dim=1, descending=True)
-            _, met, there = counts
-            load = met[moe_layer].sum(dim=0)
-            layer['experts'] = {
-                'number': moe_layer, 'scores': pack(scores), 'gates': pack(gates.gather(1, order)),
-                'chosen': pack(experts.gather(1, order), 16), 'bias': rounded(block.mlp.e_score_correction_bias, 6),
-                'load': load.long().tolist(), 'max_vio': (load.max() / load.mean() - 1).item(),
-                'moved': moved_by_bias(block.mlp, y.flatten(0, 1), experts),
-                'typical': typical_tokens(met[moe_layer], there[moe_layer])}
+            layer['experts'] = experts_of(block.mlp, moe_layer, y.flatten(0, 1), ids[start:], counts)
             moe_layer += 1
+        streams = inside_v4.mixing(block, found, rows)
+        if streams:
+            few = model.config.hc_mult <= 8  # else the numbers of each token would be too many
+            layer['streams'] = [{'mean': rounded(x.mean(dim=0)), **({'at': pack(x)} if few else {})} for x in streams]
+        gate = inside_v4.memory_gate(block, found, rows)
+        if gate is not None:
+            layer['gate'] = pack(gate)
         layers.append(layer)
     return layers
 
@@ -295,10 +262,16 @@ def training_of(path, n_moe_layers, n_experts, most=100):
             'bias': [[[round(b, 4) for b in row] for row in r['bias']] for r in records]}
 
 
-def cache_of(model, dtype):
-    """Bytes per token in the main stack's blocks: of the latent cache, and of keys and values of all heads."""
+def cache_of(model, dtype, T):
+    """Bytes per token in the main stack's blocks: of the latent cache, and of keys and values of all heads. V4's cache
+    does not grow evenly: its bytes after each of T tokens.
+    """
     cfg, size = model.config, getattr(torch, dtype).itemsize
     heads = cfg.n_head * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
+    if inside_v4.has_rings(model):
+        heads = 2 * cfg.n_head * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+        return {'bytes': inside_v4.cache_bytes(model, T, size), 'mha': cfg.n_layer * heads * size, 'dtype': dtype,
+                'layers': cfg.n_layer}
     return {'latent': cfg.n_layer * cfg.cache_width * size, 'mha': cfg.n_layer * heads * size, 'dtype': dtype,
             'layers': cfg.n_layer, 'latent_numbers': cfg.cache_width, 'mha_numbers': heads}
 
@@ -310,7 +283,8 @@ def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
     ids = torch.tensor(ids, device=model.lm_head.weight.device)
     T = min(len(ids), cfg.block_size)
     caches = decode.empty_state(model, 1, T, D).caches
-    states, attn_inputs, mlp_inputs = watch(model, ids[None, :T], caches)
+    with inside_v4.recorded(model) as found:
+        states, attn_inputs, mlp_inputs = watch(model, ids[None, :T], caches)
     heads = heads_of(model, states, ids[:T])
     drafts = None
     if D > 0:
@@ -319,7 +293,7 @@ def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
 
     windows = ids[:max(1, min(len(ids), count_tokens) // T) * T].view(-1, T)
     counts = count_experts(model, windows) if cfg.n_routed_experts > 0 else None
-    layers = layers_of(model, attn_inputs, mlp_inputs, counts)
+    layers = layers_of(model, ids[:T], attn_inputs, mlp_inputs, counts, found)
     named = {i for head in heads for row in head['ids'] for i in row}
     named |= {i for row in (drafts['ids'] + drafts['choices'] if drafts else []) for i in row if i >= 0}
     for layer in layers:
@@ -331,7 +305,7 @@ def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
             'words': {i: pieces_of(tokenizer, [i])[0] for i in sorted(named)}, 'heads': heads, 'drafts': drafts,
             'layers': layers, 'tokens': len(ids), 'counted': windows.numel(), 'block_size': cfg.block_size,
             'E': E, 'K': cfg.num_experts_per_tok, 'scoring': cfg.scoring_func, 'scaling': cfg.routed_scaling_factor,
-            'groups': [cfg.n_group, cfg.topk_group], 'cache': cache_of(model, dtype),
+            'groups': [cfg.n_group, cfg.topk_group], 'cache': cache_of(model, dtype, T),
             'training': training_of(log_path, len(model.moe_layers()), E) if E > 0 else None}
 
 
@@ -358,8 +332,6 @@ def main():
     guard.check_device(device)
     words = scripts.read_text(text)
     model, checkpoint, tokenizer = scripts.load_checkpoint(out_dir, device)
-    guard.need(not getattr(model.config, 'layer_types', ''),
-               f"{out_dir} has V4's attention (layer_types), and this page draws MLA")
     dtype = (checkpoint.get('config') or {}).get('dtype') or 'float32'
     ids = tokenizer.begin + tokenizer.encode(words)
     least, context = 2 + len(model.mtp), model.config.block_size

@@ -444,14 +444,18 @@ class HyperConnection(nn.Module):
 
     def forward(self, x):
         """x (B, T, n, C) -> the sublayer's input (B, T, C), post (B, T, n) and comb (B, T, n, n), these two in fp32"""
+        pre, post, comb = self.weights(x)
+        return weighted(x, pre), post, comb
+
+    def weights(self, x):
+        """x (B, T, n, C) -> pre (B, T, n), post (B, T, n) and comb (B, T, n, n), in fp32"""
         n = x.size(2)
         sizes = n, n, n * n
         pre, post, comb = (part * scale + base for part, scale, base in zip(
             stream_weights(x, self.fn, self.norm_eps).split(sizes, dim=-1), self.scale.float(),
             self.base.float().split(sizes)))
-        pre = pre.sigmoid() + self.eps                                      # (B, T, n)
         comb = sinkhorn(comb.unflatten(-1, (n, n)), self.iters, self.eps)
-        return weighted(x, pre), 2 * post.sigmoid(), comb
+        return pre.sigmoid() + self.eps, 2 * post.sigmoid(), comb
 
 
 def stream_weights(x, fn, eps):
@@ -536,16 +540,20 @@ class Engram(nn.Module):
         C, eps = self.config.n_embd, self.config.rms_norm_eps
         x = h.unflatten(-1, (-1, C)) if h.dim() == 3 else h                 # (B, T, n, C)
         e = self.table(self.rows(self.canonical[tokens])).flatten(-2)       # (B, T, R * engram_dim)
-        key = rms(self.k_proj(e).unflatten(-1, (-1, C)), eps) * self.k_norm.view(-1, C)
-        a = (key * rms(x, eps) * self.h_norm.view(-1, C)).sum(dim=-1, keepdim=True) / math.sqrt(C)
-        gate = (a.abs().clamp(min=1e-6).sqrt() * a.sign()).sigmoid()        # (B, T, n, 1), in fp32
-        v = gate * self.v_proj(e).unsqueeze(2)                              # (B, T, n, C)
+        v = self.gate(x, e) * self.v_proj(e).unsqueeze(2)                   # (B, T, n, C)
         if self.config.engram_conv:
             z = (rms(v, eps) * self.conv_norm.view(-1, C)).flatten(2).to(compute_dtype(h))   # (B, T, n C)
             steps = [k * self.config.engram_ngram for k in range(4)]        # dilation N
             past = zip(self.conv, look_back(z, steps, 0, cache, pos))
             v = v + F.silu(sum(weight * row for weight, row in past)).view_as(v)
         return v.view_as(h).to(h.dtype)
+
+    def gate(self, x, e):
+        """Streams x (B, T, n, C), the rows that were found e (B, T, R * engram_dim) -> gates (B, T, n, 1) in fp32"""
+        C, eps = self.config.n_embd, self.config.rms_norm_eps
+        key = rms(self.k_proj(e).unflatten(-1, (-1, C)), eps) * self.k_norm.view(-1, C)
+        a = (key * rms(x, eps) * self.h_norm.view(-1, C)).sum(dim=-1, keepdim=True) / math.sqrt(C)
+        return (a.abs().clamp(min=1e-6).sqrt() * a.sign()).sigmoid()
 
     def rows(self, tokens):
         """Canonical tokens (B, T, N) -> for each length and head a row of the joint table, (B, T, R)"""

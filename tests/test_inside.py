@@ -265,9 +265,9 @@ def test_a_long_chain_of_shared_characters_takes_no_longer_than_other_tokens():
 EVIL = '</script><!--\0\x1b\u202e\u2028\ufeff&"\'<>`\\ \n\tab'
 
 
-def write_checkpoint(folder, chars=None, **overrides):
+def write_checkpoint(folder, chars=None, build=tiny_model, **overrides):
     chars = ''.join(LETTERS) if chars is None else chars
-    model = tiny_model(**{'vocab_size': max(61, len(chars)), **overrides})
+    model = build(**{'vocab_size': max(61, len(chars)), **overrides})
     folder.mkdir(exist_ok=True)
     meta = {'stoi': {ch: i for i, ch in enumerate(chars)}, 'itos': dict(enumerate(chars))} if chars else {}
     torch.save({'model': model.state_dict(), 'model_args': dataclasses.asdict(model.config), 'iter_num': 7,
@@ -409,17 +409,19 @@ def test_what_a_page_replaces(tmp_path):
 # -----------------------------------------------------------------------------
 # in a browser
 
-# a reader's acts, and what is on the page after each; it ends up in an element that --dump-dom prints
-ACTS = """
+# a reader's acts, and what is on the page after each
+HOVER = """
 const said = {errors};
 const token = i => document.querySelectorAll('.token')[i];
+const hover = i => token(i).dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'}));
+"""
+ACTS = HOVER + """
 const bands = () => [...document.querySelectorAll('.band')].map(x => x.textContent).join('|');
 const detail = () => document.getElementById('detail').textContent;
 said.tokens = document.querySelectorAll('.token').length;
 said.title = document.title;
 said.words = [...document.querySelectorAll('.word')].map(x => x.textContent);
 said.bands = [bands()];
-const hover = i => token(i).dispatchEvent(new PointerEvent('pointerover', {bubbles: true, pointerType: 'mouse'}));
 hover(5);
 said.hovered = [detail()];
 token(2).click();
@@ -440,24 +442,38 @@ said.canvases = [...document.querySelectorAll('canvas')].map(x =>
   new Set(x.getContext('2d').getImageData(0, 0, x.width, x.height).data).size);
 said.charts = document.querySelectorAll('svg').length;
 said.width = document.documentElement.scrollWidth;
+"""
+# it ends up in an element that --dump-dom prints, also of a page that holds this one in a frame
+TELL = """
 const out = document.createElement('pre');
 out.id = 'said';
 out.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(said))));
 document.body.append(out);
+if (parent !== window) parent.postMessage(out.textContent, '*');
 """
+FRAME = """<iframe src="acts.html" style="width: WIDTHpx; height: 844px; border: 0"></iframe><script>
+onmessage = event => {
+  const out = document.createElement('pre');
+  out.id = 'said';
+  out.textContent = event.data;
+  document.body.append(out);
+};</script>"""
 
 
-def in_browser(folder, page):
-    """What ACTS found on the page, 500 pixels wide: a headless window is no narrower."""
+def in_browser(folder, page, acts=ACTS, frame=None):
+    """What the acts found on the page, 500 pixels wide: a headless window is no narrower. frame: of this width instead
+    """
     browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if browser is None:
         pytest.skip('no Chromium here: apt-get install chromium')
     start = "<script>const errors = []; onerror = message => { errors.push(message); };" \
             "console.error = console.warn = (...words) => errors.push(words.join(' '));</script>"
-    page = page.replace('<head>', '<head>' + start).replace('</body>', f'<script>{ACTS}</script></body>')
+    page = page.replace('<head>', '<head>' + start).replace('</body>', f'<script>{acts}{TELL}</script></body>')
     (folder / 'acts.html').write_text(page)
+    (folder / 'frame.html').write_text(FRAME.replace('WIDTH', str(frame)))
     command = [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={folder}/profile',
-               '--window-size=500,844', '--dump-dom', f'file://{folder}/acts.html']
+               '--window-size=500,844', '--virtual-time-budget=2000', '--dump-dom',
+               f'file://{folder}/{"frame" if frame else "acts"}.html']
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     found = re.search(r'<pre id="said">([^<]+)</pre>', done.stdout)
     assert found, done.stderr[-2000:] + done.stdout[-2000:]

@@ -405,13 +405,6 @@ def test_v4s_attention_keeps_accepted_drafts():
     assert told.tokens.sum() > 2 * told.passes.sum()
 
 
-def test_inside_says_that_it_draws_no_v4_attention(small):
-    train(small, V4, '--max_iters=3', '--layer_types=cs')
-    (small / 'text.txt').write_text('0123456789')
-    code, _, said = run_inside('inside.py', '--out_dir=out', '--text=text.txt', '--device=cpu', cwd=small)
-    assert code == 2 and said.splitlines()[-1] == "out has V4's attention (layer_types), and this page draws MLA"
-
-
 def test_rings_do_not_grow_with_the_context():
     gpt = windowed()
     sizes = [[[x.shape[1] for x in block] for block in gpt.make_cache(1, length)] for length in (32, 320)]
