@@ -205,6 +205,7 @@ raw_model.to(device)
 if guard:
     guard.check_fit(init_from, path, raw_model, loaded, config, overrides, meta, max_over_ranks)
     guard.check_tokens(data, raw_model.config, config, meta, max_over_ranks)
+    import_extra('canonical', 'architecture').begin(raw_model, init_from, data_dir, meta)  # of tokens spelled alike
 loaded = loaded if init_from == 'resume' else {}  # a new run takes the weights alone
 
 # -----------------------------------------------------------------------------
@@ -446,8 +447,7 @@ while True:
         if master:
             left = int(running_dt * (max_iters - iter_num - 1))
             line = f'iter {iter_num}: loss {record["loss"]:.4f}, time {dt * 1000:.2f}ms'
-            if not math.isnan(mfu):  # the device's peak is known
-                line += f', mfu {running_mfu * 100:.2f}%'
+            line += f', mfu {running_mfu * 100:.2f}%' * (not math.isnan(mfu))  # nan: the device's peak is unknown
             line += f', {tokens_per_iter / dt:,.0f} tok/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left'
             line += ''.join(f', mtp{k} {v:.4f}' for k, v in enumerate(record['mtp_losses'], start=1))
             if 'max_vio' in record:
