@@ -3,9 +3,10 @@
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/laptop_v4.py
 #
-# SIZES
+# 0.80M parameters without the embedding, 0.39M active per token (of Engram's 0.14M a token reads two rows), 4.8 MFLOP per
+# token. Cache: with a full context 68 numbers per token in the 3 main blocks, where MLA has 144.
 #
-# Hardware: two CPU cores. Expected: RESULT
+# Hardware: two CPU cores. Expected: val loss 1.704 after 500 iterations, in 3 minutes.
 
 architecture = 'model_v4'
 out_dir = 'out-laptop-v4'
