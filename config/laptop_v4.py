@@ -3,7 +3,7 @@
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/laptop_v4.py
 #
-# 0.80M parameters without the embedding, 0.39M active per token (of Engram's 0.14M a token reads two rows), 4.8 MFLOP per
+# 0.80M parameters without the embedding, 0.39M active per token (of the memory a token reads two rows), 4.8 MFLOP per
 # token. Cache: with a full context 68 numbers per token in the 3 main blocks, where MLA has 144.
 #
 # Hardware: two CPU cores. Expected: val loss 1.704 after 500 iterations, in 3 minutes.
