@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 import model
+import model_v4
 from extras import decode, experts, optim
 
 PAGES = [ROOT / 'README.md', ROOT / 'scale/README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -62,7 +63,8 @@ def test_flags_are_there(path):
 
 def test_what_the_table_of_papers_names_is_there():
     table = (ROOT / 'README.md').read_text().split('| in the code | in the papers |')[1].split('\n\n')[0]
-    rooms = {'extras/decode.py': decode, 'extras/experts.py': experts, 'extras/optim.py': optim}
+    rooms = {'extras/decode.py': decode, 'extras/experts.py': experts, 'extras/optim.py': optim,
+             'model_v4.py': model_v4}
     rows = [re.findall(r'`([^`]+)`', row.split('|')[1]) for row in table.splitlines() if '`' in row]
     assert len(rows) > 10
     for names in rows:
