@@ -498,6 +498,8 @@ class GPT(nn.Module):
 
     def compile(self, **kwargs):
         """Compile the loss and each block; equal blocks share one graph."""
+        global grouped_linear_uncompiled  # here, because as a decorator it imports the compiler, two seconds of a start
+        grouped_linear_uncompiled = torch.compiler.disable(grouped_linear_uncompiled)
         for block in self.blocks():
             block.compile(**kwargs)
         if self.rows_fn is cross_entropy_rows:
@@ -743,8 +745,7 @@ def grouped_linear(x, weight, offsets):
     return grouped_linear_uncompiled(x, weight, offsets)
 
 
-@torch.compiler.disable
-def grouped_linear_uncompiled(x, weight, offsets):
+def grouped_linear_uncompiled(x, weight, offsets):  # noqa: F811 (GPT.compile() wraps it)
     """grouped_mm takes fp32 only in eager mode on CPUs. Other dtypes and devices need a loop with a host sync."""
     if x.dtype == torch.float32 and x.device.type == 'cpu' and hasattr(F, 'grouped_mm'):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_inside
+from conftest import ROOT, SMALL, run_inside, run_outside
 
 from model import Mistake
 
@@ -208,3 +208,12 @@ def test_output_that_the_terminal_cannot_show(tmp_path):
     done = subprocess.run([sys.executable, '-c', script, '--out_dir=caf\u00e9'], capture_output=True, text=True,
                           env=os.environ | {'PYTHONIOENCODING': 'ascii'})
     assert (done.returncode, done.stdout) == (0, 'Overriding: out_dir = caf?\n'), done.stderr
+
+
+@pytest.mark.parametrize('script', ['train.py', pytest.param('sample.py', marks=pytest.mark.slow)])
+def test_a_start_does_not_import_the_compiler(script):
+    """It takes as long as the rest of torch."""
+    code = ('import runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name="__main__")\n'
+            'finally:\n    print("compiler:", "torch._dynamo" in sys.modules)\n')
+    code, printed, said = run_outside('-c', code, ROOT / script, '--help', cwd=ROOT)
+    assert code == 0 and printed.endswith('compiler: False\n'), said
