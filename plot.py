@@ -3,13 +3,19 @@ Draws the log.jsonl of one or several runs: losses, the balance of the experts, 
 grpo.py's runs the accuracy on held-out prompts and what is logged of each batch.
 
     python plot.py out-demo [out-other ...] [--out=PNG]        # folders, or their log.jsonl
+    python plot.py out-char out-bpe --x=seconds --y=bpb --smooth=0.9 --names=characters,BPE
     python plot.py out-fp8-* --relative_to out-bf16-*
 
-The second draws by how much the smoothed training loss of each run differs from that of the run with its seed.
+--x: iterations, seconds of training (without evaluations), tokens, or the FLOPs of these tokens. --y=bpb: bits per byte
+of the validation text, to compare runs with different tokens. --smooth: the decay of a moving average of the training
+batches' losses. The third draws by how much the smoothed training loss of each run differs from that of the run with
+its seed.
 """
 
 import argparse
+import bisect
 import io
+import itertools
 import json
 import math
 import os
@@ -67,7 +73,7 @@ def read_log(path):
                 continue
             need(type(record.get('step')) is int and not math.isnan(number(record, 'step')),
                  f'{path}, line {n}: a record needs a step, a whole number')
-            records[record['step']] = record
+            records[record['step']] = record | {'header': header}  # a resume may change the batch
     need(train or evals, f'{path}: no records in it')
     return header, [train[k] for k in sorted(train)], [evals[k] for k in sorted(evals)]
 
@@ -82,35 +88,82 @@ def limit_to_the_end(ax, skip=0.1):
         ax.set_ylim(min(values) - margin, max(values) + margin)
 
 
-def draw_losses(plt, logs):
-    """A panel for whatever one of the runs logged at least."""
+def tokens_per_iteration(record):
+    config = record['header'].get('config')
+    sizes = [number(config if type(config) is dict else {}, key)
+             for key in ('gradient_accumulation_steps', 'batch_size', 'block_size')]
+    return math.prod(sizes)
+
+
+def cost(record, unit):
+    """What an iteration took at this training record: tokens, seconds, or the FLOPs of its tokens; nan if unknown"""
+    tokens = tokens_per_iteration(record)
+    if unit == 'seconds':
+        return tokens / (number(record, 'tokens_per_s') or math.nan)
+    return tokens * (number(record['header'], 'flops_per_token') if unit == 'flops' else 1)
+
+
+def places(name, train, unit):
+    """-> a function: a number of iterations -> its place on the x axis"""
+    if unit == 'iterations':
+        return lambda n: n
+    need(train, f'{name}: no training records in its log, so --x={unit} is not known')
+    done, spent = [0], [0.0]
+    for record in train:
+        each = cost(record, unit)
+        need(each < math.inf, f'{name}: its log does not say the {unit} of step {record["step"]}: leave out --x={unit}')
+        spent.append(spent[-1] + (record['step'] + 1 - done[-1]) * each)
+        done.append(record['step'] + 1)
+
+    def place(n):
+        i = min(max(1, bisect.bisect_left(done, n)), len(done) - 1)  # behind the last record at its speed
+        return spent[i] + (n - done[i]) * (spent[i] - spent[i - 1]) / (done[i] - done[i - 1])
+
+    return place
+
+
+def per_byte(name, evals):
+    """Bits per byte for a nat per token, by the log's own figures for the validation text"""
+    pairs = [(number(r, 'val_bpb'), number(r, 'val_loss')) for r in evals]
+    ratios = [bits / nats for bits, nats in pairs if bits > 0 and nats > 0]
+    need(ratios, f'{name}: its log has no val_bpb: prepare its data set again, which counts the bytes, and train anew '
+         "(GPT-2's tokens have no meta.pkl to keep them)")
+    return ratios[-1]
+
+
+def draw_losses(plt, logs, x='iterations', y='nats', smooth=0.0):
+    """A panel for whatever one of the runs logged at least; for several runs, one legend with their names."""
     fig, axes = plt.subplots(2, 3, figsize=(15, 8), layout='constrained')
     loss_ax, modules_ax, balance_ax, lr_ax, norm_ax, speed_ax = axes.flat
     for i, (name, train, evals) in enumerate(logs):
-        def curve(ax, records, values, color=f'C{i}', linewidth=0.9, **style):
-            if known(values):
-                ax.plot([r['step'] for r in records], values, color=color, linewidth=linewidth, **style)
+        place, scale = places(name, train, x), per_byte(name, evals) if y == 'bpb' else 1.0
+
+        def curve(ax, records, values, color=f'C{i}', linewidth=0.9, after=1, place=place, **style):
+            if known(values):  # a training record is one iteration further than an evaluation of its step
+                after = 0 if x == 'iterations' else after
+                ax.plot([place(r['step'] + after) for r in records], values, color=color, linewidth=linewidth, **style)
+
+        def scaled(records, key, scale=scale):
+            return [scale * number(r, key) for r in records]
 
         main = [number(r, 'loss') for r in train]
-        curve(loss_ax, train, main, alpha=0.4, label=f'{name}: training batches')
-        curve(loss_ax, evals, [number(r, 'train_loss') for r in evals], linewidth=1.5, linestyle='--', marker='.',
-              label=f'{name}: train')
-        curve(loss_ax, evals, [number(r, 'val_loss') for r in evals], linewidth=1.5, marker='o', markersize=4,
-              label=f'{name}: val')
+        curve(loss_ax, train, [scale * loss for loss in smoothed(train, smooth)], alpha=0.4, label='training batches')
+        curve(loss_ax, evals, scaled(evals, 'train_loss'), linewidth=1.5, linestyle='--', marker='.', label='train',
+              after=0)
+        curve(loss_ax, evals, scaled(evals, 'val_loss'), linewidth=1.5, marker='o', markersize=4, label='val', after=0)
         # one batch's losses rise and fall together: their differences show what the losses themselves would hide
         modules = [numbers(r, 'mtp_losses') for r in train]
         for k in range(max(map(len, modules), default=0)):
             above = [losses[k] - loss if k < len(losses) else math.nan for losses, loss in zip(modules, main)]
             curve(modules_ax, train, above, color=f'C{k + 1}' if len(logs) == 1 else f'C{i}',
-                  linestyle=('-', '--', ':', '-.')[k % 4], label=f'{name}: MTP {k + 1}')
+                  linestyle=('-', '--', ':', '-.')[k % 4], label=f'MTP {k + 1}')
         routed = [r for r in train if numbers(r, 'max_vio')]
         layers = [numbers(r, 'max_vio') for r in routed]
-        curve(balance_ax, routed, [sum(vio) / len(vio) for vio in layers], linewidth=1.5,
-              label=f'{name}: mean over layers')
-        curve(balance_ax, routed, [max(vio) for vio in layers], alpha=0.4, label=f'{name}: worst layer')
+        curve(balance_ax, routed, [sum(vio) / len(vio) for vio in layers], linewidth=1.5, label='mean over layers')
+        curve(balance_ax, routed, [max(vio) for vio in layers], alpha=0.4, label='worst layer')
         for ax, key in ((lr_ax, 'lr'), (norm_ax, 'grad_norm'), (speed_ax, 'tokens_per_s')):
-            curve(ax, train, [number(r, key) for r in train], label=name)
-    loss_ax.set(ylabel='nats per token', title='loss of the main model')
+            curve(ax, train, [number(r, key) for r in train])
+    loss_ax.set(ylabel='bits per byte' if y == 'bpb' else 'nats per token', title='loss of the main model')
     limit_to_the_end(loss_ax)
     modules_ax.set(ylabel='loss less the main loss (nats)', title='MTP modules against the main model')
     if modules_ax.lines:
@@ -120,11 +173,19 @@ def draw_losses(plt, logs):
     norm_ax.set(title='gradient norm, before clipping', ylim=(0, None))
     speed_ax.set(ylabel='tokens / s', title='speed', ylim=(0, None))
     for ax in axes.flat:
-        ax.set_xlabel('step')
+        ax.set_xlabel('seconds of training' if x == 'seconds' else x)
         if not ax.lines:
             ax.remove()
-        elif len(ax.lines) > 1:
-            ax.legend(fontsize=7)
+            continue
+        kinds = {}  # each kind of line once, in the first run's colour
+        for line in ax.lines:
+            if not line.get_label().startswith('_'):
+                kinds.setdefault(line.get_label(), line)
+        if kinds:
+            ax.legend(handles=[*kinds.values()], fontsize=7)
+    if len(logs) > 1:
+        lines = [plt.Line2D([], [], color=f'C{i}', label=name) for i, (name, *_) in enumerate(logs)]
+        fig.legend(handles=lines, loc='outside lower center', ncols=min(6, len(logs)))
     return fig
 
 
@@ -167,11 +228,14 @@ def draw_rewards(plt, logs):
 
 
 def smoothed(train, decay=0.98):
-    """The training loss as an exponential moving average over steps, begun at its first value."""
-    losses = [number(r, 'loss') for r in train]
-    out = losses[:1]
-    for loss in losses[1:]:
-        out.append(decay * out[-1] + (1 - decay) * loss)
+    """The training loss as an exponential moving average over records, begun at its first value. An unknown loss is a
+    gap, and does not count.
+    """
+    out, mean = [], math.nan
+    for loss in (number(r, 'loss') for r in train):
+        if not math.isnan(loss):
+            mean = loss if math.isnan(mean) else decay * mean + (1 - decay) * loss
+        out.append(math.nan if math.isnan(loss) else mean)
     return out
 
 
@@ -213,31 +277,45 @@ def main():
     parser.add_argument('logs', nargs='+', metavar='OUT_DIR', help='a folder with a log.jsonl, or the path of a log')
     parser.add_argument('--relative_to', nargs='+', default=[], metavar='OUT_DIR',
                         help='runs to compare those above with')
+    parser.add_argument('--x', choices=('iterations', 'seconds', 'tokens', 'flops'), default='iterations')
+    parser.add_argument('--y', choices=('nats', 'bpb'), default='nats', help='per token, or bits per byte')
+    parser.add_argument('--smooth', type=float, default=0.0, metavar='DECAY', help='0 (not at all) to below 1')
+    parser.add_argument('--names', metavar='A,B', help="the runs' names in the figure, with commas between")
     parser.add_argument('--out', metavar='PNG', help='default: log.png beside the log, or logs.png beside the first')
     args = parser.parse_args()
+    names = args.names.split(',') if args.names is not None else []
+    need(args.names is None or len(names) == len(args.logs) and all(names),
+         f'--names={args.names} must be {len(args.logs)} names, one for each run')
+    need(0 <= args.smooth < 1, f'--smooth={args.smooth} must lie in 0..1, below 1')
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
     inputs = []
 
-    def read(path):
+    def read(path, name=None):
         path = os.path.join(path, 'log.jsonl') if os.path.isdir(path) else path
         inputs.append(path)
         header, train, evals = read_log(path)
-        name = os.fsencode(os.path.basename(os.path.dirname(os.path.abspath(path)))).decode(errors='replace')
+        name = os.path.basename(os.path.dirname(os.path.abspath(path))) if name is None else name
+        name = os.fsencode(name).decode(errors='replace')
         return name.replace('$', r'\$'), train, evals, header  # between two $ matplotlib reads formulas
 
-    logs = [read(path) for path in args.logs]
+    logs = [read(*pair) for pair in itertools.zip_longest(args.logs, names)]
     bases = [read(path) for path in args.relative_to]
     rewarded = ['loss' not in (train + evals)[0] and 'val_loss' not in (train + evals)[0]
                 for _, train, evals, _ in logs + bases]
     need(all(rewarded) or not any(rewarded), 'logs of train.py and of grpo.py are drawn apart')
     need(not (bases and rewarded[0]), '--relative_to compares losses, and these are logs of grpo.py')
+    axes = args.x, args.y, args.smooth
+    need(axes == ('iterations', 'nats', 0) or not (bases or rewarded[0]),
+         '--x, --y and --smooth are for the losses of train.py, without --relative_to')
     if bases:
         fig = draw_relative(plt, logs, bases)
+    elif rewarded[0]:
+        fig = draw_rewards(plt, [log[:3] for log in logs])
     else:
-        fig = (draw_rewards if rewarded[0] else draw_losses)(plt, [log[:3] for log in logs])
+        fig = draw_losses(plt, [log[:3] for log in logs], *axes)
     for ax in fig.axes:
         ax.grid(alpha=0.3)
     first = args.logs[0] if os.path.isdir(args.logs[0]) else os.path.dirname(args.logs[0])

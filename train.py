@@ -380,8 +380,10 @@ while True:
         if iter_num > 0:  # iteration 0 is not saved, so its loss does not count as best
             best_val_loss = min(best_val_loss, val_loss)
         if master:
-            print(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
-            log({'step': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'lr': lr})
+            bpb = val_loss / math.log(2) / meta.get('bytes_per_token', math.nan)  # bits per byte; nan: unknown
+            per_byte = f' ({bpb:.4f} bits per byte)' * (bpb == bpb)
+            print(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}{per_byte}')
+            log({'step': iter_num, 'train_loss': train_loss, 'val_loss': val_loss, 'val_bpb': bpb, 'lr': lr})
             if not math.isfinite(val_loss):
                 print('the validation loss is not finite: no checkpoint is written')
         if math.isfinite(val_loss) and iter_num > 0 and not eval_only:
@@ -438,9 +440,8 @@ while True:
                 bias = torch.stack([moe.e_score_correction_bias for moe in raw_model.moe_layers()])
                 numbers |= {'load': load, 'bias': bias}                               # (MoE layers, E) each
         numbers = to_host(numbers)
-        now = time.time()
-        dt = (now - t_log) / iters_logged
-        t_log, iters_logged = now, 0
+        dt, t_log = (time.time() - t_log) / iters_logged, time.time()
+        iters_logged = 0
         running_dt = 0.9 * running_dt + 0.1 * dt if dt > running_dt / 2 else dt  # the first may include compiling
         mfu, running_mfu = (raw_model.estimate_mfu(batch_size * accumulation, t) for t in (dt, running_dt))
         record = {'step': iter_num, **numbers, 'lr': lr, 'tokens_per_s': tokens_per_iter / dt, 'mfu': mfu}
@@ -452,8 +453,7 @@ while True:
             line += ''.join(f', mtp{k} {v:.4f}' for k, v in enumerate(record['mtp_losses'], start=1))
             if 'max_vio' in record:
                 line += f', maxvio {max(record["max_vio"]):.2f}'
-            line += f', skipped {record["skipped"]}' * (record['skipped'] > 0)
-            print(line)
+            print(line + f', skipped {record["skipped"]}' * (record['skipped'] > 0))
             log(record)
         if record['in_a_row'] >= max_skipped_iters:
             raise Mistake(f'{record["in_a_row"]} iterations in a row had a loss or a gradient that is not '

@@ -9,6 +9,7 @@ import pickle
 import re
 import signal
 import sys
+import tempfile
 import urllib.request
 import zlib
 
@@ -33,6 +34,8 @@ def argument_parser(doc, tokens=False):
     parser.add_argument('--input', metavar='PATH', help='your own text: a file, or a folder of .txt and .md files')
     parser.add_argument('--glob', metavar='PATTERN', help="which files of that folder instead, such as '*.py'")
     parser.add_argument('--name', help='write the data set to data/NAME; else your own text gives it its name')
+    parser.add_argument('--vocab', type=int, metavar='N',
+                        help='train a byte-level BPE of N tokens on the training text, and write it beside the data')
     if tokens:
         parser.add_argument('--tokenizer', metavar='DIR', help="a folder with a tokenizer.json, instead of GPT-2's")
     return parser
@@ -44,7 +47,15 @@ def parse(parser):
         need(value != '', f'--{flag}= is empty: give it a value, or leave it out')
     need(not args.glob or args.input and os.path.isdir(args.input),
          f'--glob={args.glob} needs a folder: --input=FOLDER')
+    if args.vocab is not None:
+        need(257 <= args.vocab <= 2**20, f'--vocab={args.vocab} must lie in 257..2**20: 256 bytes and an end of text')
+        need(not getattr(args, 'tokenizer', None), '--vocab and --tokenizer: one of the two')
+        need(args.name or args.input or getattr(args, 'hub', None), f'--vocab={args.vocab} needs a --name=NAME: the '
+             'folder of this script is for its own tokens')
     return args
+
+
+BPE = "a tokenizer.json's tokens"  # a kind of data set
 
 
 def kind_of(folder):
@@ -58,7 +69,7 @@ def kind_of(folder):
             meta = f.read()  # never unpickled here: its keys are plain to see
     except FileNotFoundError:
         return 'GPT-2 tokens'
-    return 'characters' if b'stoi' in meta else "a tokenizer.json's tokens" if b'tokenizer' in meta else 'GPT-2 tokens'
+    return 'characters' if b'stoi' in meta else BPE if b'tokenizer' in meta else 'GPT-2 tokens'
 
 
 def data_folder(here, args, kind, source=None):
@@ -132,6 +143,19 @@ def load_tokenizer(folder):
     """The tokenizer of the folder that --tokenizer names, or GPT-2's."""
     from extras import tokenizer  # a slow import
     return tokenizer.from_folder(folder, special=False) if folder else tokenizer.gpt2(special=False)
+
+
+@contextlib.contextmanager
+def own_tokenizer(texts, vocab):
+    """A folder, as --tokenizer names one, with a BPE of `vocab` tokens that is trained on the texts."""
+    from extras import tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in tokenizer.train_bpe(texts, vocab).items():
+            with open(os.path.join(folder, name), 'wb') as f:
+                f.write(data)
+        size = load_tokenizer(folder).vocab_size
+        print(f'a tokenizer of {size:,} tokens' + f': the text has no more merges, --vocab={vocab}' * (size < vocab))
+        yield folder
 
 
 def document(bpe, text):
@@ -238,9 +262,10 @@ def write_files(folder, files):
             out[name].write(data)
 
 
-def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenizer=None, more=None):
+def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenizer=None, more=None, val_bytes=0):
     """train.bin and val.bin from lists of token ids, and meta.pkl where train.py or sample.py needs one.
 
+    val_bytes: of the validation text in UTF-8. meta.pkl keeps the ratio, by which train.py shows bits per byte.
     tokenizer: the folder whose tokenizer.json made the tokens, if one did.
     masks: {'train': list of 0 and 1, 'val': ...}, as long as the tokens: 0 where a token is no target.
     more: {name: bytes} of other files that belong to them, such as grpo.py's prompts.
@@ -251,6 +276,8 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenize
     files |= tokenizer_files(tokenizer) | (more or {})
     for split, mask in (masks or {}).items():
         files[f'{split}_mask.bin'] = np.asarray(mask, dtype=np.uint8).tobytes()
+    if meta and val_bytes:
+        meta['bytes_per_token'] = val_bytes / len(val)
     if meta:  # with checksums, so that train.py notices a file that was cut, changed or mixed up
         meta['crc32'] = {name: zlib.crc32(data) for name, data in files.items() if name.endswith('.bin')}
         files['meta.pkl'] = pickle.dumps(meta)
@@ -272,14 +299,53 @@ def split_text(text):
     return text[:n], text[n:]
 
 
+def utf8_size(text):
+    return len(text.encode('utf-8', errors='surrogatepass'))
+
+
 def write_characters(folder, text):
     """A character-level data set."""
     itos = dict(enumerate(sorted(set(text))))
     stoi = {ch: i for i, ch in itos.items()}
     print(f'{len(text):,} characters, {len(itos)} of them different')
-    train, val = ([stoi[ch] for ch in part] for part in split_text(text))
-    write_splits(folder, train, val, len(itos), {'vocab_size': len(itos), 'itos': itos, 'stoi': stoi})
+    train, val = split_text(text)
+    meta = {'vocab_size': len(itos), 'itos': itos, 'stoi': stoi}
+    write_splits(folder, *([stoi[ch] for ch in part] for part in (train, val)), len(itos), meta,
+                 val_bytes=utf8_size(val))
     say_where(folder)
+
+
+def cut(texts):
+    """-> the parts of the texts in the first 90% of all characters, and the parts behind: an empty one if none is"""
+    left, train, val = int(0.9 * sum(map(len, texts))), [], []
+    for text in texts:
+        train.append(text[:left])
+        val.append(text[left:])
+        left = max(0, left - len(text))
+    return train, val
+
+
+def write_documents(folder, texts, tokenizer):
+    """A data set in the tokens of the folder `tokenizer`. Each text is a document; one that the border of the splits
+    cuts begins in the one and ends in the other.
+    """
+    bpe, train, val = load_tokenizer(tokenizer), [], []
+    for first, rest in zip(*cut(texts)):
+        if first and rest:
+            train += bpe.begin + bpe.encode(first)
+            val += bpe.encode(rest) + ([] if bpe.end is None else [bpe.end])
+        else:
+            split = train if first else val
+            split += document(bpe, first or rest)
+    write_splits(folder, train, val, bpe.vocab_size, token_meta(bpe.vocab_size, bpe.sha256), tokenizer=tokenizer,
+                 val_bytes=sum(map(utf8_size, cut(texts)[1])))
+    say_where(folder, tokenizer)
+
+
+def write_own_tokens(folder, texts, vocab):
+    """A data set in the tokens of a BPE that is trained on its training text."""
+    with own_tokenizer(filter(None, cut(texts)[0]), vocab) as tokenizer:
+        write_documents(folder, texts, tokenizer)
 
 
 def rows(examples, stoi, length):

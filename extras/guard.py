@@ -116,10 +116,12 @@ def check_files(data_dir, meta, block_size):
     """Mistake if a data set's meta.pkl, tokens or masks are missing, damaged or too few for block_size."""
     path = os.path.join(data_dir, 'meta.pkl')
     need(os.path.isfile(path) or not os.path.lexists(path), f'{path} cannot be used: it is no regular file')
-    kinds = dict(vocab_size=int, stoi=dict, itos=dict, dtype=str, row_length=int, tokenizer=str, crc32=dict)
+    kinds = dict(vocab_size=int, stoi=dict, itos=dict, dtype=str, row_length=int, tokenizer=str, crc32=dict,
+                 bytes_per_token=float)
     for name, kind in kinds.items():
-        need(type(meta.get(name, kind())) is kind and (name != 'row_length' or meta.get(name, 1) > 0),
-             f'{data_dir}/meta.pkl cannot be used: its {name} must be {kind.__name__}' + ' > 0' * (name == 'row_length')
+        positive = name in ('row_length', 'bytes_per_token')
+        need(type(meta.get(name, kind())) is kind and (not positive or 0 < meta.get(name, 1) < 2**31),
+             f'{data_dir}/meta.pkl cannot be used: its {name} must be {kind.__name__}' + ' > 0' * positive
              + ': run prepare.py again')
     check_data(data_dir, meta)
     size_of = np.dtype(meta.get('dtype', 'uint16')).itemsize

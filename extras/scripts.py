@@ -246,6 +246,7 @@ def header(model, config):
     return {'command': shlex.join(sys.argv), 'config': config, 'world_size': int(os.environ.get('WORLD_SIZE', 1)),
             'model_args': dataclasses.asdict(model.config),  # with every derived size
             'parameters': model.get_num_params(), 'active_parameters': model.get_num_active_params(),
+            'flops_per_token': model.flops_per_token(),
             'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__},
             'hardware': hardware, 'git_commit': commit or None}
 

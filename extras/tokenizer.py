@@ -301,7 +301,7 @@ def of_checkpoint(folder, meta=None, vocab_size=None):
 
 
 # -----------------------------------------------------------------------------
-# tokenizer.json for a checkpoint that has none: convert.py export writes it
+# new tokenizer.json files: for a checkpoint that has none, which convert.py export writes, and trained on a text
 
 def byte_characters():
     """GPT-2's alphabet: a printable character for each byte."""
@@ -337,6 +337,24 @@ def gpt2_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken('<|endoftext|>', normalized=False)])
     return tokenizer
+
+
+def train_bpe(texts, size):
+    """A byte-level BPE of at most `size` tokens, learned from texts: <|endoftext|>, 256 bytes, and the most frequent
+    merges within the words of GPT-2's expression. -> {name: bytes} of its files
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = '<|endoftext|>'
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[end], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': end}
+    return {'tokenizer.json': tokenizer.to_str(pretty=True).encode(),
+            'tokenizer_config.json': json.dumps(settings, indent=2).encode() + b'\n'}
 
 
 def character_tokenizer(stoi):

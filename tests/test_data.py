@@ -63,7 +63,8 @@ def test_characters_of_a_local_text(clone, tmp_path):
     assert code == 0 and 'into data/mine.' in printed and 'python train.py --dataset=mine\n' in printed
     assert sorted((clone / 'data/shakespeare_char').iterdir()) == before           # the bundled data set is not touched
     meta, (train, val) = meta_of(clone / 'data/mine'), both(clone / 'data/mine')
-    assert set(meta) == {'vocab_size', 'itos', 'stoi', 'crc32'} and meta['vocab_size'] == len(set(TEXT))
+    assert set(meta) == {'vocab_size', 'itos', 'stoi', 'bytes_per_token', 'crc32'}
+    assert meta['vocab_size'] == len(set(TEXT)) and meta['bytes_per_token'] == 1
     assert ''.join(meta['itos'][i] for i in train + val) == TEXT and len(train) == int(0.9 * len(TEXT))
 
 
@@ -138,6 +139,9 @@ MISTAKES = {
     '--input=mine.txt --name=dataset.py': 'no folder', '--input=mine.txt --nmae=x': 'unrecognized',
     '--input=mine.txt --tokenizer=': 'empty', '--input=mine.txt --tokenizer=nowhere': 'tokenizer.json',
     '--input=mine.txt --tokenizer=hollow': 'tokenizer.json', '--input=mine.txt --tokenizer=bad': 'tokenizer.json',
+    '--input=mine.txt --vocab=256': '257..2**20', '--input=mine.txt --vocab=1e3': 'invalid int',
+    '--vocab=300': '--name',
+    '--input=mine.txt --tokenizer=hollow --vocab=300': 'one of the two', '--hub=a/b --vocab=0': '257..2**20',
     '--input': 'expected one argument', '--hub=': 'empty', '--hub=a/b --config=': 'empty', '--hub=/': 'letters, digits',
     '--hub=a/b --input=mine.txt': 'one of the two', '--hub=a/shakespeare': 'comes with', '--hub=a/b c': 'letters',
     '--hub=a/b --num_proc=0': 'must lie in', '--hub=a/b --num_proc=-1': 'must lie in', '--hub=a/b --num_proc=x': 'int',
@@ -386,17 +390,21 @@ def make_tokenizer(folder, size=300, begin='<s>', add_bos_token=True):
 def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
     bpe = make_tokenizer(tmp_path / 'bpe')
     (tmp_path / 'docs').mkdir()
-    texts = [f'Document {i}. ' + TEXT[100 * i:100 * i + 100] for i in range(10)]
+    texts = [f'Document {i}. ' + TEXT[100 * i:105 * i + 100] for i in range(10)]
     for i, text in enumerate(texts):
         (tmp_path / f'docs/{i}.txt').write_text(text)
-    expected = [i for text in texts for i in [*bpe.begin, *bpe.encode(text), bpe.end]]
+    whole = [[*bpe.begin, *bpe.encode(text), bpe.end] for text in texts]
+    expected, border = sum(whole, []), int(0.9 * sum(map(len, texts))) - sum(map(len, texts[:9]))
+    assert 0 < border < len(texts[9])                                       # the last document is cut
     assert len(bpe.begin) == 1 and bpe.end is not None
     code, printed, _ = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/docs',
                                   f'--tokenizer={tmp_path}/bpe', cwd=clone)
     train, val = both(clone / 'data/docs')
-    assert code == 0 and train + val == expected and len(train) == int(0.9 * len(expected))
-    assert meta_of(clone / 'data/docs') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256,
-                                              'crc32': crc32_of(clone / 'data/docs')}
+    assert code == 0 and train == sum(whole[:9], []) + bpe.begin + bpe.encode(texts[9][:border])
+    assert val == [*bpe.encode(texts[9][border:]), bpe.end]
+    assert meta_of(clone / 'data/docs') == {
+        'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256, 'crc32': crc32_of(clone / 'data/docs'),
+        'bytes_per_token': len(texts[9][border:]) / len(val)}
     assert printed.endswith('python train.py --dataset=docs\n')             # the folder has no weights to begin with
     (tmp_path / 'bpe/config.json').write_text('{}')                         # now it has
     code, printed, _ = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/docs',
@@ -407,8 +415,51 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
         '--num_proc=1', cwd=clone)
     train, val = both(clone / 'data/web')
     assert sorted(train + val) == sorted(expected) and val.count(bpe.end) == 1 and train.count(bpe.end) == 9
-    assert meta_of(clone / 'data/web') == {'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256,
-                                              'crc32': crc32_of(clone / 'data/web')}
+    held_out = next(text for text, ids in zip(texts, whole) if ids == val)
+    assert meta_of(clone / 'data/web') == {
+        'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256, 'crc32': crc32_of(clone / 'data/web'),
+        'bytes_per_token': len(held_out) / len(val)}
+
+
+# a tokenizer of the data's own
+
+LATE = 'é東\U0001f600 zqzqzq ' * 30
+
+
+def test_a_bpe_is_trained_on_the_training_text(clone, tmp_path):
+    """Every script writes the tokens of a text's own tokenizer; what is in the validation text alone has no token."""
+    text = TEXT[:20 * len(LATE)] + LATE                              # LATE lies in the last tenth
+    (tmp_path / 'in.txt').write_text(text)
+    border = int(0.9 * len(text))
+    for script, size in (('pydocs_char', 300), ('shakespeare', 99999)):
+        code, printed, said = run_inside(f'data/{script}/prepare.py', f'--input={tmp_path}/in.txt', f'--vocab={size}',
+                                         '--name=mine', cwd=clone)
+        from extras import tokenizer
+        bpe = tokenizer.from_folder(clone / 'data/mine')
+        assert code == 0 and f'a tokenizer of {bpe.vocab_size} tokens' in printed, said
+        assert (bpe.vocab_size == size) == (size == 300) == ('no more merges' not in printed)
+        train, val = both(clone / 'data/mine')
+        assert train == bpe.encode(text[:border]) and val == [*bpe.encode(text[border:]), bpe.end]
+        assert bpe.decode(train + val[:-1]) == text and len(train) < border / 2
+        meta = meta_of(clone / 'data/mine')
+        assert meta['tokenizer'] == bpe.sha256 and meta['bytes_per_token'] == len(text[border:].encode()) / len(val)
+        assert len(bpe.encode('zqzqzq')) == 6 and len(bpe.encode(' bottles')) < 5
+
+
+def test_a_bpe_of_a_corpus_is_trained_on_its_documents_for_training(clone, tmp_path, monkeypatch):
+    (tmp_path / 'docs').mkdir()
+    for i in range(12):
+        (tmp_path / f'docs/{i:02}.txt').write_text(TEXT[300 * i:300 * i + 300] + f' {chr(97 + i) * 8}' * 9)
+    run('data/openwebtext/prepare.py', f'--input={tmp_path}/docs', '--vocab=400', '--name=web', '--num_proc=1',
+        cwd=clone)
+    from extras import tokenizer
+    bpe, meta = tokenizer.from_folder(clone / 'data/web'), meta_of(clone / 'data/web')
+    train, val = both(clone / 'data/web')
+    held_out = bpe.decode(val)
+    letter = held_out[-1]                                            # no other document repeats it
+    assert len(bpe.encode(' ' + letter * 8)) > len(bpe.encode(' ' + ('a' if letter != 'a' else 'b') * 8))
+    assert val[-1] == train[-1] == bpe.end and train.count(bpe.end) == 11
+    assert meta['vocab_size'] == 400 and meta['bytes_per_token'] == len(held_out) / len(val)
 
 
 def test_a_special_token_written_in_a_corpus_is_words(clone, tmp_path):

@@ -58,6 +58,10 @@ def train_records(n=3, every=1, **more):
             for i in range(n)]
 
 
+def legend_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 def test_the_figure_of_training():
     """Main loss, MTP 1 and MTP 2 are told apart, and lr and gradient norm drawn; no panel for what was not logged."""
     more = {'mtp_losses': [4.0, 1.0], 'max_vio': [0.5, 1.5]}
@@ -75,9 +79,60 @@ def test_the_figure_of_training():
             assert list(first.get_ydata()) == pytest.approx([1, 4 / 3, 5 / 3]) and set(main.get_ydata()) == {0}
             assert list(second.get_ydata()) == pytest.approx([-2, -5 / 3, -4 / 3])
             assert first.get_linestyle() != second.get_linestyle()
-            assert [text.get_text() for text in panels[titles[1]].get_legend().get_texts()] == [
-                'a: MTP 1', 'a: MTP 2', 'main']
+            assert legend_of(panels[titles[1]]) == ['MTP 1', 'MTP 2', 'main']
+            assert legend_of(panels[titles[0]]) == ['training batches', 'train', 'val']
+        assert [text.get_text() for legend in fig.legends for text in legend.get_texts()] == (
+            ['a', 'b'] if len(logs) == 2 else [])
         plt.close(fig)
+
+
+def write_log(folder, *lines):
+    folder.mkdir()
+    (folder / 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    return plot.read_log(folder / 'log.jsonl')[1:]
+
+
+def header(batch_size=2, **more):
+    return {'command': '', 'flops_per_token': 100,
+            'config': {'gradient_accumulation_steps': 3, 'batch_size': batch_size, 'block_size': 4}, **more}
+
+
+def test_the_axis_of_x(tmp_path):
+    """24 tokens an iteration, then, resumed, 48; a training record counts its own iteration, an evaluation does not."""
+    train, evals = write_log(
+        tmp_path / 'a', header(), {'step': 0, 'val_loss': 3}, {'step': 1, 'loss': 3, 'tokens_per_s': 12},
+        {'step': 3, 'loss': 2, 'tokens_per_s': 24}, header(4), {'step': 4, 'val_loss': 2},
+        {'step': 5, 'loss': 1, 'tokens_per_s': 48}, {'step': 8, 'val_loss': 2})
+    for x, of_train, of_evals in (('iterations', [1, 3, 5], [0, 4, 8]), ('tokens', [48, 96, 192], [0, 96, 288]),
+                                  ('seconds', [4, 6, 8], [0, 6, 10]),
+                                  ('flops', [4800, 9600, 19200], [0, 9600, 28800])):
+        fig = plot.draw_losses(plt, [('a', train, evals)], x)
+        assert [list(line.get_xdata()) for line in fig.axes[0].lines] == [of_train, of_evals]
+        assert all(x in ax.get_xlabel() for ax in fig.axes)
+        assert list(fig.axes[1].lines[0].get_xdata()) == of_train
+    plt.close('all')
+
+
+def test_bits_per_byte_and_smoothing(tmp_path):
+    train, evals = write_log(tmp_path / 'a', header(), {'step': 0, 'loss': 4.0}, {'step': 1, 'loss': None},
+                             {'step': 2, 'loss': 2.0}, {'step': 0, 'val_loss': 2.0, 'val_bpb': 3.0, 'train_loss': 1.0})
+    loss_ax = plot.draw_losses(plt, [('a', train, evals)], y='bpb', smooth=0.75).axes[0]
+    assert [list(line.get_ydata()) for line in loss_ax.lines] == [
+        pytest.approx([6.0, float('nan'), 5.25], nan_ok=True), [1.5], [3.0]]
+    assert loss_ax.get_ylabel() == 'bits per byte'
+    plt.close('all')
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--x=flops'], 'does not say the flops of step 0'), (['--x=seconds'], 'does not say the seconds of step 0'),
+    (['--y=bpb'], 'has no val_bpb'), (['--x=days'], 'invalid choice'), (['--smooth=1'], 'must lie in 0..1'),
+    (['--names=a,b'], 'must be 1 names'), (['--names='], 'must be 1 names'),
+    (['--x=tokens', '--relative_to', 'a'], 'are for the losses of train.py')])
+def test_axes_that_a_log_does_not_have(tmp_path, flags, words):
+    write_log(tmp_path / 'a', header() | {'flops_per_token': None}, {'step': 0, 'loss': 1})
+    code, _, said = run_inside(ROOT / 'plot.py', 'a', *flags, cwd=tmp_path)
+    assert code == 2 and words in said and len(said.splitlines()) == 1
+    assert [path.name for path in (tmp_path / 'a').iterdir()] == ['log.jsonl']
 
 
 def test_the_axis_of_the_loss_shows_the_end_of_the_curve():

@@ -90,6 +90,20 @@ def test_two_ranks_make_the_same_model_as_one(small):
     assert any('e_score_correction_bias' in k and two[k].abs().sum() > 0 for k in two)
 
 
+def test_bits_per_byte(small):
+    """Of the validation loss, by the bytes per token that prepare.py counted; without them no such number."""
+    assert 'bits per byte' not in train(small, '--max_iters=1') and log(small)[1]['val_bpb'] is None
+    meta = pickle.loads((small / 'data/abc/meta.pkl').read_bytes())
+    (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps(meta | {'bytes_per_token': 2.5}))
+    said = train(small, '--max_iters=1')
+    record = log(small)[1]
+    assert record['val_bpb'] == pytest.approx(record['val_loss'] / math.log(2) / 2.5)
+    assert f'val loss {record["val_loss"]:.4f} ({record["val_bpb"]:.4f} bits per byte)\n' in said
+    for wrong in (0.0, -1.0, math.nan, 2):
+        (small / 'data/abc/meta.pkl').write_bytes(pickle.dumps(meta | {'bytes_per_token': wrong}))
+        assert 'its bytes_per_token must be float > 0' in train(small, '--max_iters=1', code=2)
+
+
 def test_best_val_loss_is_the_best(small):
     """nanoGPT overwrote it with a worse one under always_save_checkpoint."""
     train(small, '--learning_rate=0.3', '--decay_lr=False', '--warmup_iters=0', '--eval_interval=1', '--max_iters=3')

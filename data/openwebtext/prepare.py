@@ -6,8 +6,9 @@ by <|endoftext|> (50256). Or another corpus of the Hugging Face hub, or a folder
     python data/openwebtext/prepare.py --hub=HuggingFaceFW/fineweb-edu --config=sample-10BT
     python data/openwebtext/prepare.py --input=FOLDER [--glob='*.py']        # each file is one document
 
-All go to data/NAME (--name=NAME), by default as the corpus or folder is called, and take --tokenizer=DIR, a folder with
-a tokenizer.json. --hub may also be a local folder with the parquet files of a corpus.
+All go to data/NAME (--name=NAME), by default as the corpus or folder is called. They take --tokenizer=DIR, a folder
+with a tokenizer.json, or --vocab=N: a BPE of N tokens, trained on the first 100 million characters for training. --hub
+may also be a local folder with the parquet files of a corpus.
 
 The text is read as a stream and never lies on the disk: train.bin is all that OpenWebText takes, 17 GB. One document
 in 2,000 is for validation: nanoGPT's choice (seed 2357, test_size 0.0005) where the number of documents is known
@@ -36,6 +37,7 @@ from dataset import mistake, need
 # isort: split
 import numpy as np
 
+VOCAB_CHARACTERS = 10**8  # the text that --vocab trains on
 MOST_WORKERS = 61 if os.name == 'nt' else 256  # Windows waits for no more processes at a time
 
 load_tokenizer = functools.cache(dataset.load_tokenizer)  # once in each worker process
@@ -109,8 +111,19 @@ def is_validation(n):
     return set(np.random.default_rng(2357).permutation(n)[:math.ceil(n * 0.0005)].tolist()).__contains__
 
 
+def training_text(batches, n):
+    """The documents for training, up to VOCAB_CHARACTERS."""
+    held_out, size = is_validation(n), 0
+    for i, text in enumerate(itertools.chain.from_iterable(batches)):
+        if text and not held_out(i):
+            yield text
+            size += len(text)
+        if size > VOCAB_CHARACTERS:
+            break
+
+
 def tokens(pool, folder, batches, n, ahead):
-    """Pairs of a split and token ids, in the documents' order, with no more than `ahead` batches under way."""
+    """(split, token ids, bytes of text), in the documents' order, with no more than `ahead` batches under way."""
     from tqdm import tqdm
     held_out, i = is_validation(n), 0
     pending = collections.deque()
@@ -121,13 +134,39 @@ def tokens(pool, folder, batches, n, ahead):
                 if text:
                     parts['val' if held_out(i) else 'train'].append(text)
                 i += 1
-            pending += [(split, pool.submit(tokenize, folder, part)) for split, part in parts.items() if part]
+            pending += [(split, pool.submit(tokenize, folder, part), sum(map(dataset.utf8_size, part)))
+                        for split, part in parts.items() if part]
             while len(pending) > ahead:
-                split, ids = pending.popleft()
-                yield split, ids.result()
+                split, ids, size = pending.popleft()
+                yield split, ids.result(), size
             bar.update(len(batch))
-        for split, ids in pending:
-            yield split, ids.result()
+        for split, ids, size in pending:
+            yield split, ids.result(), size
+
+
+def write(folder, tokenizer, parts):
+    """The data set, from tokens(). tokenizer: the folder that they are of, None for GPT-2's"""
+    bpe = load_tokenizer(tokenizer)
+    meta, with_it = dataset.token_meta(bpe.vocab_size, bpe.sha256), dataset.tokenizer_files(tokenizer)
+    count, size, crc32 = {'train': 0, 'val': 0}, {'train': 0, 'val': 0}, {'train.bin': 0, 'val.bin': 0}
+    with dataset.written(folder, ['train.bin', 'val.bin', *['meta.pkl'] * bool(meta), *with_it]) as out:
+        try:
+            for split, ids, bytes_of_text in parts:
+                name, data = f'{split}.bin', ids.tobytes()
+                out[name].write(data)
+                crc32[name] = zlib.crc32(data, crc32[name])
+                count[split] += len(ids)
+                size[split] += bytes_of_text
+        except BrokenProcessPool:
+            raise mistake('a worker process died, for want of memory perhaps: try a smaller --num_proc') from None
+        need(all(count.values()),
+             f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
+        if meta:
+            pickle.dump(meta | {'bytes_per_token': size['val'] / count['val'], 'crc32': crc32}, out['meta.pkl'])
+        for name, data in with_it.items():
+            out[name].write(data)
+    print(f'train: {count["train"]:,} tokens\nval: {count["val"]:,} tokens')
+    dataset.say_where(folder, tokenizer)
 
 
 def main():
@@ -141,41 +180,28 @@ def main():
     args = dataset.parse(parser)
     need(not (args.input and args.hub), '--input and --hub: one of the two')
     need(1 <= args.num_proc <= MOST_WORKERS, f'--num_proc={args.num_proc} must lie in 1..{MOST_WORKERS}')
-    kind = "a tokenizer.json's tokens" if args.tokenizer else 'GPT-2 tokens'
+    kind = dataset.BPE if args.tokenizer or args.vocab else 'GPT-2 tokens'
     folder = dataset.data_folder(here, args, kind, args.hub)
     files = dataset.text_files(args.input, args.glob) if args.input else []
     need(not args.input or len(files) > 1,
          f'--input={args.input}: two documents at least, one for training and one for validation')
-    bpe = load_tokenizer(args.tokenizer)
-    meta = dataset.token_meta(bpe.vocab_size, bpe.sha256)
+    if not args.vocab:
+        load_tokenizer(args.tokenizer)  # what is wrong with it is said before the corpus is opened
+
+    def documents():
+        """Lists of documents, and their number, None if it is unknown."""
+        if args.input:
+            return ([dataset.read_file(file)] for file in files), len(files)
+        return open_corpus(args.hub or 'Skylion007/openwebtext', args.config, args.split, args.column)
 
     pipe = multiprocessing.Pipe(duplex=False)
     with ProcessPoolExecutor(args.num_proc, initializer=start_worker, initargs=pipe) as pool:
         pool.submit(int).result()  # starts the workers, before datasets starts threads
-        if args.input:
-            batches, n = ([dataset.read_file(file)] for file in files), len(files)
+        if args.vocab:
+            with dataset.own_tokenizer(training_text(*documents()), args.vocab) as tokenizer:
+                write(folder, tokenizer, tokens(pool, tokenizer, *documents(), 4 * args.num_proc))
         else:
-            batches, n = open_corpus(args.hub or 'Skylion007/openwebtext', args.config, args.split, args.column)
-
-        count, crc32 = {'train': 0, 'val': 0}, {'train.bin': 0, 'val.bin': 0}
-        with_it = dataset.tokenizer_files(args.tokenizer)
-        with dataset.written(folder, ['train.bin', 'val.bin', *['meta.pkl'] * bool(meta), *with_it]) as out:
-            try:
-                for split, ids in tokens(pool, args.tokenizer, batches, n, 4 * args.num_proc):
-                    name, data = f'{split}.bin', ids.tobytes()
-                    out[name].write(data)
-                    crc32[name] = zlib.crc32(data, crc32[name])
-                    count[split] += len(ids)
-            except BrokenProcessPool:
-                raise mistake('a worker process died, for want of memory perhaps: try a smaller --num_proc') from None
-            need(all(count.values()),
-                 f'too little text: {count["train"]} tokens for training, {count["val"]} for validation')
-            if meta:
-                pickle.dump(meta | {'crc32': crc32}, out['meta.pkl'])
-            for name, data in with_it.items():
-                out[name].write(data)
-    print(f'train: {count["train"]:,} tokens\nval: {count["val"]:,} tokens')
-    dataset.say_where(folder, args.tokenizer)
+            write(folder, args.tokenizer, tokens(pool, args.tokenizer, *documents(), 4 * args.num_proc))
 
 
 if __name__ == '__main__':

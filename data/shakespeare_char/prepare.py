@@ -3,6 +3,7 @@ Tiny Shakespeare, a token a character: 65 of them, 1,003,854 tokens for training
 
     python data/shakespeare_char/prepare.py
     python data/shakespeare_char/prepare.py --input=PATH [--glob='*.py'] [--name=NAME]    # your own text
+    python data/shakespeare_char/prepare.py --vocab=1024 --name=NAME    # the tokens of a BPE trained on the text
 """
 
 import os
@@ -13,6 +14,9 @@ sys.path.insert(0, os.path.dirname(here))
 import dataset
 
 args = dataset.parse(dataset.argument_parser(__doc__))
-folder = dataset.data_folder(here, args, 'characters')
-text = '\n'.join(dataset.read_texts(args)) if args.input else dataset.tiny_shakespeare(here)
-dataset.write_characters(folder, text)
+folder = dataset.data_folder(here, args, dataset.BPE if args.vocab else 'characters')
+texts = dataset.read_texts(args) if args.input else [dataset.tiny_shakespeare(here)]
+if args.vocab:
+    dataset.write_own_tokens(folder, texts, args.vocab)
+else:
+    dataset.write_characters(folder, '\n'.join(texts))
