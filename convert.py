@@ -1,5 +1,5 @@
 """
-Checkpoints out to Hugging Face transformers and in from it: the DeepSeek-V2 and V3 family, logit for logit.
+Checkpoints out to Hugging Face transformers and in from it: DeepSeek V2, V3, V3.2 and V4, logit for logit.
 
     python convert.py export --out_dir=out-x --hf_dir=DIR    # a run -> weights, tokenizer, model card
                                                              # --fp8: weights as V3's are released
@@ -91,11 +91,11 @@ def check_new(path):
 # export
 
 def mtp_lines(settings):
-    """What transformers 5.23 must be told before it loads: its own pattern names V3's layer 61 alone."""
+    """What transformers 5.23 must be told before it loads: its own pattern names layer 61 alone."""
     first = settings['num_hidden_layers']
     layers = range(first, first + settings['num_nextn_predict_layers'])
     patterns = ', '.join(f"r'model\\.layers\\.{layer}\\.'" for layer in layers)
-    return f'DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = [{patterns}]'
+    return f'{settings["architectures"][0]}._keys_to_ignore_on_load_unexpected = [{patterns}]'
 
 
 def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
@@ -122,13 +122,13 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
     install = 'transformers accelerate' if 'quantization_config' in settings else 'transformers'
     lines += ['', *left_out, *([''] if left_out else []), f'`pip install {install}`, then', '', '```python',
               f'from transformers import AutoTokenizer, {settings["architectures"][0]}', '']
+    use = ', use_mtp=True' if settings['model_type'] == 'deepseek_v3' and settings['num_nextn_predict_layers'] else ''
     if settings['num_nextn_predict_layers']:
-        lines += ['# which layers are the MTP modules, for use_mtp=True', mtp_lines(settings)]
+        lines += ['# which layers are the MTP modules' + (', for use_mtp=True' if use else ''), mtp_lines(settings)]
     lines += [f"model = {settings['architectures'][0]}.from_pretrained('.')",
               "tokenizer = AutoTokenizer.from_pretrained('.')",
               "ids = tokenizer('The ', return_tensors='pt').input_ids",
-              'print(tokenizer.decode(model.generate(ids, max_new_tokens=100'
-              + (', use_mtp=True' if settings['num_nextn_predict_layers'] else '') + ')[0]))', '```', '']
+              f'print(tokenizer.decode(model.generate(ids, max_new_tokens=100{use})[0]))', '```', '']
     return '\n'.join(lines)
 
 
@@ -149,8 +149,9 @@ def training_command(log):
 def quantise_weights(tensors, n_layer):
     """V3's released form: the weights of the linear layers in E4M3, each with a factor for each block of 128 x 128.
 
-    Embedding, head, norms and routers stay as they are. So do the MTP modules, because transformers reads their weights
-    without their factors, and a weight that ends within a block: transformers divides a side by its number of blocks.
+    Embedding, head, norms, routers and weights_proj stay as they are. So do the MTP modules, because transformers reads
+    their weights without the factors, and a weight that ends within a block: transformers divides a side by its number
+    of blocks.
     Returns config.json's quantization_config.
     """
     from extras.fp8 import quantise
@@ -161,7 +162,7 @@ def quantise_weights(tensors, n_layer):
             continue
         if module.startswith('model.layers.') and int(module.split('.')[2]) >= n_layer:
             left.add(module)
-        elif any(side > 128 and side % 128 for side in tensor.shape):
+        elif layer == 'weights_proj' or any(side > 128 and side % 128 for side in tensor.shape):
             left.add(layer)
         else:
             tensors[name], tensors[f'{name}_scale_inv'], _ = quantise(tensor, (128, 128))
@@ -197,6 +198,8 @@ def export_folder(out_dir, hf_dir, fp8=False):
     dtype = str(state['transformer.wte.weight'].dtype).removeprefix('torch.')
     eos = config.eos_token_id if config.eos_token_id >= 0 else None
     settings, left_out = settings_out(config, dtype, eos)
+    if fp8 and settings['model_type'] == 'deepseek_v4':
+        raise Mistake("--fp8 writes V3's format, and V4's FP8 is another: export it without")
     tensors = released_tensors(config, state, settings['num_nextn_predict_layers'] > 0)
     check_export(model, settings, tensors)
     with new_folder(hf_dir) as folder:
@@ -240,7 +243,7 @@ def import_folder(hf_dir, out_dir):
         if os.path.exists(os.path.join(hf_dir, 'tokenizer.json')):
             raise
         print(f'left out: the tokenizer, because {e}')
-    dtype = dtype_here(tensors, 'model.embed_tokens.weight')
+    dtype = dtype_here(tensors, parts(config, 'transformer.wte.weight', None)[0][0])
     print(memory_estimate(config, dtype.itemsize), flush=True)
     state = empty_state(tensors, config)
     read_weights(tensors, config, state)

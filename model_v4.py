@@ -61,7 +61,7 @@ class GPTConfig(model.GPTConfig):
 
     score_fns = model.GPTConfig.score_fns | {'sqrtsoftplus': lambda logits: F.softplus(logits).sqrt()}
 
-    always_free, free_if_given = ('index_warmup',), ('index_topk', 'index_n_heads', 'index_head_dim')
+    always_free, free_if_given = ('architecture', 'index_warmup'), ('index_topk', 'index_n_heads', 'index_head_dim')
 
     def __post_init__(self):
         super().__post_init__()

@@ -53,7 +53,7 @@ exec(open(os.path.join(os.path.dirname(__file__), 'configurator.py')).read())
 # -----------------------------------------------------------------------------
 guard.check_ranges(globals(), [
     ('init_from', lambda x: x == 'resume' or os.path.isdir(x),
-     "be 'resume' or a folder that exists, with a checkpoint of the DeepSeek-V2 or V3 family (GPT-2's weights do not "
+     "be 'resume' or a folder that exists, with a checkpoint of the DeepSeek family (GPT-2's weights do not "
      'fit this architecture)'),
     ('out_dir', lambda x: x != '', 'name the folder of a run'),
     ('num_samples', lambda x: x > 0, 'be positive'),

@@ -38,9 +38,9 @@ class Released:
         mean_square = x.square().mean(dim=-1, keepdim=True)
         return x / (mean_square + (self.s['rms_norm_eps'] if eps is None else eps)).sqrt() * self.get(f'{name}.weight')
 
-    def angles(self, T):
+    def angles(self, T, theta, yarn):
         """-> the rotation of each position and pair (T, r/2), complex, and the factor of the scores"""
-        r, theta, yarn = self.s['qk_rope_head_dim'], self.s['rope_theta'], self.s.get('rope_scaling')
+        r = self.s['qk_rope_head_dim']
         freq, size, factor = theta ** (-torch.arange(0, r, 2, dtype=torch.float64) / r), 1.0, 1.0
         if yarn:
             def pair(turns):
@@ -61,14 +61,14 @@ class Released:
     def attention(self, x, layer):
         s, T, name = self.s, x.size(1), f'{layer}.self_attn'
         H, n, r, v = (s[key] for key in ('num_attention_heads', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'))
-        turn, factor = self.angles(T)
+        turn, factor = self.angles(T, s['rope_theta'], s.get('rope_scaling'))
 
         def rotate(x):  # (B, T, heads, r)
             pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
             return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2)
         if s['q_lora_rank']:
-            q = self.norm(self.linear(x, f'{name}.q_a_proj'), f'{name}.q_a_layernorm', 1e-6)
-            q = self.linear(q, f'{name}.q_b_proj')
+            latent_q = self.norm(self.linear(x, f'{name}.q_a_proj'), f'{name}.q_a_layernorm', 1e-6)
+            q = self.linear(latent_q, f'{name}.q_b_proj')
         else:
             q = self.linear(x, f'{name}.q_proj')
         q_nope, q_rope = q.unflatten(-1, (H, n + r)).split((n, r), dim=-1)                       # (B, T, H, n or r)
@@ -78,9 +78,32 @@ class Released:
         scores = torch.einsum('bthn,bshn->bhts', q_nope, k_nope)
         scores = scores + torch.einsum('bthr,bsr->bhts', rotate(q_rope), rotate(k_rope.unsqueeze(2)).squeeze(2))
         scores = scores * factor / math.sqrt(n + r)
-        future = torch.ones(T, T, dtype=torch.bool).triu(1)
-        y = torch.einsum('bhts,bshv->bthv', scores.masked_fill(future, -math.inf).softmax(dim=-1), values)
+        seen = torch.ones(T, T, dtype=torch.bool).tril()
+        if 'index_topk' in s:
+            seen = self.chosen(x, latent_q, turn, f'{name}.indexer', seen).unsqueeze(1)
+        y = torch.einsum('bhts,bshv->bthv', scores.masked_fill(~seen, -math.inf).softmax(dim=-1), values)
         return self.linear(y.flatten(2), f'{name}.o_proj')
+
+    def chosen(self, x, latent_q, turn, name, seen):
+        """V3.2's indexer: the positions that each query attends to, of those that it has seen (T, T). -> (B, T, T)"""
+        d, r = self.s['index_head_dim'], self.s['qk_rope_head_dim']
+
+        def rotate(x):  # (B, T, heads, d): pairs of the first r channels, r/2 apart
+            pairs = torch.complex(x[..., :r // 2], x[..., r // 2:r]) * turn.unsqueeze(1)
+            return torch.cat((pairs.real, pairs.imag, x[..., r:]), dim=-1)
+        q = rotate(self.linear(latent_q, f'{name}.wq_b').unflatten(-1, (-1, d)))                 # (B, T, J, d)
+        k = F.layer_norm(self.linear(x, f'{name}.wk'), (d,), *(
+            self.get(f'{name}.k_norm.{part}') for part in ('weight', 'bias')), 1e-6)
+        return self.best(q, rotate(k.unsqueeze(2)).squeeze(2), self.linear(x, f'{name}.weights_proj'), seen)
+
+    def best(self, q, k, weights, seen):
+        """q (B, T, J, d), k (B, S, d), weights (B, T, J) -> where seen (T, S), the best ones of each query (B, T, S)"""
+        J, d = q.shape[2:]
+        dots = torch.einsum('btjd,bsd->btjs', q, k).relu() / math.sqrt(d)
+        scores = torch.einsum('btj,btjs->bts', weights / math.sqrt(J), dots)
+        scores = scores + 1e-30 * torch.arange(k.size(1))  # of equal scores, mostly zeros, the later
+        best = scores.masked_fill(~seen, -math.inf).topk(min(self.s['index_topk'], k.size(1)), dim=-1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & seen
 
     def activation(self, gate, up):
         return F.silu(gate) * up
@@ -107,7 +130,7 @@ class Released:
         return gates * s['routed_scaling_factor']
 
     def feed_forward(self, x, layer):
-        if f'{layer}.mlp.gate.weight' not in self.tensors:
+        if f'{layer}.mlp.down_proj.weight' in self.tensors:
             return self.ffn(x, f'{layer}.mlp')
         out = self.ffn(x, f'{layer}.mlp.shared_experts')
         flat, total = x.flatten(0, 1), out.flatten(0, 1)                                         # (N, C)
@@ -117,9 +140,21 @@ class Released:
             total.index_add_(0, rows, gates[rows, e:e + 1] * self.ffn(flat[rows], f'{layer}.mlp.experts.{e}'))
         return total.view_as(x)
 
+    def first(self, emb):
+        return emb
+
+    def enter(self, x, layer, sublayer):
+        """-> the input of the sublayer's norm, and a function of the sublayer's output: the state after it"""
+        return x, lambda y: x + y
+
     def block(self, x, layer):
-        x = x + self.attention(self.norm(x, f'{layer}.input_layernorm'), layer)
-        return x + self.feed_forward(self.norm(x, f'{layer}.post_attention_layernorm'), layer)
+        h, after = self.enter(x, layer, 'attn')
+        x = after(self.attention(self.norm(h, f'{layer}.input_layernorm'), layer))
+        h, after = self.enter(x, layer, 'ffn')
+        return after(self.feed_forward(self.norm(h, f'{layer}.post_attention_layernorm'), layer))
+
+    def last(self, x):
+        return self.norm(x, 'model.norm')
 
     def combine(self, emb, h, layer):
         both = torch.cat((self.norm(emb, f'{layer}.enorm'), self.norm(h, f'{layer}.hnorm')), dim=-1)
@@ -136,27 +171,34 @@ def differ(ours, theirs):
     return error if error > TOLERANCE else 0.0
 
 
-def part_that_differs(block, released, layer, x, rope):
-    """-> the first part of a Block that computes something else than the released one, from the same input"""
-    y = released.norm(x, f'{layer}.input_layernorm')
-    if differ(block.input_layernorm(x), y):
+def part_that_differs(block, released, layer, x, rope, idx):
+    """-> the first part of a Block that computes something else than the released one, from the same input x"""
+    h, after = released.enter(x, layer, 'attn')
+    if getattr(block, 'attn_hc', None) and differ(block.attn_hc(x)[0], h):
+        return 'hyper-connection (attn_hc)'
+    y = released.norm(h, f'{layer}.input_layernorm')
+    if differ(block.input_layernorm(h), y):
         return 'norm (input_layernorm)'
-    if differ(block.attn(y, *rope), released.attention(y, layer)):
+    attention = block.attn(y, *rope)
+    if differ(attention[0] if isinstance(attention, tuple) else attention, released.attention(y, layer)):
         return 'attention'
-    x = x + released.attention(y, layer)
-    y = released.norm(x, f'{layer}.post_attention_layernorm')
-    if differ(block.post_attention_layernorm(x), y):
+    x = after(released.attention(y, layer))
+    h, _ = released.enter(x, layer, 'ffn')
+    y = released.norm(h, f'{layer}.post_attention_layernorm')
+    if differ(block.post_attention_layernorm(h), y):
         return 'norm (post_attention_layernorm)'
-    gate_up = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    if differ(model_file.swiglu(gate_up), released.activation(*gate_up.chunk(2, dim=-1))):
+    limit = released.s.get('swiglu_limit', 0.0)
+    gate_up = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * (2 * limit or 1)
+    if differ(model_file.swiglu(gate_up, limit), released.activation(*gate_up.chunk(2, dim=-1))):
         return 'activation (the format has silu(gate) * up)'
-    moe = block.mlp if isinstance(block.mlp, MoE) else None
+    moe, table = block.mlp if isinstance(block.mlp, MoE) else None, getattr(block.mlp, 'tid2eid', None)
     if moe:
-        _, gates, experts = moe.route(y.flatten(0, 1))
+        _, gates, experts = moe.route(y.flatten(0, 1), None if table is None else table[idx.flatten()])
         gates = torch.zeros(len(gates), moe.config.n_routed_experts).scatter(1, experts, gates)
         if differ(gates, released.route(y.flatten(0, 1), layer)):
             return 'router'
-    return 'feed-forward layer' if differ(moe(y)[0] if moe else block.mlp(y), released.feed_forward(y, layer)) else \
+    out = block.mlp(y) if table is None else block.mlp(y, idx.unsqueeze(-1))
+    return 'feed-forward layer' if differ(out[0] if moe else out, released.feed_forward(y, layer)) else \
         'residual stream'
 
 
@@ -166,10 +208,15 @@ def check_export(model, settings, tensors):
 
     The blocks are compared in fp32, one at a time. Buffers that are no part of a checkpoint may be on the device meta.
     """
-    config, released = model.config, Released(settings, tensors)
-    T, architecture = min(config.block_size, 512), settings['architectures'][0]
-    model.rope_cos, model.rope_sin = model_file.rope_table(config)
+    config, architecture, T = model.config, settings['architectures'][0], min(model.config.block_size, 512)
+    idx = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
+    for name, table in model.tables().items():
+        setattr(model, name, table)
     rope = model.rope_cos[:T], model.rope_sin[:T]
+    released, more = Released(settings, tensors), {}
+    if settings['model_type'] == 'deepseek_v4':
+        from extras.compare_v4 import ReleasedV4
+        released, more = ReleasedV4(settings, tensors, idx.flatten()), {'tokens': idx.unsqueeze(-1), 'tables': rope}
     model.eval()
 
     def refuse(what, error=''):
@@ -186,20 +233,19 @@ def check_export(model, settings, tensors):
     def compare(block, layer, x, y):
         """One block, from our state x and the folder's y. -> both after it"""
         block, before = own(block), x
-        x, y = block(x, *rope)[0], released.block(y, layer)
+        x, y = block(x, *rope, **more)[0], released.block(y, layer)
         error = differ(x, y)
         if error:
             unknown = [name for name in tensors if name.startswith(f'{layer}.self_attn.') and name not in released.read]
             refuse(f'{unknown[0]} has no place in the format' if unknown else
-                   f'the {part_that_differs(block, released, layer, before, rope)} of {layer} differs', error)
+                   f'the {part_that_differs(block, released, layer, before, rope, idx)} of {layer} differs', error)
         return x, y
 
-    idx = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
     emb = released.get('model.embed_tokens.weight')[idx]
-    x = y = emb
+    x = y = released.first(emb)
     for i, block in enumerate(model.transformer.h):
         x, y = compare(block, f'model.layers.{i}', x, y)
-    h, y = own(model.transformer.ln_f)(x), released.norm(y, 'model.norm')
+    h, y = own(model.transformer.ln_f)(x), released.last(y)
     if differ(h, y):
         refuse('the last norm differs')
     head = released.get('model.embed_tokens.weight' if settings['tie_word_embeddings'] else 'lm_head.weight')

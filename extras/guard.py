@@ -32,7 +32,7 @@ RANGES = [  # settings, a test that their values must pass, and the test in word
     ('fp8_scaling', lambda x: x in ('tile', 'row', 'tensor'), "be 'tile', 'row' or 'tensor'"),
     ('fp8_grad', lambda x: x in ('e4m3', 'e5m2'), "be 'e4m3' or 'e5m2'"),
     ('init_from', lambda x: x in ('scratch', 'resume') or os.path.isdir(x),
-     "be 'scratch', 'resume' or a folder that exists: another run's out_dir, or a checkpoint of the DeepSeek-V2 or V3 "
+     "be 'scratch', 'resume' or a folder that exists: another run's out_dir, or a checkpoint of the DeepSeek "
      "family (GPT-2's weights do not fit this architecture)"),
     ('out_dir', lambda x: 0 < len(x) < 1000, 'name a folder'),
 ]
@@ -171,6 +171,8 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
     check_context(config['out_dir'], model.config)
     if init_from == 'scratch':
         return
+    its_own = getattr(model.config, 'architecture', 'model')
+    need(config['architecture'] == its_own, f'{init_from} needs --architecture={its_own}')
     if found:
         check_checkpoint(path, model, found, max_over_ranks)
         check_run(init_from, path, found, config, max_over_ranks)

@@ -640,17 +640,19 @@ def test_fields_that_do_not_fit(overrides, said):
         model.GPTConfig(scoring_func='sqrtsoftplus')
 
 
-def test_a_model_with_later_ideas_is_not_exported_as_a_v3():
-    """With all of them off it is a V3, and exported as one."""
-    for overrides in ({}, *IDEAS.values()):
+def test_a_model_is_exported_in_the_format_that_has_all_its_ideas():
+    """With all of them off it is a V3. tests/test_convert_v4.py has the formats of V3.2 and V4."""
+    kinds = {'dsa': 'deepseek_v32', 'off': 'deepseek_v3'}
+    for name, overrides in (IDEAS | {'off': {}}).items():
         config = model_v4.GPTConfig(**TINY, **overrides)
-        if not overrides:
-            assert hf.settings_out(config, 'float32', None)[0]['model_type'] == 'deepseek_v3'
+        if name in kinds:
+            assert hf.settings_out(config, 'float32', None)[0]['model_type'] == kinds[name]
             continue
-        with pytest.raises(Mistake, match="have no counterpart in the formats of V2 and V3") as e:
+        with pytest.raises(Mistake, match='in DeepseekV4ForCausalLM .* must ') as e:
             hf.settings_out(config, 'float32', None)
-        switches = {'hc_mult', 'engram_layers', 'scoring_func', 'swiglu_limit', 'num_hash_layers'}
-        assert all(f'{name}={overrides[name]!r}' in str(e.value) for name in switches & set(overrides))
+        needed = {'mhc': "swiglu_limit=0.0", 'engram': "engram_layers='0,1'", 'experts': "hc_mult=0",
+                  'all': "engram_layers='1'"}
+        assert needed[name] in str(e.value)
 
 
 # -----------------------------------------------------------------------------
