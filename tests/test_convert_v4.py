@@ -111,6 +111,9 @@ IMPORTS = {
     'V3.2 with groups and biases': V32 | dict(n_group=4, topk_group=2, attention_bias=True),
     'V3.2, dense and tied': V32 | dict(first_k_dense_replace=3, tie_word_embeddings=True),
     'V4': V4, 'V4 with YaRN': V4 | dict(rope_parameters=YARN),
+    'V4 with two thetas': V4 | dict(rope_parameters={
+        'main': dict(rope_type='default', rope_theta=7e3, partial_rotary_factor=0.5),
+        'compress': YARN | dict(rope_theta=5e3, partial_rotary_factor=0.5, attention_factor=1.0)}),
     'V4, tied, of sigmoid scores': V4 | dict(tie_word_embeddings=True, scoring_func='sigmoid', hc_mult=2),
     'V4 without tables and CSA': V4 | dict(layer_types=[KINDS[x] for x in 'shhs'], mlp_layer_types=['moe'] * 4,
                                            compress_rope_theta=9e3, rope_theta=5e4, rms_norm_eps=1e-2),
@@ -185,6 +188,16 @@ def test_v4s_fp8_is_dequantised_by_its_scales(tmp_path):
     assert torch.equal(got, weight.float() * 0.5)
     rewrite(tmp_path, tensors=lambda found: found.pop(f'{name}.scale'))
     with pytest.raises(Mistake, match='layers.0.attn.wo_a.weight is in FP8 and its .*scale_inv is missing'):
+        hf.open_folder(str(tmp_path))
+
+
+def test_a_tied_head_may_stand_in_the_file_too(tmp_path):
+    saved(tmp_path, V4 | dict(tie_word_embeddings=True))
+    embedding = load_file(tmp_path / 'model.safetensors')['model.embed_tokens.weight']
+    rewrite(tmp_path, tensors=put(**{'head.weight': embedding.clone()}))
+    hf.open_folder(str(tmp_path))
+    rewrite(tmp_path, tensors=put(**{'head.weight': embedding + 1}))
+    with pytest.raises(Mistake, match='head.weight differs from embed.weight'):
         hf.open_folder(str(tmp_path))
 
 
@@ -286,7 +299,9 @@ def test_a_model_from_here_opens_in_transformers_and_comes_back_bit_for_bit(tmp_
     write_checkpoint(tmp_path / 'out', gpt)
     convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
     assert ('left out: the 2 MTP modules' in capsys.readouterr().out) == v4
-    name = json.loads((tmp_path / 'hf/config.json').read_text())['architectures'][0]
+    settings = json.loads((tmp_path / 'hf/config.json').read_text())
+    assert not v4 or 'mscale' not in settings.get('rope_scaling', {})
+    name = settings['architectures'][0]
     assert name == ('DeepseekV4ForCausalLM' if v4 else 'DeepseekV32ForCausalLM')
     loaded, info = CLASSES[name][0].from_pretrained(tmp_path / 'hf', output_loading_info=True)
     mtp = [key for key in info.pop('unexpected_keys') if not key.startswith(f'model.layers.{gpt.config.n_layer + 1}.')]
@@ -296,8 +311,9 @@ def test_a_model_from_here_opens_in_transformers_and_comes_back_bit_for_bit(tmp_
     assert 'use_mtp' not in card and (f'{name}._keys_to_ignore' in card) == (len(mtp) > 0)
 
     convert.import_folder(str(tmp_path / 'hf'), str(tmp_path / 'back'))
-    back, _ = architecture.of_file(tmp_path / 'back/ckpt.pt')[0].from_checkpoint(tmp_path / 'back/ckpt.pt')
-    for key, x in back.state_dict().items():
+    GPT, _ = architecture.of_file(tmp_path / 'back/ckpt.pt')
+    back, checkpoint = GPT.from_checkpoint(tmp_path / 'back/ckpt.pt')
+    for key, x in checkpoint['model'].items():
         layer = re.match(r'transformer\.h\.(\d+)\.mlp\.e_score_correction_bias', key)
         if not layer or int(layer[1]) >= gpt.config.num_hash_layers:                   # a layer with a table has none
             assert torch.equal(x, gpt.state_dict()[key]) and x.dtype == gpt.state_dict()[key].dtype, key
@@ -388,6 +404,17 @@ def test_a_model_of_other_equations_is_not_exported(monkeypatch, overrides, part
     with pytest.raises(Mistake) as said:
         convert.check_export(gpt, settings, tensors)
     assert part in str(said.value) and settings['architectures'][0] in str(said.value)
+
+
+@pytest.mark.parametrize('overrides', [DSA, FLASH])
+def test_equal_index_scores_are_no_reason_to_refuse(overrides):
+    """An indexer of few heads has many scores of 0; here all are."""
+    gpt = ours(**overrides, num_nextn_predict_layers=0)
+    for name, p in gpt.named_parameters():
+        if 'weights_proj' in name:
+            torch.nn.init.zeros_(p)
+    tensors = convert.released_tensors(gpt.config, gpt.state_dict(), False)
+    convert.check_export(gpt, hf.settings_out(gpt.config, 'float32', None)[0], tensors)
 
 
 def test_a_parameter_of_ones_own_is_not_exported():
