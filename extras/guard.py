@@ -171,8 +171,6 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
     check_context(config['out_dir'], model.config)
     if init_from == 'scratch':
         return
-    its_own = getattr(model.config, 'architecture', 'model')
-    need(config['architecture'] == its_own, f'{init_from} needs --architecture={its_own}')
     if found:
         check_checkpoint(path, model, found, max_over_ranks)
         check_run(init_from, path, found, config, max_over_ranks)

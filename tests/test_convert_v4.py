@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY, log, run_inside, train
+from conftest import ROOT, TINY, load, log, run_inside, train
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV4Config,
@@ -480,12 +480,13 @@ def test_the_scripts_read_such_a_folder(small, kind):
                          '--temperature=0', '--dtype=float32', cwd=small)
         said.append(printed[printed.rindex('024'):printed.index('-----')])
     assert said[0] == said[1] == said[2] and len(said[0].strip()) == 12
-    for begin in ('hf', 'back'):
-        given = [f'--init_from={begin}', f'--out_dir=from-{begin}', '--eval_only=True']
-        train(small, '--architecture=model_v4', *given)
-        assert val_losses(small, f'from-{begin}') == val_losses(small)[-1:]
-    said = train(small, '--init_from=hf', '--out_dir=new', code=2)
-    assert said.splitlines()[-1] == 'hf needs --architecture=model_v4' and not (small / 'new').exists()
+    trained = []
+    for begin, *flag in (('hf',), ('hf', '--architecture=model_v4'), ('back',)):
+        train(small, *flag, f'--init_from={begin}', f'--out_dir=from-{begin}', '--eval_interval=2', '--max_iters=4')
+        trained.append(val_losses(small, f'from-{begin}'))
+    assert trained[0] == trained[1] == trained[2] and trained[0][0] == val_losses(small)[-1] != trained[0][-1]
+    train(small, '--out_dir=from-hf', '--init_from=resume', '--max_iters=5')
+    assert load(small, 'from-hf/ckpt.pt')['model_args']['architecture'] == 'model_v4'
 
 
 def test_an_indexer_joins_the_weights_of_a_v3_folder(small):
