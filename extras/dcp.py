@@ -193,6 +193,8 @@ def check_shards(reader, config):
     folder.
     """
     sizes = {file.name: file.stat().st_size for file in os.scandir(reader.path) if file.is_file()}
+    if '.metadata' not in sizes:  # a pipe would never answer
+        raise ValueError('.metadata is no regular file')
     try:
         metadata = reader.read_metadata()
     except Exception as e:  # damaged, in many ways

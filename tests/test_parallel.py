@@ -500,6 +500,9 @@ def test_a_sharded_checkpoint_that_asks_for_more_than_it_holds(small):
     pickled = pickle.loads(metadata)
     next(iter(pickled.storage_data.values())).relative_path = '../../../private'
     assert '.metadata names something else' in change(pickled)
+    (folder / '.metadata').unlink()
+    os.mkfifo(folder / '.metadata')                                  # to open it would wait for its other end
+    assert '.metadata is no regular file' in train(small, RESUME, code=2)
 
 
 def test_of_both_forms_the_newer_one_goes_on(small):
