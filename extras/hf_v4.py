@@ -73,7 +73,7 @@ def family(config):
 
 
 def settings_out(config, settings):
-    """What V3's config.json becomes for a model of a later format: settings is the former."""
+    """V3's settings of a model -> those of its own format."""
     kind = family(config)
     if not kind:
         return settings
@@ -103,7 +103,7 @@ def settings_in(settings):
     args = {'architecture': 'model_v4'} | {name: need(settings, name) for name in INDEX}
     settings = settings | {'architectures': ['DeepseekV3ForCausalLM']}
     if kind == 'V3.2':
-        only(settings, 'layer_types', [['indexed_attention'] * n])
+        only(settings, 'layer_types', [['indexed_attention'] * len(settings.get('layer_types') or [])])
         if settings.get('mlp_layer_types') is not None:
             settings['first_k_dense_replace'] = leading(settings, 'mlp_layer_types', 'dense', 'sparse')
         return settings, args
@@ -145,7 +145,7 @@ def leading(settings, name, first, rest):
     """The number of layers that a list calls `first`. They stand before those that it calls `rest`."""
     kinds, n = list(settings[name]), settings['num_hidden_layers']
     count = kinds.count(first)
-    if kinds != [first] * count + [rest] * (n - count):
+    if len(kinds) != n or kinds != [first] * count + [rest] * (len(kinds) - count):
         raise Mistake(f'{name} must have {n} entries, {first!r} for the first layers and {rest!r} for all others')
     return count
 
@@ -166,8 +166,8 @@ def attention_of_blocks(settings):
 
 
 def rope(settings, args):
-    """V4's two RoPEs, as transformers or the released config.json has them -> V3's settings, with the YaRN of blocks
-    with entries. The theta of these blocks goes to args.
+    """V4's two RoPEs, as transformers or the released config.json has them -> V3's settings: rope_theta of the blocks
+    without entries, YaRN of the blocks with entries. The theta of the latter goes to args.
     """
     given = settings.get('rope_parameters') or settings.get('rope_scaling') or {}
     nested = type(given.get('main')) is type(given.get('compress')) is dict
