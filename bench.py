@@ -5,10 +5,11 @@ Times this model beside its peers, in one run and on one machine: training steps
     python bench.py train --peer=ours,gpt2 --n_layer=12 --num_nextn_predict_layers=0
     python bench.py decode --peer=ours,transformers --dtype=float32 --batch_size=1
     python bench.py loss --json
+    python bench.py size config/train_v4.py --batch_size=4  # nothing is run: parameters, FLOPs, cache, memory
 
-Each row is a process of its own, so that its peak memory is its own too. Every row measures a dense GEMM in its dtype
-(decoding: a matrix-vector product) before and after its own work: on a machine whose speed drifts, compare the ratios.
-Any field of GPTConfig may be given as --key=value.
+`size` takes train.py's config files and flags. Of the others, each row is a process of its own, so that its peak memory
+is its own too. Every row measures a dense GEMM in its dtype (decoding: a matrix-vector product) before and after its
+own work: on a machine whose speed drifts, compare the ratios. Any field of GPTConfig may be given as --key=value.
 """
 
 import contextlib
@@ -39,7 +40,14 @@ PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
 _as_json = '--json' in sys.argv
 sys.argv = [arg for arg in sys.argv if arg != '--json']
 _what = sys.argv.pop(1) if len(sys.argv) > 1 else ''
-guard.need(_what in PEERS, f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] [--key=value ...]')
+guard.need(_what in PEERS or _what == 'size', f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] '
+           '[--key=value ...], or python bench.py size [CONFIG] [--json] [--key=value ...]')
+if _what == 'size':
+    from extras import sizes
+    with contextlib.redirect_stdout(sys.stderr):
+        _found = sizes.measure(_here)
+    print(json.dumps(_found) if _as_json else sizes.table(_found))
+    raise SystemExit
 
 # -----------------------------------------------------------------------------
 # the model: GPTConfig's defaults, and over them the main run's sizes

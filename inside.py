@@ -29,6 +29,7 @@ out_dir = 'out'  # the folder of the checkpoint
 text = ''  # the file to read; its first block_size tokens are on the page
 out = ''  # the page; '': inside.html in out_dir
 count_tokens = 16384  # tokens of the file that are counted for the experts' load and typical tokens
+experts = ''  # routed experts per token: a number, or 'all'; '': as in training
 device = scripts.default_device()
 map_bytes = 600_000  # of all attention maps together; where one cell per token takes more, a cell is several tokens
 if __name__ == '__main__':
@@ -332,6 +333,7 @@ def main():
     guard.check_device(device)
     words = scripts.read_text(text)
     model, checkpoint, tokenizer = scripts.load_checkpoint(out_dir, device)
+    scripts.choose_experts(model, experts)
     dtype = (checkpoint.get('config') or {}).get('dtype') or 'float32'
     ids = tokenizer.begin + tokenizer.encode(words)
     least, context = 2 + len(model.mtp), model.config.block_size
@@ -348,7 +350,7 @@ def main():
     output.write(path, content.encode(), [text])
     T = len(data['ids'])
     rest = f'; the file has {len(ids)}, the context holds {T}' if len(ids) > T else ''
-    print(f'wrote {path}: {T} tokens{rest}; {len(content) / 1e6:.2f} MB')
+    print(f'wrote {path}: {T} tokens{rest}; {len(content) / 1e6:.2f} MB; loss {data["heads"][0]["loss"]:.4f}')
 
 
 if __name__ == '__main__':

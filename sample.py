@@ -43,6 +43,7 @@ interactive = False  # continue your lines, one answer for each, with the cache 
 max_new_tokens = 500
 temperature = 0.8  # 0, or less than 1e-6: always the likeliest token
 top_k = 200  # 0: every token may be drawn
+experts = ''  # routed experts per token: a number, or 'all'; '': as in training
 speculative = False  # the MTP modules draft and the main stack verifies
 seed = 1337
 device = scripts.default_device()
@@ -81,6 +82,7 @@ guard.need(prompt or interactive, 'start is an empty prompt: give it at least on
 if init_from != 'resume':
     from extras import hf
     model = hf.from_pretrained(init_from).to(device)
+scripts.choose_experts(model, experts)
 block_size = model.config.block_size
 
 

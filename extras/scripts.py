@@ -95,6 +95,22 @@ def load_checkpoint(out_dir, device, **overrides):
     return model.to(device), checkpoint, speaks
 
 
+def choose_experts(model, experts):
+    """From now on each token goes to this number of routed experts ('all', or a number as text), not to as many as in
+    training; '' changes nothing. Gates that are normalised sum to what they did.
+    """
+    if experts == '':
+        return
+    cfg = model.config
+    most = cfg.topk_group * cfg.n_routed_experts // max(1, cfg.n_group)
+    guard.need(len(model.moe_layers()) > 0, f'experts={experts!r}: this model has no routed experts')
+    guard.need(getattr(cfg, 'num_hash_layers', 0) == 0, f'experts={experts!r}: a table chooses experts in this model, '
+               f'{cfg.num_experts_per_tok} for each token')
+    guard.need(experts == 'all' or experts.isascii() and experts.isdigit() and 1 <= int(experts[:9]) <= most,
+               f"experts={experts!r} must be 'all' or a number in 1..{most}")
+    cfg.num_experts_per_tok = most if experts == 'all' else int(experts)
+
+
 def use_few_threads(model, rows):
     """For decoding a few rows of a small model on a CPU, use one thread. It is as fast as several on an idle machine,
     and faster on a busy one, where threads wait for each other: 1.3 s, not 9.8 s, for 40 tokens, while five other

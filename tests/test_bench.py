@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, run_inside, run_outside
+from torch.utils._pytree import tree_leaves
+
+import model
+import model_v4
 
 TOY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=64', '--q_lora_rank=8',
        '--kv_lora_rank=8', '--qk_nope_head_dim=4', '--qk_rope_head_dim=4', '--v_head_dim=8', '--n_routed_experts=4',
@@ -34,6 +39,42 @@ def test_every_way_to_the_loss_finds_the_same():
     assert all(row['loss'] == pytest.approx(rows[1]['loss'], abs=1e-5) for row in rows)
 
 
+def size(*args):
+    code, printed, said = run_inside('bench.py', 'size', '--json', *args, cwd=ROOT)
+    assert code == 0, said
+    return json.loads(printed)
+
+
+@pytest.mark.parametrize('flags', [[], ['--architecture=model_v4', '--layer_types=sh', '--sliding_window=4',
+                                        '--compress_rate_hca=4', '--num_hash_layers=1', '--hc_mult=2']])
+def test_the_size_of_a_model_that_is_not_built(flags):
+    """Against the model itself, of real tensors: parameters, FLOPs and caches."""
+    fields = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+    found = size(*(f'--{key}={value}' for key, value in fields.items()), *flags)
+    fields |= dict(flag.removeprefix('--').split('=') for flag in flags)
+    module = model_v4 if flags else model
+    config = module.GPTConfig(**{k: int(v) if str(v).isdigit() else v for k, v in fields.items()})
+    gpt = module.GPT(config)
+    assert found['parameters'] == gpt.get_num_params(non_embedding=False) == found['training']['weights'] / 4
+    assert found['active parameters'] == gpt.get_num_active_params() + 64 * 32
+    assert found['FLOPs a token, training'] == gpt.flops_per_token()
+    for n in (32, 48):
+        with torch.autocast('cpu', torch.bfloat16):
+            held = sum(x.nbytes for x in tree_leaves(gpt.make_cache(1, n)))
+        assert held == found['cache bytes a token'] * n + found['cache bytes besides']
+    assert (found['cache bytes besides'] > 0) == bool(flags)
+
+
+def test_the_estimate_of_the_main_runs_memory():
+    """docs/gpu.md has the peak of an uncompiled step on the fake GPU, 13.23 GiB."""
+    flags = 'config/train_deepseek.py', '--vocab_size=50304'
+    parts = size(*flags)['training']
+    assert sum(parts.values()) == pytest.approx(13.23 * 2**30, rel=0.1)
+    less = size(*flags, '--recompute=True', '--bf16_moments=True', '--batch_size=6')['training']
+    assert less["optimizer's state"] == parts["optimizer's state"] / 2
+    assert less['activations'] < parts['activations'] / 10
+
+
 def test_mistakes_are_one_line():
     for args, words in (((), 'usage'), (('swim',), 'usage'), (('train', '--peer=nobody'), 'must name some of'),
                         (('train', '--steps=0'), 'steps=0 must lie in'), (('train', '--_here=.'), 'unknown key'),
@@ -41,6 +82,9 @@ def test_mistakes_are_one_line():
                         (('loss', '--rows=0'), 'rows=0 must lie in'),
                         (('train', '--batch_size=-1'), 'batch_size=-1 must lie'), (('train', '--n_head=7'), 'divide'),
                         (('train', '--device=meta'), 'device'), (('train', '--dtype=int8'), 'dtype'),
+                        (('size', '--nobody=1'), 'unknown key'), (('size', '--n_head=7'), 'divide'),
+                        (('size', '--batch_size=0'), 'batch_size=0 must lie'),
+                        (('size', '--architecture=x'), 'must be one of the files'),
                         (('decode', '--new_tokens=1'), 'new_tokens=1'), (('decode', '--block_size=99'), 'do not fit')):
         code, _, said = run_inside('bench.py', *args, cwd=ROOT)
         said = [line for line in said.splitlines() if not line.startswith('Overriding: ')]

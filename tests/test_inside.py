@@ -315,6 +315,17 @@ def test_the_page_needs_no_network(evil):
     assert re.findall(r'(?:href|url)[=(]"?([^")]*)', page) == ['data:,']
 
 
+def test_another_number_of_experts(tmp_path):
+    write_checkpoint(tmp_path, block_size=16)
+    (tmp_path / 'text.txt').write_text(SPEAKS.decode(random_ids(16)))
+    said = {}
+    for experts in ('', '1', 'all'):
+        _, data, printed = write_page(tmp_path, '--count_tokens=16', f'--experts={experts}')
+        said[experts] = printed.split()[-1]
+        assert said[experts] == f'{data["heads"][0]["loss"]:.4f}'
+    assert len(set(said.values())) == 3
+
+
 @pytest.mark.parametrize('overrides', [
     dict(n_layer=4, num_nextn_predict_layers=2), dict(n_layer=8, n_head=8, n_embd=64, n_routed_experts=20,
                                                       num_experts_per_tok=14, mtp_n_layer=2)], ids=['demo', 'main run'])

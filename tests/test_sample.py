@@ -124,6 +124,18 @@ def test_samples_one_by_one_as_they_come(made, monkeypatch):
     assert len(set(whole)) == 1 and len(whole[0]) == 43
 
 
+@pytest.mark.parametrize('experts, K', [('all', 8), ('1', 1), ('3', 3)])
+def test_another_number_of_experts(made, experts, K):
+    """As a checkpoint whose config says it; 3 is what the model was trained with."""
+    saved = torch.load(made / 'out/ckpt.pt', weights_only=True)
+    (made / f'K{K}').mkdir()
+    saved['model_args']['num_experts_per_tok'] = K
+    torch.save(saved, made / f'K{K}/ckpt.pt')
+    got = text(made, f'--experts={experts}')
+    assert got == text(made, f'--out_dir=K{K}') == text(made, '--init_from=hf', f'--experts={experts}')
+    assert (got == text(made)) == (K == 3)
+
+
 @pytest.mark.parametrize('flag', ['--max_new_tokens=1', '--start=' + '1+2' * 11])
 def test_speculation_without_drafts_says_so(made, flag):
     """The second prompt fills the context, of 32 tokens."""
@@ -237,6 +249,7 @@ def test_text_comes_in_whole_characters(tmp_path, tiktoken_cache, monkeypatch):
     (['--num_samples=' + '9' * 30], 'GB of memory'), (['--max_new_tokens=1000000000000000'], 'GB of memory'),
     (['--start=file:prompt.txt'], 'begin with FILE: in capitals'), (['--start=FILE:nowhere'], 'No such file'),
     (['--start=FILE:out/ckpt.pt'], "can't decode byte"), (['--num_samples=0'], 'must be positive'),
+    (['--experts=9'], "must be 'all' or a number in 1..8"), (['--experts=0'], 'in 1..8'), (['--experts=x'], 'in 1..8'),
     (['--interactive=True', '--max_new_tokens=0'], 'be positive in'), (['--temperature=-1'], 'not be negative'),
     (['--seed=' + '1' * 23], 'must fit in 64 bits'),
     (['--device=meta'], "device='meta' cannot be used"),
