@@ -3,8 +3,8 @@
 #   python grpo.py config/grpo_arithmetic.py
 #   torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_arithmetic.py
 #
-# Hardware: two CPU cores. Expected: 32% of the held-out sums are right at the start, 98% after 30 seconds, and 98.5% at
-# the end, after 70 to 124 seconds (99.7% and 99.9% with seeds 1 and 2).
+# Hardware: two CPU cores. Expected: 32 to 70% of the held-out sums are right at the start, 98% after 30 seconds, and
+# 98.5 to 100% at the end, after 70 to 124 seconds.
 
 init_from = 'out-sft-arithmetic'
 out_dir = 'out-grpo-arithmetic'

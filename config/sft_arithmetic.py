@@ -3,8 +3,8 @@
 #   python data/arithmetic/prepare.py
 #   python train.py config/sft_arithmetic.py
 #
-# Hardware: two CPU cores. Expected: val loss 0.18 in 71 to 121 seconds. A third to a half of the held-out sums are then
-# right, most of them by guessing (32, 50 and 55% with seeds 1337, 1 and 2; docs/grpo.md says how much this varies).
+# Hardware: two CPU cores. Expected: val loss 0.18 in 71 to 121 seconds. A third to two thirds of the held-out sums are
+# then right, most of them by guessing; docs/grpo.md says how much this varies.
 
 out_dir = 'out-sft-arithmetic'
 eval_interval = 100
