@@ -147,14 +147,17 @@ def follow(row, spell, stopped=(), spare=0):
 
 
 def ask():
-    """The user's next line; None at the end of the input"""
+    """The user's next line; None at the end of the input. Only here a Ctrl-C is a KeyboardInterrupt at once."""
     while True:
         try:
+            answering = signal.signal(signal.SIGINT, signal.default_int_handler)
             return input('> ' if sys.stdin.isatty() and sys.stdout.isatty() else '')
         except EOFError:
             return None
         except KeyboardInterrupt:
             print('\nCtrl-D ends the conversation', file=sys.stderr)
+        finally:
+            signal.signal(signal.SIGINT, answering)
 
 
 def with_line(row, line):
@@ -170,9 +173,10 @@ def with_line(row, line):
     return (row + ids)[-max(1, block_size // 2):] if len(row + ids) >= block_size else row + ids
 
 
-@contextlib.contextmanager
-def interruptible():
-    """-> a list that Ctrl-C appends to. A second Ctrl-C, before the step is over, ends the program."""
+def converse(row):
+    """Continue the user's lines until the input ends. Ctrl-C ends an answer after its next token, a second one, before
+    that token comes, the program.
+    """
     pressed = []
 
     def press(number, frame):
@@ -180,13 +184,7 @@ def interruptible():
             raise KeyboardInterrupt
         pressed.append(number)
 
-    before = signal.signal(signal.SIGINT, press)
-    yield pressed
-    signal.signal(signal.SIGINT, before)
-
-
-def converse(row):
-    """Continue the user's lines until the input ends."""
+    signal.signal(signal.SIGINT, press)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() then knows the arrow keys)
     if hasattr(sys.stdin, 'reconfigure'):
@@ -200,8 +198,8 @@ def converse(row):
         spell, before = speller(tokenizer.decode), len(row)
         spell(row)
         t0, compiling = time.perf_counter(), decoder.compile_seconds
-        with interruptible() as pressed:
-            follow(row, spell, pressed, spare=before + max_new_tokens)
+        pressed.clear()
+        follow(row, spell, pressed, spare=before + max_new_tokens)
         dt = time.perf_counter() - t0 - (decoder.compile_seconds - compiling)
         print()
         drafts = '; ' + drafts_of(speculation(decoder.kept.counts)) if speculative else ''

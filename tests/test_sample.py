@@ -198,21 +198,28 @@ def test_ctrl_c_ends_an_answer(made, monkeypatch):
     assert (code, said) == (130, 'interrupted\n')
 
 
+def test_ctrl_c_at_the_prompt_says_how_to_leave(made, monkeypatch):
+    monkeypatch.setattr('builtins.input', lambda prompt, presses=[signal.SIGINT]: signal.raise_signal(presses.pop())
+                        if presses else sys.stdin.readline()[:-1] or exec('raise EOFError'))
+    _, said = converse(made, monkeypatch, '1+2\n', '--max_new_tokens=5')
+    assert said[:2] == ['', 'Ctrl-D ends the conversation'] and said[2].startswith('5 tokens') and len(said) == 3
+
+
 @pytest.mark.slow
 def test_a_conversation_at_a_terminal(made):
-    """Answers come without control characters. Ctrl-C at the prompt says how to leave; Ctrl-D leaves."""
+    """Answers come without control characters, and Ctrl-D leaves."""
     ours, terminal = pty.openpty()
     process = subprocess.Popen([sys.executable, ROOT / 'sample.py', *FEW, '--interactive=True', '--temperature=9',
                                 '--max_new_tokens=28'], cwd=made, stdin=terminal, stdout=terminal, stderr=terminal,
                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'dumb'}, start_new_session=True)
     os.close(terminal)
     seen = b''
-    for keys, answer in ((b'', b'> '), (b'1+2\n', b'of 32'), (None, b'Ctrl-D ends'), (b'\x04', b'')):
-        process.send_signal(signal.SIGINT) if keys is None else os.write(ours, keys)
+    for keys, answer in ((b'', b'> '), (b'1+2\n', b'of 32\r\n> '), (b'\x04', b'')):
+        os.write(ours, keys)
         while answer and answer not in seen:
             seen += os.read(ours, 1 << 16)
         done, seen = seen, b''
-        if answer == b'of 32':
+        if keys == b'1+2\n':
             assert b'U+00' in done and not re.search(rb'[\x00-\x08\x0b\x0c\x0e-\x1f]', done.partition(b'1+2')[2])
     assert process.wait(timeout=60) == 0
     os.close(ours)
