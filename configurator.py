@@ -223,9 +223,11 @@ def _read_flag(arg):
     return key, value
 
 
-for _name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
-    if not _os.environ.get(_name, '0').isdigit():
+for _name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'GROUP_WORLD_SIZE', 'MASTER_PORT'):
+    if not _re.fullmatch('[0-9]{1,9}', _os.environ.get(_name, '0')):
         raise mistake(f'{_name}={_os.environ[_name]} in the environment must be a number: torchrun sets it')
+if int(_os.environ.get('RANK', 0)) >= int(_os.environ.get('WORLD_SIZE', 'RANK' not in _os.environ)):
+    raise mistake('RANK in the environment must be below WORLD_SIZE: torchrun sets both; unset RANK to run alone')
 _keys = list(_settings(globals()))
 if __name__ != 'configurator':
     _architecture = _add_architecture(_sys.argv[1:]) if 'architecture' in globals() else 'model'

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 
 import configurator  # noqa: F401 (a mistake is one line and exit code 2)
@@ -99,7 +100,8 @@ def mtp_lines(settings):
 
 
 def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
-    config, train = model.config, checkpoint.get('config') or {}
+    config = model.config
+    data = re.match(r'[\w./ -]+$', str((checkpoint.get('config') or {}).get('dataset', '')))  # no Markdown
     lines = ['# A small DeepSeek model', '', 'Trained with nanoGPT with DeepSeek inside, exported by its convert.py.',
              '', '| | |', '|---|---|',
              f'| architecture | {settings["architectures"][0]} |',
@@ -111,9 +113,9 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
              f'| MTP modules in this folder | {settings["num_nextn_predict_layers"]} |',
              f'| context | {config.block_size} tokens |',
              f'| tokenizer | {tokenizer} |',
-             f'| data | {train.get("dataset", "not known")} |']
+             f'| data | {data[0] if data else "not known"} |']
     loss, iterations = (checkpoint.get(key) for key in ('val_loss', 'iter_num'))
-    if iterations:
+    if iterations and type(iterations) is int:
         known = f', validation loss {loss:.4f}' if type(loss) is float else ''  # else these weights were not evaluated
         lines.append(f'| iterations | {iterations}{known} |')
     command = training_command(os.path.join(out_dir, 'log.jsonl'))

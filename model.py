@@ -388,17 +388,18 @@ class GPT(nn.Module):
         gives the mean over micro-batches and ranks, so that each label of an iteration weighs the same.
         Leaves tensors in `stats`: `losses` (1 + modules), of the main head and each MTP module; `balance`, the mean
         over MoE layers; `load` (MoE layers, E), the tokens of each expert."""
-        D, states = len(self.mtp), [h]
+        D, states, labels = len(self.mtp), [h], self.labels(targets)
+        has_label = [labels[0] >= 0] * len(routing)                         # for each MoE layer (B, T), its head's
         for k, module in enumerate(self.mtp, start=1):
             token = F.pad(idx[:, k:], (0, min(k, idx.size(1))))             # t_{i+k}; the padded end has no label
             h, more = self.mtp_module(module, token, h)
-            routing += more
+            routing, has_label = routing + more, has_label + [labels[k] >= 0] * len(more)
             states.append(h)
         weight = (self.config.mtp_lambda if mtp_lambda is None else mtp_lambda) / max(D, 1)   # eq. 24-25
-        loss, losses = self.loss_of_heads(states, self.labels(targets), [1.0] + [weight] * D, label_counts)
+        loss, losses = self.loss_of_heads(states, labels, [1.0] + [weight] * D, label_counts)
         self.stats = {'losses': losses}
         if routing:
-            balance, load = balance_and_load(routing, targets >= 0)
+            balance, load = balance_and_load(routing, torch.stack(has_label))
             if self.config.aux_loss_alpha > 0:
                 loss = loss + self.config.aux_loss_alpha * balance.sum()
             self.stats |= {'balance': balance.detach().mean(), 'load': load}  # the mean: for the log
@@ -457,12 +458,13 @@ class GPT(nn.Module):
     # The machinery: first the rest of GPT's methods, then the functions that the model above calls.
     def initialise(self, name, p):
         """Initialise one parameter by GPT's table."""
-        module = self.get_submodule(name.rpartition('.')[0])
-        if isinstance(module, RMSNorm):
+        owner, _, last = name.rpartition('.')
+        module, weight = self.get_submodule(owner), last == 'weight'
+        if isinstance(module, RMSNorm) and weight:
             nn.init.ones_(p)
-        elif isinstance(module, nn.Linear) and name.endswith('bias'):
+        elif isinstance(module, nn.Linear) and last == 'bias':
             nn.init.zeros_(p)
-        elif isinstance(module, (nn.Linear, nn.Embedding)) or name.endswith(('experts_gate_up', 'experts_down')):
+        elif isinstance(module, (nn.Linear, nn.Embedding)) and weight or last in ('experts_gate_up', 'experts_down'):
             residual = name.endswith(('o_proj.weight', 'down_proj.weight', 'experts_down'))
             terms = 2 * self.config.n_layer if residual else 1
             nn.init.normal_(p, std=self.config.initializer_range / math.sqrt(terms))
@@ -630,12 +632,12 @@ def check_config(config, further=()):
 
 def balance_and_load(routing, has_label):
     """-> the sequence-wise balance loss of each MoE layer without its weight alpha (layers,), 1 at balance (eq. 17-20),
-    and its load (layers, E), the number of tokens that each expert got. routing: run_blocks()'s; has_label: (B, T)"""
+    and its load (layers, E), the tokens that each expert got. routing: run_blocks()'s; has_label: (L or 1, B, T)"""
     scores, experts = (torch.stack(x) for x in zip(*routing))               # (L, B, T, E), (L, B, T, K)
     E, K = scores.size(-1), experts.size(-1)
     # tokens behind a row's last label only fill the row, and do not count
-    counted = has_label.flip(1).cumsum(dim=1).flip(1).unsqueeze(-1) > 0     # (B, T, 1)
-    T = counted.sum(dim=1).clamp(min=1)                                     # (B, 1)
+    counted = has_label.flip(-1).cumsum(dim=-1).flip(-1).unsqueeze(-1) > 0  # (L or 1, B, T, 1)
+    T = counted.sum(dim=-2).clamp(min=1)                                    # (L or 1, B, 1)
     none = torch.zeros_like(scores, dtype=torch.bool)
     best = none.scatter(-1, scores.topk(K, dim=-1).indices, True)           # K experts, also if scores are equal
     f = (best & counted).sum(dim=2) / T * (E / K)                                                # eq. 18: (L, B, E)

@@ -54,16 +54,18 @@ def join_latents(attn):
 @torch.no_grad()
 def check_absorption(model):
     """Mistake if the attention decodes something else than it trains: see MLA.absorb"""
-    attn, T = model.transformer.h[0].attn, min(4, model.config.block_size)
-    if not (isinstance(attn, MLA) and attn.absorb):
-        return
-    attn = copy.deepcopy(attn).float().cpu().eval()
+    T = min(256, model.config.block_size)
     x = torch.arange(float(T * model.config.n_embd)).sin().view(1, T, -1)
-    q, latent = attn.project(x, model.rope_cos[:T].cpu(), model.rope_sin[:T].cpu())
-    trained = attn.attend(q, latent)                                                          # (1, T, H*v)
-    decoded = attn.attend(q, latent, torch.ones(T, T, dtype=torch.bool).tril())
-    if (decoded - trained).norm() > 1e-3 * trained.norm():
-        raise Mistake('MLA decodes something else than it trains: set absorb = False in it, or change attend_absorbed')
+    for attn in (block.attn for block in model.blocks()):
+        if not (isinstance(attn, MLA) and attn.absorb):
+            continue
+        attn = copy.deepcopy(attn).float().cpu().eval()
+        q, latent = attn.project(x, model.rope_cos[:T].cpu(), model.rope_sin[:T].cpu())
+        trained = attn.attend(q, latent)                                                      # (1, T, H*v)
+        decoded = attn.attend(q, latent, torch.ones(T, T, dtype=torch.bool).tril())
+        if (decoded - trained).norm() > 1e-3 * trained.norm():
+            raise Mistake('MLA decodes something else than it trains: set absorb = False in it, or change '
+                          'attend_absorbed')
 
 
 class Speculation(NamedTuple):
@@ -321,7 +323,7 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     moved = source != [*range(len(source))]
     numbers = torch.tensor([[len(prompt) for prompt in prompts], source, firsts + [0] * (len(source) - U)])
     known, source, firsts = numbers.to(s.known.device)                                        # (B,) each
-    write_prompts(model, s, prompts, max_new_tokens, temperature, stop_token)
+    write_prompts(model, s, prompts, known, max_new_tokens, temperature, stop_token)
     tokens = s.tokens[firsts[:U], :longest]                                                   # (U, longest)
     lengths = [longest] * U
     # a ring, unlike a cache with a row for each position, would keep the padding: each length by itself
@@ -338,10 +340,12 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
         draft(model, s, sampled, top_k)
 
 
-def write_prompts(model, s, prompts, max_new_tokens, temperature, stop_token):
-    """The part of a State that needs no model: the prompts' tokens, padded, and what is asked for."""
+def write_prompts(model, s, prompts, known, max_new_tokens, temperature, stop_token):
+    """The part of a State that needs no model: the prompts' tokens, padded, their lengths `known` (B,), and what is
+    asked for.
+    """
     longest = max(map(len, prompts))
-    s.known.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+    s.known.copy_(known)
     s.end.copy_((s.known + max_new_tokens).clamp(max=model.config.block_size + 1))
     s.tokens[:, :longest] = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     s.done.fill_(False)
@@ -356,7 +360,7 @@ def extend(model, s, prompt, max_new_tokens, temperature, stop_token, D, sampled
     The caches lack the row of the newest known token. Module k made its k - 1 rows before that from drafts.
     """
     first, end = s.known.item() - 1, len(prompt)
-    write_prompts(model, s, [prompt], max_new_tokens, temperature, stop_token)
+    write_prompts(model, s, [prompt], torch.tensor([end]), max_new_tokens, temperature, stop_token)
     h, _ = model.main_stack(s.tokens[:, first:end], s.caches, first)                          # (1, end - first, C)
     advance(model, s, h[:, -1:], 0, sampled, top_k)
     if D > 0:

@@ -38,8 +38,12 @@ def check_run(init_from, path, checkpoint, config, max_over_ranks):
     """
     number, best, meta = (checkpoint.get(key) for key in ('iter_num', 'best_val_loss', 'meta'))
     out_dir, resume = os.path.dirname(path), init_from == 'resume'
-    if (type(number), type(best), type(meta or {})) != (int, float, dict) or number < 0:
-        raise Mistake(f'{path} is no checkpoint of a run: its iter_num, best_val_loss or meta has a wrong type')
+    seen, loss, name = (checkpoint.get(key) for key in ('micro_batches', 'val_loss', 'wandb_id'))
+    known = (type(number), type(best), type(meta or {})) == (int, float, dict) and number >= 0
+    if not known or type(seen or 0) is not int or (seen or 0) < 0 or type(loss or 0.0) is not float or \
+            type(name or '') is not str:
+        raise Mistake(f'{path} is no checkpoint of a run: one of iter_num, best_val_loss, micro_batches, val_loss, '
+                      'wandb_id and meta has a wrong type or is negative')
     if max_over_ranks(number) != -max_over_ranks(-number):
         raise Mistake(f'the ranks hold checkpoints of different iterations: {out_dir} must be one folder for all')
     if resume and 'seconds' in checkpoint:  # only grpo.py saves them

@@ -132,7 +132,7 @@ def load_optimizer(opt, found, path, max_over_ranks=int, shards=None):
     def fits(name, x, p):
         if x.shape != (() if name == 'step' else p.shape) or x.is_meta:
             return False
-        if not (x.is_floating_point() and x.is_contiguous()):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) or not x.is_contiguous():
             return False
         x = x.to_local() if hasattr(x, 'to_local') else x
         return bool((x.isfinite() & ((x >= 0) | (name not in ('step', 'exp_avg_sq')))).all())
@@ -144,7 +144,7 @@ def load_optimizer(opt, found, path, max_over_ranks=int, shards=None):
         fit = lengths[0] == lengths[1] and all(
             state.keys() == {'step', *moments[i]} and all(fits(name, x, params[i]) for name, x in state.items())
             for i, state in states.items())
-    except (KeyError, TypeError, AttributeError, IndexError):  # not an optimizer's state at all
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError):  # not an optimizer's state at all
         fit = False
     if max_over_ranks(not fit):
         raise Mistake(f'the optimizer in {path} is damaged, or does not fit: resume with the --optimizer of its run')

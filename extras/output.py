@@ -8,6 +8,7 @@ import tempfile
 
 from configurator import mistake
 
+OURS = '.unfinished'  # a file of this name in a temporary folder says that it may be removed
 MARK = 'written by nanoGPT with DeepSeek inside'  # pages and figures carry it; some formats of figures cannot
 
 
@@ -67,12 +68,13 @@ def unfinished_folder(target):
     parent, name = os.path.split(target)
     for left in glob.glob(f'{glob.escape(target)}.????????.unfinished'):
         with contextlib.suppress(OSError):
-            descriptor = lock(left)
+            descriptor = lock(left) if os.path.exists(os.path.join(left, OURS)) else None
             if descriptor is not None:  # nobody writes to it
                 shutil.rmtree(left)
                 os.close(descriptor)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f'{name}.', suffix='.unfinished') as folder:
         descriptor = lock(folder)
+        open(os.path.join(folder, OURS), 'w').close()
         try:
             yield folder
         finally:

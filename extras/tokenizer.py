@@ -213,7 +213,7 @@ def from_folder(folder, special=True):
 
     def encode(text):
         try:
-            return ids(text)
+            found = ids(text)
         except ValueError as e:  # a text that it has no tokens for
             characters = sorted(set(text))
             unknown = [ch for ch in characters if not knows(ch)]
@@ -222,12 +222,18 @@ def from_folder(folder, special=True):
             else:
                 what = f'all of {text[:80]!r}'
             raise mistake(f'{path} does not know {what}: ', e) from None
+        if not special and spelled & {*found}:  # its vocabulary itself holds them, as words
+            raise mistake(f'{path} takes the letters {bpe.id_to_token(min(spelled & {*found}))!r} of the text for its '
+                          'special token: take them out of the text')
+        return found
 
     def decode(ids):
         with rust(f'{path} cannot spell the tokens: '):
             return bpe.decode(ids)
 
     begin, end = id_of('bos_token'), id_of('eos_token')
+    # a single character, such as a line's end, may well be the end of a text too
+    spelled = {token for token in (begin, end) if token is not None and len(bpe.id_to_token(token)) > 1}
     if added and added[-1] == end and (len(added) > 1 or begin != end):  # a template that ends texts too
         added = added[:-1]
     if not added and begin is not None and settings.get('add_bos_token'):

@@ -88,10 +88,20 @@ def test_config_files(small, text, message):
     expect(small, 'train.py', ['given.py'], message)
 
 
-@pytest.mark.parametrize('name', ['RANK', 'LOCAL_RANK', 'WORLD_SIZE'])
-def test_ranks_that_are_no_numbers(small, monkeypatch, name):
-    monkeypatch.setenv(name, 'x')
-    expect(small, 'train.py', [], f'{name}=x in the environment must be a number')
+@pytest.mark.parametrize('value', ['x', '²', ''])
+@pytest.mark.parametrize('name', ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_WORLD_SIZE',
+                                  'MASTER_PORT'])
+def test_ranks_that_are_no_numbers(small, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    expect(small, 'train.py', [], f'{name}={value} in the environment must be a number')
+
+
+@pytest.mark.parametrize('environment', [{'RANK': '0'}, {'RANK': '0', 'WORLD_SIZE': '0'},
+                                         {'RANK': '3', 'WORLD_SIZE': '2'}])
+def test_ranks_that_are_not_there(small, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    expect(small, 'train.py', [], 'RANK in the environment must be below WORLD_SIZE')
 
 
 def tokens(**files):
@@ -260,12 +270,15 @@ def test_weights_that_are_finite(values, finite):
     (checkpoint(lambda c: c.update(iter_num=-1)), RESUME, 'iter_num'),
     (checkpoint(lambda c: c.pop('best_val_loss') and None), RESUME, 'best_val_loss'),
     (checkpoint(lambda c: c.update(meta=[1])), RESUME, 'meta has a wrong type'),
+    *((checkpoint(lambda c, bad=bad: c.update(bad)), RESUME, 'wrong type or is negative') for bad in (
+        {'micro_batches': 'x'}, {'micro_batches': -5}, {'val_loss': 'x'}, {'wandb_id': [1]})),
     (checkpoint(lambda c: c['optimizer']['param_groups'].pop() and None), RESUME, NO_FIT),
     (checkpoint(lambda c: c.update(optimizer='none')), RESUME, NO_FIT),
     (checkpoint(lambda c: c.update(optimizer={'param_groups': c['optimizer']['param_groups']})), RESUME, NO_FIT),
     (checkpoint(lambda c: c['optimizer']['state'].update({99: c['optimizer']['state'][0]})), RESUME, NO_FIT),
     (every_state(lambda x: torch.ones(3)), RESUME, NO_FIT), (every_state(lambda x: torch.ones(())), RESUME, NO_FIT),
     (every_state(lambda x: torch.ones(1).expand(x.shape)), RESUME, NO_FIT),
+    (every_state(lambda x: x.to(torch.float8_e4m3fn)), RESUME, NO_FIT),
     (every_state(lambda x: x.long()), RESUME, NO_FIT), (every_state(lambda x: -x.abs()), RESUME, NO_FIT),
     (state_of_0(exp_avg=torch.zeros(2)), RESUME, NO_FIT), (state_of_0(exp_avg_sq='none'), RESUME, NO_FIT),
     (state_of_0(exp_avg=torch.full((40, 32), math.nan)), RESUME, NO_FIT),

@@ -905,12 +905,14 @@ def test_a_killed_import_can_be_repeated(exported):
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     left, = glob.glob('new.*')
     os.mkdir('new.another1.unfinished')
+    open(f'new.another1.unfinished/{output.OURS}', 'w').close()
     descriptor = output.lock('new.another1.unfinished')  # as a process that is still writing to it
-    os.mkdir('new.notes.unfinished')
+    for own in ('new.notes.unfinished', 'new.mybackup.unfinished'):  # the user's
+        os.mkdir(own)
     convert.import_folder('hf', 'new')
     os.close(descriptor)
     assert os.path.exists('new/ckpt.pt') and not os.path.exists(left)
-    assert sorted(glob.glob('new.*')) == ['new.another1.unfinished', 'new.notes.unfinished']
+    assert sorted(glob.glob('new.*')) == ['new.another1.unfinished', 'new.mybackup.unfinished', 'new.notes.unfinished']
 
 
 def test_an_export_touches_no_other_folder(exported):

@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import SMALL, run, run_inside, run_outside, writer_to
 
 TEXT = ''.join(f'{i} green bottles, standing on the wall; and if {i} more should fall...\n' for i in range(400))
@@ -474,6 +475,27 @@ def test_a_special_token_written_in_a_corpus_is_words(clone, tmp_path):
     assert ids.count(bpe.end) == 1 and ids[-1] == bpe.end and ids.count(bpe.begin[0]) == 1
     assert bpe.decode(ids) == text
     assert bpe.encode(text).count(bpe.end) == 1
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'words', 'added'])
+def test_a_vocabulary_that_holds_its_special_token_as_a_word(clone, tmp_path, kind):
+    """Whatever switches special tokens off, the word is found: one line, and no data set is cut by it."""
+    words = ['<unk>', '</s>', *' About<s>and/in\n', 'a', 'b']
+    if kind == 'unigram':
+        made = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -3.0) for word in dict.fromkeys(words)], 0))
+    else:
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))},
+                                                                '<unk>'))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_tokens([tokenizers.AddedToken('</s>', special=kind != 'added')])
+    (tmp_path / 'made').mkdir()
+    made.save(str(tmp_path / 'made/tokenizer.json'))
+    (tmp_path / 'made/tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+    (tmp_path / 'in.txt').write_text('a b </s> b a ' * 50)
+    code, _, said = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/in.txt',
+                               f'--tokenizer={tmp_path}/made', '--name=mine', cwd=clone)
+    assert code == 2 and "takes the letters '</s>' of the text for its special token" in said.splitlines()[-1], said
+    assert not list(clone.glob('data/mine/*.bin'))
 
 
 def test_data_keep_the_tokenizer_that_they_were_made_with(clone, tmp_path):

@@ -102,6 +102,25 @@ def test_a_changed_attention_is_decoded_only_without_absorption(monkeypatch, abs
         assert Decoder(model).generate(idx.tolist(), 9, 0)[0] == model.generate(idx, 9, 0).tolist()
 
 
+@pytest.mark.parametrize('change', ['a window of 8', 'the last layer alone'])
+def test_a_changed_attention_is_seen_in_any_layer_and_at_any_distance(change):
+    model = tiny_model().eval()
+    decode.check_absorption(model)
+    attn = model.blocks()[-1].attn
+
+    def attend(q, latent, seen=None):
+        T = q.size(2)
+        if seen is None and change == 'a window of 8':
+            seen = torch.ones(T, T, dtype=torch.bool).tril().triu(-7)
+            k, v = attn.expand(latent)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=attn.scale).transpose(1, 2).flatten(2)
+        return MLA.attend(attn, q if seen is None else 2 * q, latent, seen)
+
+    attn.attend = attend
+    with pytest.raises(Mistake, match='set absorb = False'):
+        decode.check_absorption(model)
+
+
 def test_a_stop_token_ends_each_row_for_itself():
     model, ended = tiny_model(block_size=64).eval(), []
     decoder, prompts = Decoder(model), prompts_of(5, 1, 9, 4, 4, 2)

@@ -421,7 +421,16 @@ def test_what_fills_a_row_counts_neither_in_the_load_nor_in_the_balance_loss(mon
     model(idx[:, :12], cut[:, :12])
     assert torch.equal(stats['load'], model.stats['load']) and (stats['load'].sum(dim=1) == 3 * 12 * 3).all()
     torch.testing.assert_close(stats['balance'], model.stats['balance'])
-    model = tiny_model(num_nextn_predict_layers=0, aux_loss_alpha=0.0)
+    model = tiny_model()  # a module's last label stands before the main one's
+    other = torch.where(cut < 0, idx.roll(1), idx)
+    stats = []
+    for x in (idx, torch.cat((idx[:, :13], other[:, 13:]), dim=1)):
+        model(x, cut)
+        stats.append(model.stats)
+    assert (idx != other)[:, 13:].any() and torch.equal(stats[0]['load'], stats[1]['load'])
+    assert stats[0]['load'].sum(dim=1).tolist() == [3 * 12 * 3] * 2 + [3 * 11 * 3, 3 * 10 * 3]
+    torch.testing.assert_close(stats[0]['balance'], stats[1]['balance'])
+    stats, model = stats[0], tiny_model(num_nextn_predict_layers=0, aux_loss_alpha=0.0)
     monkeypatch.setattr(model_file, 'balance_and_load', lambda *_: (torch.tensor([math.nan]), stats['load']))
     assert model(idx, cut)[1].isfinite()
 
@@ -479,7 +488,8 @@ def test_balance_bias_moves_against_the_load_and_only_when_told():
     # forward and backward move nothing
     assert all(m.e_score_correction_bias.abs().sum() == 0 for m in model.moe_layers())
     load = model.stats['load']
-    assert load.shape == (4, 8) and (load.sum(1) == 4 * 32 * 3).all()
+    # the last k positions of a row have no label of module k
+    assert load.shape == (4, 8) and load.sum(1).tolist() == [4 * T * 3 for T in (32, 32, 31, 30)]
     model.update_balance(load)
     for moe, row in zip(model.moe_layers(), load.float()):
         bias = moe.e_score_correction_bias
@@ -785,6 +795,9 @@ def test_a_parameter_of_ones_own_keeps_its_initialisation(monkeypatch):
         self.own_conv = nn.Conv1d(2, 2, 3)
         nn.init.constant_(self.own_conv.weight, 7.0)
         self.register_buffer('own_table', torch.full((3,), 5.0))
+        self.o_proj.own_lora = nn.Parameter(torch.zeros(2, 2))      # as of a subclass
+        self.kv_a_layernorm.own_shift = nn.Parameter(torch.zeros(2))
+        self.o_proj.own_bias = nn.Parameter(torch.ones(2))
 
     monkeypatch.setattr(MLA, '__init__', init)
     model = tiny_model()
@@ -793,6 +806,8 @@ def test_a_parameter_of_ones_own_keeps_its_initialisation(monkeypatch):
         assert attn.temperature.tolist() == pytest.approx([0.3, -2.0])
         assert (attn.own_norm.weight == 0.5).all() and (attn.own_norm.bias == 0.25).all()
         assert (attn.own_conv.weight == 7.0).all() and (attn.own_table == 5.0).all()
+        assert not attn.o_proj.own_lora.any() and not attn.kv_a_layernorm.own_shift.any()
+        assert (attn.o_proj.own_bias == 1.0).all()
     read, state = parallel.reader(model, None), model.state_dict()
     for name, tensor in state.items():
         if re.search(r'\.own_|temperature', name):
