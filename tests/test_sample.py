@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,7 @@ def test_a_conversation_at_a_terminal(made):
     for keys, answer in ((b'', b'> '), (b'1+2\n', b'of 32\r\n> '), (b'\x04', b'')):
         os.write(ours, keys)
         while answer and answer not in seen:
+            assert select.select([ours], [], [], 60)[0], seen
             seen += os.read(ours, 1 << 16)
         done, seen = seen, b''
         if keys == b'1+2\n':
