@@ -104,6 +104,7 @@ def test_a_full_size_decoding_step_traces_on_fake_cuda_tensors(sampled):
             assert all(x.device.type == 'cuda' for x in decode.tensors_of(state))
 
 
+@pytest.mark.slow
 def test_decoding_has_no_host_sync_in_a_step():
     """It looks at the rows once in as many passes as they need at least."""
     gpt = decode.for_decoding(tiny_model(block_size=128), torch.bfloat16)

@@ -419,11 +419,21 @@ def test_sampled_output_of_a_model_keeps_the_distribution():
         assert dof >= 4 and value < dof + 4 * (2 * dof) ** 0.5
 
 
-@pytest.mark.parametrize('overrides, experts', [
-    pytest.param({'n_routed_experts': 16}, 'their own', marks=pytest.mark.slow),
-    ({'first_k_dense_replace': 1, 'n_shared_experts': 0}, 'all')])
-def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same(overrides, experts):
+def traced(monkeypatch):
+    """torch.compile makes the same graphs, but Inductor, which takes half a minute, does not compile them."""
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, options, **kwargs: real(
+        f, backend='eager', options={'guard_filter_fn': options['guard_filter_fn']}, **kwargs))
+
+
+@pytest.mark.parametrize('overrides, experts, inductor', [
+    ({'first_k_dense_replace': 1, 'n_shared_experts': 0}, 'all', False),
+    pytest.param({'first_k_dense_replace': 1, 'n_shared_experts': 0}, 'all', True, marks=pytest.mark.slow),
+    pytest.param({'n_routed_experts': 16}, 'their own', True, marks=pytest.mark.slow)])
+def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same(monkeypatch, overrides, experts, inductor):
     """Whatever the position, the prompts' lengths, the stop token, the temperature and the weights."""
+    if not inductor:
+        traced(monkeypatch)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = tiny_model(**{'n_layer': 1, 'num_nextn_predict_layers': 1, 'block_size': 200} | overrides).eval()
@@ -445,12 +455,8 @@ def test_a_compiled_step_is_compiled_once_and_its_tokens_are_the_same(overrides,
 
 @pytest.mark.slow
 def test_a_compiled_decoder_does_not_take_the_graph_of_another_models(monkeypatch):
-    """Whose sizes are the same. Without inductor, which guards nothing."""
-    def trace(f, options, **kwargs):
-        return real(f, backend='eager', options={'guard_filter_fn': options['guard_filter_fn']}, **kwargs)
-
-    real = torch.compile
-    monkeypatch.setattr(torch, 'compile', trace)
+    """Whose sizes are the same. Without Inductor, which guards nothing."""
+    traced(monkeypatch)
     prompts = prompts_of(4)
     sizes = dict(n_layer=1, num_nextn_predict_layers=0, tie_word_embeddings=False)
     for scaling in (1.0, 9.0):

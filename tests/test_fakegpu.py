@@ -191,7 +191,8 @@ def test_decoding(on_gpu, trained, sm, speculative, launches, gemms):
     assert {line for step in found['steps'] for line in step['waits']} == {LOOK} and 0 < looks <= 7
 
 
-@pytest.mark.parametrize('speculative', [False, pytest.param(True, marks=slow)])
+@slow
+@pytest.mark.parametrize('speculative', [False, True])
 def test_compiled_decoding(on_gpu, trained, speculative):
     """A step is one graph, recorded once, and what torch's random numbers and a look launch beside it."""
     found, steps = sampled(on_gpu, '--compile=True', f'--speculative={speculative}')

@@ -457,6 +457,7 @@ def test_full_size_forward_traces_on_fake_cuda_tensors_through_scaled_mm(monkeyp
     assert len(calls) == in_forward + 4 * len(linear) and len(shapes) == 7
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_does(small):
     """But for the tiles along the rows, which end with a rank's rows."""
     flags = [*SMALL, '--fp8=True', '--batch_size=8', '--log_interval=1']

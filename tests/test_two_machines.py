@@ -23,6 +23,7 @@ def two_machines(clones, *flags, script='train.py', port=29655, first=(), **env)
     return [agent.returncode for agent in agents], printed
 
 
+@pytest.mark.slow
 def test_a_host_name_that_no_other_machine_reaches(small, tmp_path):
     """Debian's /etc/hosts has 127.0.1.1 for it. One machine failed, in a traceback, and the other waited."""
     (small / 'debian.py').write_text('''
