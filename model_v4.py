@@ -535,7 +535,7 @@ class Engram(nn.Module):
 
     def forward(self, h, tokens, cache=None, pos=0):
         """h (B, T, C) or streams (B, T, n, C), tokens (B, T, N): see look_back() -> what joins h, of its shape.
-        cache (B, S, n C): the convolution's inputs, written in place
+        cache (B, R, n C): a ring of the convolution's inputs, written in place
         """
         C, eps = self.config.n_embd, self.config.rms_norm_eps
         x = h.unflatten(-1, (-1, C)) if h.dim() == 3 else h                 # (B, T, n, C)
@@ -581,16 +581,20 @@ def table_sizes(config):
 
 def look_back(x, steps, before, cache, pos):
     """x (B, T, ...) at the positions pos.. -> for each of `steps` the rows that many positions earlier, (B, T, ...);
-    `before` stands before the first position. cache (B, S, ...) or None: holds earlier rows, x is written into it
+    `before` stands before the first position. cache: a ring (B, R, ...) of earlier rows, which x is written into, or
+    None. R is at least the largest step, and as many tokens as are decoded at a time
     """
-    T = x.size(1)
-    if cache is None:
-        return [torch.cat((torch.full_like(x[:, :k], before), x[:, :max(0, T - k)]), dim=1) for k in steps]
-    place = pos if isinstance(pos, torch.Tensor) else torch.arange(pos, pos + T, device=x.device).expand(len(x), T)
-    row = row_numbers(x, place)
-    cache[row, place] = x.to(cache.dtype)
-    known = place.view(*place.shape, *[1] * (x.dim() - 2))                  # (B, T, 1, ...)
-    return [torch.where(known >= k, cache[row, (place - k).clamp(min=0)], before) for k in steps]
+    T, m = x.size(1), max(steps)
+    if isinstance(pos, torch.Tensor):
+        write_ring(cache, x, pos)
+        row, known = row_numbers(x, pos), pos.view(*pos.shape, *[1] * (x.dim() - 2))   # (B, 1), (B, T, 1, ...)
+        return [torch.where(known >= k, cache[row, (pos - k) % cache.size(1)], before) for k in steps]
+    rows = torch.cat((torch.full_like(x[:, :1], before).expand(-1, m, *x.shape[2:]), x), dim=1)  # (B, m + T, ...)
+    if cache is not None:
+        place = torch.arange(max(0, pos - m), pos, device=x.device)
+        rows[:, m - len(place):m] = cache[:, place % cache.size(1)]
+        write_ring(cache, x, torch.arange(pos, pos + T, device=x.device).unsqueeze(0))
+    return [rows[:, m - k:m - k + T] for k in steps]
 
 
 # -----------------------------------------------------------------------------
@@ -714,7 +718,7 @@ class GPT(model.GPT):
 
     def recent(self, idx, cache, pos):
         """-> the last N tokens at each position of idx (B, T, N), the newest first, and by layer the cache of Engram's
-        convolution, (B, S, n C). Without Engram N is 1.
+        convolution, (B, R, n C). Without Engram N is 1.
         """
         layers = self.config.memory_layers
         if not layers:
@@ -725,7 +729,7 @@ class GPT(model.GPT):
 
     def make_cache(self, batch_size, length, blocks=None, device=None):
         """As in model.py, but for V4's attention a list of tensors for each block. With Engram, behind the blocks, the
-        tokens (B, length), and for each of its layers the inputs of its convolution (B, length, n C).
+        tokens (B, length), and for each of its layers a ring of its convolution's inputs (B, R, n C).
         """
         cfg, w = self.config, self.lm_head.weight
 
@@ -738,7 +742,8 @@ class GPT(model.GPT):
             cache = super().make_cache(batch_size, length, blocks, device)
         if cfg.memory_layers:
             cache.append(zeros(length, dtype=torch.long))
-            cache += [zeros(length, max(1, cfg.hc_mult) * cfg.n_embd) for _ in cfg.memory_layers if cfg.engram_conv]
+            ring = min(length, 3 * cfg.engram_ngram) + 1 + cfg.num_nextn_predict_layers     # as V4's attention has them
+            cache += [zeros(ring, max(1, cfg.hc_mult) * cfg.n_embd) for _ in cfg.memory_layers if cfg.engram_conv]
         return cache
 
     @torch.no_grad()
