@@ -129,14 +129,15 @@ def test_grouped_experts(on_gpu, sm, mode):
 
 
 FORWARD = '            _, loss = model(x, y, mtp_lambda=mtp_weight, label_counts=label_counts)\n'
-SECOND = 'GroupedLinear.apply(y * row_gates.to(dtype), down.to(dtype), offsets)'
+SECOND = 'GroupedLinear.apply(swiglu(y, limit) * row_gates.to(dtype), down.to(dtype), offsets)'
 BLOCK = '        x = x + self.attn('
 
 
 @pytest.mark.parametrize('file, line, planted, compiled, seen', [
     ('train.py', FORWARD, FORWARD + '            loss.item()\n', False, ['host syncs: .*loss.item']),
     pytest.param('train.py', FORWARD, 2 * FORWARD, False, ['kernels', 'GEMMs'], marks=slow),
-    pytest.param('extras/kernels.py', SECOND, 'model_file.grouped_linear(y.float() * row_gates, down, offsets)', False,
+    pytest.param('extras/kernels.py', SECOND,
+                 'model_file.grouped_linear(swiglu(y, limit).float() * row_gates, down, offsets)', False,
                  ['host syncs: .*ends = offsets.tolist', 'kernels'], marks=slow),
     ('model.py', 'block.compile(**kwargs)', 'block.compile(backend=lambda *args: 1 / 0)', True,
      ['kernels', 'going on without torch.compile', 'eager'])],

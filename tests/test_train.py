@@ -233,7 +233,8 @@ def test_compiled_blocks_train_like_eager_ones(small, kept):
     assert list(eager) == list(one) == [0, 1]
     assert all(one[step] == pytest.approx(eager[step], rel=0.02) for step in eager)
     printed += train_on_two_ranks(small, *short, '--out_dir=two')
-    assert losses(small, 'two') == pytest.approx(one, rel=1e-3)     # only the order of the sums differs
+    two = losses(small, 'two')
+    assert all(two[step] == pytest.approx(one[step], rel=1e-3) for step in one)     # only the order of the sums differs
     ranks = [torch.load(small / f'rank{r}', weights_only=True) for r in range(2)]
     assert all(torch.equal(ranks[0][k], ranks[1][k]) for k in ranks[0])
     assert 'without torch.compile' not in printed
