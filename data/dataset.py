@@ -329,8 +329,8 @@ def write_documents(folder, texts, tokenizer):
     """A data set in the tokens of the folder `tokenizer`. Each text is a document; one that the border of the splits
     cuts begins in the one and ends in the other.
     """
-    bpe, train, val = load_tokenizer(tokenizer), [], []
-    for first, rest in zip(*cut(texts)):
+    bpe, train, val, (before, behind) = load_tokenizer(tokenizer), [], [], cut(texts)
+    for first, rest in zip(before, behind):
         if first and rest:
             train += bpe.begin + bpe.encode(first)
             val += bpe.encode(rest) + ([] if bpe.end is None else [bpe.end])
@@ -338,7 +338,7 @@ def write_documents(folder, texts, tokenizer):
             split = train if first else val
             split += document(bpe, first or rest)
     write_splits(folder, train, val, bpe.vocab_size, token_meta(bpe.vocab_size, bpe.sha256), tokenizer=tokenizer,
-                 val_bytes=sum(map(utf8_size, cut(texts)[1])))
+                 val_bytes=sum(map(utf8_size, behind)))
     say_where(folder, tokenizer)
 
 

@@ -67,9 +67,9 @@ def check_path(init_from, path, overrides, max_over_ranks, GPT):
         raise Mistake(f'{path} is missing on some machines: {os.path.dirname(path)} must be one folder for all of them')
     if absent:
         raise Mistake(missing(path))
-    if path.endswith('.pt'):
-        check_sizes(path, **overrides)
-    return architecture.of_file(path)[0] if GPT is architecture.named('model')[0] else GPT
+    whole = path.endswith('.pt')
+    found = architecture.of_config(check_sizes(path, **overrides)) if whole else architecture.of_file(path)[0]
+    return found if GPT is architecture.named('model')[0] else GPT
 
 
 def check_context(path, config):

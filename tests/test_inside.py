@@ -151,10 +151,14 @@ def test_drafts_are_those_of_the_decoder(overrides):
 
 
 def test_drafts_in_a_text_that_the_model_would_not_write():
-    """Against the decoder, which is put at each place with the text before it."""
     model, ids = counting_model(steps=4), random_ids(12)
+    assert_drafts_are_the_decoders(model, ids, range(1, 11))
+
+
+def assert_drafts_are_the_decoders(model, ids, places):
+    """The decoder is put at each place with the text before it."""
     drafts = looked(model, ids)['drafts']
-    for p in range(1, 11):
+    for p in places:
         s = decode.empty_state(model, 1, 40, 2)
         with torch.no_grad():
             decode.begin(model, s, [ids[:p]], 20, 0.0, None, 2, False, None)

@@ -6,12 +6,20 @@ import re
 import pytest
 import torch
 from conftest import tiny_model
-from test_inside import HOVER, in_browser, looked, random_ids, unpacked, write_checkpoint, write_page
+from test_inside import (
+    HOVER,
+    assert_drafts_are_the_decoders,
+    in_browser,
+    looked,
+    random_ids,
+    unpacked,
+    write_checkpoint,
+    write_page,
+)
 from test_v4 import WINDOWS, v4_model
 from torch.nn import functional as F
 
 import model_v4
-from extras import decode
 
 SPARSE = dict(index_topk=5, index_n_heads=3, index_head_dim=12)
 MEMORY = dict(engram_layers='0,1', engram_heads=2, engram_rows=50, engram_dim=4)
@@ -197,17 +205,7 @@ def test_hashed_experts_are_those_of_the_table():
 
 def test_drafts_of_a_model_with_rings_are_the_decoders():
     model, ids = v4_model(**V4).eval(), random_ids(24)
-    drafts = looked(model, ids)['drafts']
-    for p in (1, 4, 6, 13, 22):
-        s = decode.empty_state(model, 1, 40, 2)
-        with torch.no_grad():
-            decode.begin(model, s, [ids[:p]], 20, 0.0, None, 2, False, None)
-            s.tokens[0, p] = ids[p]                                     # where it had its own choice
-            decode.draft(model, s, False, None)
-            assert drafts['ids'][p] == s.tokens[0, p + 1:p + 3].tolist()
-            decode.step(model, s, 2, False, None)
-        assert drafts['accepted'][p] == s.known.item() - (p + 1) - 1
-        assert drafts['choices'][p][0] == model.generate(torch.tensor([ids[:p + 1]]), 1, temperature=0)[0, -1]
+    assert_drafts_are_the_decoders(model, ids, (1, 4, 6, 13, 22))
 
 
 def test_bytes_of_rings_and_entries():
