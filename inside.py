@@ -4,7 +4,7 @@ Writes one HTML page that shows a trained model while it reads a text: experts, 
     python inside.py --out_dir=out-demo --text=FILE    # a text of one's own, in UTF-8; writes out-demo/inside.html
 
 The page is one file that needs no network. extras/inside.html is its template: the numbers come from here, as JSON, and
-from extras/attention_maps.py and, for a model of model_v4.py, extras/inside_v4.py.
+from extras/attention_maps.py, extras/probes.py and, for a model of model_v4.py, extras/inside_v4.py.
 """
 
 import html
@@ -19,7 +19,7 @@ import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
 import torch
 from torch.nn import functional as F
 
-from extras import decode, guard, inside_v4, output, scripts
+from extras import decode, guard, inside_v4, output, probes, scripts
 from extras.attention_maps import attention_of, pack, rounded, score_parts
 from model import MoE
 from plot import read_log
@@ -30,6 +30,7 @@ text = ''  # the file to read; its first block_size tokens are on the page
 out = ''  # the page; '': inside.html in out_dir
 count_tokens = 16384  # tokens of the file that are counted for the experts' load and typical tokens
 experts = ''  # routed experts per token: a number, or 'all'; '': as in training
+knockouts = ''  # the loss with each part of the model off, a pass for each: 'True' or 'False'; '': if that is fast
 device = scripts.default_device()
 map_bytes = 600_000  # of all attention maps together; where one cell per token takes more, a cell is several tokens
 if __name__ == '__main__':
@@ -277,8 +278,17 @@ def cache_of(model, dtype, T):
             'layers': cfg.n_layer, 'latent_numbers': cfg.cache_width, 'mha_numbers': heads}
 
 
+def knockouts_of(model, ids, calls, wanted):
+    """wanted: 'True', 'False', or '', if they take seconds: below 1e12 FLOPs, counted as for so many training passes"""
+    parts = probes.parts_of(model)
+    cost = len(parts) * len(ids) * model.flops_per_token()
+    if wanted == 'False' or not wanted and cost > 1e12:
+        return {'passes': len(parts)}
+    return {'passes': len(parts), 'parts': probes.knock_outs(model, ids, calls)}
+
+
 @torch.no_grad()
-def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
+def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path='', knockouts='False'):
     """All that the page shows of the model reading ids, as a table that JSON can hold."""
     cfg, D = model.config, len(model.mtp)
     ids = torch.tensor(ids, device=model.lm_head.weight.device)
@@ -295,7 +305,9 @@ def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
     windows = ids[:max(1, min(len(ids), count_tokens) // T) * T].view(-1, T)
     counts = count_experts(model, windows) if cfg.n_routed_experts > 0 else None
     layers = layers_of(model, ids[:T], attn_inputs, mlp_inputs, counts, found)
-    named = {i for head in heads for row in head['ids'] for i in row}
+    calls = probes.calls_of(model, ids[:T])
+    lens = probes.lens_of(model, ids[:T], calls)
+    named = {i for head in heads for row in head['ids'] for i in row} | {i for block in lens for i in block['ids']}
     named |= {i for row in (drafts['ids'] + drafts['choices'] if drafts else []) for i in row if i >= 0}
     for layer in layers:
         for tokens in layer.get('experts', {}).get('typical', []):
@@ -305,6 +317,7 @@ def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path=''):
     return {'pieces': pieces_of(tokenizer, ids[:T].tolist()), 'ids': ids[:T].tolist(),
             'words': {i: pieces_of(tokenizer, [i])[0] for i in sorted(named)}, 'heads': heads, 'drafts': drafts,
             'layers': layers, 'tokens': len(ids), 'counted': windows.numel(), 'block_size': cfg.block_size,
+            'lens': lens, 'knockouts': knockouts_of(model, ids[:T], calls, knockouts),
             'E': E, 'K': cfg.num_experts_per_tok, 'scoring': cfg.scoring_func, 'scaling': cfg.routed_scaling_factor,
             'groups': [cfg.n_group, cfg.topk_group], 'cache': cache_of(model, dtype, T),
             'training': training_of(log_path, len(model.moe_layers()), E) if E > 0 else None}
@@ -326,6 +339,7 @@ def main():
         ('out_dir', lambda x: x != '', 'name the folder of a run'),
         ('text', lambda x: x != '', 'name the file to read'),
         ('count_tokens map_bytes', lambda x: x > 0, 'be positive'),
+        ('knockouts', lambda x: x in ('', 'True', 'False'), "be 'True', 'False' or ''"),
     ])
     guard.need(path.endswith('.html') and os.path.isdir(os.path.dirname(path) or '.'),
                f'out={path!r} must end in .html, in a folder that is there')
@@ -342,7 +356,7 @@ def main():
     guard.need(max(ids) < model.config.vocab_size, f'{tokenizer.name} does not fit the model: the text has the token '
                f'{max(ids)}, the vocabulary {model.config.vocab_size}')
     model = model.eval().float()
-    data = look(model, tokenizer, ids, count_tokens, dtype, os.path.join(out_dir, 'log.jsonl'))
+    data = look(model, tokenizer, ids, count_tokens, dtype, os.path.join(out_dir, 'log.jsonl'), knockouts)
     data |= {'model': os.path.basename(os.path.abspath(out_dir)), 'text': os.path.basename(text),
              'iteration': checkpoint.get('iter_num'), 'parameters': model.get_num_params(),
              'active': model.get_num_active_params(), 'tokenizer': tokenizer.name}
