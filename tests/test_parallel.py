@@ -269,6 +269,7 @@ def begin():
     ctypes.CDLL(None).malloc_trim(0)  # what the round before gave back would hide what this one takes
     before, peaks = resident(), []
 
+ctypes.CDLL(None).mallopt(-3, 2 ** 17)  # M_MMAP_THRESHOLD: malloc would raise it, and keep tensors that are freed
 dist.init_process_group('gloo')
 peaks = []
 threading.Thread(target=watch, daemon=True).start()
