@@ -106,7 +106,7 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
              '', '| | |', '|---|---|',
              f'| architecture | {settings["architectures"][0]} |',
              f'| parameters | {model.get_num_params(non_embedding=False) / 1e6:.2f}M; without embedding and head '
-             f'{model.get_num_params() / 1e6:.2f}M, of which a token uses {model.get_num_active_params() / 1e6:.2f}M |',
+             f'{model.get_num_params() / 1e6:.2f}M; used per token {model.get_num_active_params() / 1e6:.2f}M |',
              f'| blocks, width, heads | {config.n_layer}, {config.n_embd}, {config.n_head} |',
              f'| experts | {config.n_shared_experts} shared + {config.n_routed_experts} routed of width '
              f'{config.moe_intermediate_size}, {config.num_experts_per_tok} per token |',
@@ -266,9 +266,8 @@ def main():
     parser.add_argument('--hf_dir', required=True, help='the folder in Hugging Face format')
     parser.add_argument('--fp8', action='store_true', help="export: weights in FP8, as V3's are released")
     args = parser.parse_args()
-    for name in ('out_dir', 'hf_dir'):
-        if not getattr(args, name):
-            parser.error(f'--{name} is empty: name a folder')
+    if not (args.out_dir and args.hf_dir):
+        parser.error(f'--{"hf_dir" if args.out_dir else "out_dir"} is empty: name a folder')
     if args.fp8 and args.direction == 'import':
         parser.error('--fp8 belongs to export: import reads FP8 without it')
     if args.direction == 'export':

@@ -4,7 +4,7 @@
 #   python train.py config/demo.py
 #   python sample.py --out_dir=out-demo --start="The for statement"
 #
-# Hardware: two CPU cores. Expected: val loss 1.34 to 1.35 in one and a half to three minutes.
+# Hardware: two CPU cores. Expected: val loss 1.34 to 1.36 in one and a half to three minutes.
 
 out_dir = 'out-demo'
 eval_interval = 100
