@@ -1,5 +1,6 @@
-"""README and docs/: their links lead somewhere, and the files, flags, functions and tests that they name are there."""
+"""README, docs/ and notebooks/: links lead somewhere, and what they name is there: files, flags, functions, tests."""
 
+import json
 import re
 
 import pytest
@@ -9,7 +10,8 @@ import model
 import model_v4
 from extras import decode, experts, optim
 
-PAGES = [ROOT / 'README.md', ROOT / 'scale/README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'scale/README.md', *sorted((ROOT / 'docs').glob('*.md')),
+         *sorted((ROOT / 'notebooks').glob('*.ipynb'))]
 ROOMS = ('.', 'extras', 'runs', 'scale', 'data', 'data/arithmetic', 'data/openwebtext', 'tests', 'tests/fakes',
          'tests/by_hand')
 TORCHRUNS = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}
@@ -18,16 +20,24 @@ NANOGPTS = {'finetune_shakespeare.py'}
 page = pytest.mark.parametrize('path', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
+def text_of(path):
+    """A page. Of a notebook its texts, and its cells with code as blocks of commands"""
+    if path.suffix != '.ipynb':
+        return path.read_text()
+    sources = [(cell['cell_type'], ''.join(cell['source'])) for cell in json.loads(path.read_text())['cells']]
+    return '\n\n'.join(source if kind == 'markdown' else f'```sh\n{source}\n```' for kind, source in sources)
+
+
 def anchors(path):
     """The anchors that GitHub makes of a page's headings."""
-    text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.S | re.M)
+    text = re.sub(r'^```.*?^```', '', text_of(path), flags=re.S | re.M)
     titles = re.findall(r'^#+ (.+)$', text, re.M)
     return {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}
 
 
 @page
 def test_links_lead_somewhere(path):
-    text = re.sub(r'```.*?```', '', path.read_text(), flags=re.S)
+    text = re.sub(r'```.*?```', '', text_of(path), flags=re.S)
     links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if not link.startswith('http')]
     assert links
     for link in links:
@@ -40,7 +50,7 @@ def test_links_lead_somewhere(path):
 @page
 def test_files_are_there(path):
     """A command names a file with its folder; a text may leave the folder out."""
-    text = path.read_text()
+    text = text_of(path)
     commands = ' '.join(re.findall(r'```sh\n(.*?)```', text, re.S))
     code = ' '.join(re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', text, flags=re.S)))
     known = {file.name for room in ROOMS for file in (ROOT / room).glob('*')}
@@ -56,7 +66,7 @@ def test_files_are_there(path):
 def test_flags_are_there(path):
     """As a setting of a script, a field of GPTConfig, or an argument of argparse."""
     source = '\n'.join(file.read_text() for room in ROOMS if room[:5] != 'tests' for file in (ROOT / room).glob('*.py'))
-    flags = set(re.findall(r'--([a-z]\w*)=', path.read_text())) - TORCHRUNS - {'key'}
+    flags = set(re.findall(r'--([a-z]\w*)=', text_of(path))) - TORCHRUNS - {'key'}
     for flag in flags:
         assert re.search(rf"^{flag} = |^    {flag}: \w+ = |'--{flag}'", source, re.M), flag
 
@@ -76,9 +86,17 @@ def test_what_the_table_of_papers_names_is_there():
                 thing = getattr(thing, part)
 
 
+def test_versions_of_python_agree():
+    """README's, those of pyproject.toml, and those that are tested"""
+    first, last = re.search(r'Python 3\.(\d+) to 3\.(\d+)', (ROOT / 'README.md').read_text()).groups()
+    stated = [str(minor) for minor in range(int(first), int(last) + 1)]
+    assert re.findall(r'Python :: 3\.(\d+)', (ROOT / 'pyproject.toml').read_text()) == stated
+    assert re.findall(r"python: '3\.(\d+)'", (ROOT / '.github/workflows/test.yml').read_text()) == stated
+
+
 @page
 def test_tests_are_there(path):
-    text = path.read_text()
+    text = text_of(path)
     source = '\n'.join(file.read_text() for file in (ROOT / 'tests').rglob('*.py'))
     for name in re.findall(r'\btest_\w+\b(?!\.py)', text):
         assert f'def {name}(' in source, name
