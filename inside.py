@@ -2,6 +2,7 @@
 Writes one HTML page that shows a trained model while it reads a text: experts, drafts, attention, caches.
 
     python inside.py --out_dir=out-demo --text=FILE    # a text of one's own, in UTF-8; writes out-demo/inside.html
+    python inside.py --out_dir=out-demo --live=True    # a page in which the model itself runs: out-demo/live.html
 
 The page is one file that needs no network. extras/inside.html is its template: the numbers come from here, as JSON, and
 from extras/attention_maps.py, extras/probes.py and, for a model of model_v4.py, extras/inside_v4.py.
@@ -20,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from extras import decode, guard, inside_v4, output, probes, scripts
+from extras import live as live_page
 from extras.attention_maps import attention_of, pack, rounded, score_parts
 from model import MoE
 from plot import read_log
@@ -27,7 +29,8 @@ from plot import read_log
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the folder of the checkpoint
 text = ''  # the file to read; its first block_size tokens are on the page
-out = ''  # the page; '': inside.html in out_dir
+out = ''  # the page; '': inside.html in out_dir, or live.html
+live = False  # True: the page holds the model and runs it (extras/live.py); its prompt begins with the text, if any
 count_tokens = 16384  # tokens of the file that are counted for the experts' load and typical tokens
 experts = ''  # routed experts per token: a number, or 'all'; '': as in training
 knockouts = ''  # the loss with each part of the model off, a pass for each: 'True' or 'False'; '': if that is fast
@@ -334,6 +337,8 @@ def page(data, title):
 
 
 def main():
+    if live:
+        return live_page.write(out_dir, text, out)
     path = out or os.path.join(out_dir, 'inside.html')
     guard.check_ranges(globals(), [
         ('out_dir', lambda x: x != '', 'name the folder of a run'),

@@ -86,8 +86,8 @@ class Chromium:
 class Tab:
     def __init__(self, browser, url, width, height, dark):
         self.browser = browser
-        target = browser.call('Target.createTarget', url='about:blank')['targetId']
-        self.session = browser.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
+        self.target = browser.call('Target.createTarget', url='about:blank')['targetId']
+        self.session = browser.call('Target.attachToTarget', targetId=self.target, flatten=True)['sessionId']
         for domain in ('Page', 'Runtime', 'Log'):
             self.call(f'{domain}.enable')
         self.resize(width, height)
@@ -99,6 +99,9 @@ class Tab:
     def call(self, method, **params):
         return self.browser.call(method, self.session, **params)
 
+    def close(self):
+        self.browser.call('Target.closeTarget', targetId=self.target)
+
     def resize(self, width, height):
         self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False)
 
@@ -108,7 +111,7 @@ class Tab:
         assert 'exceptionDetails' not in done, json.dumps(done['exceptionDetails'])[:2000]
         return done['result'].get('value')
 
-    def wait(self, code, seconds=60):
+    def wait(self, code, seconds=200):
         """Until the expression is true -> its value"""
         end = time.time() + seconds
         while not (value := self.evaluate(code)):

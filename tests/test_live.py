@@ -2,17 +2,21 @@
 
 import base64
 import dataclasses
+import html.parser
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from chromium import Chromium
-from conftest import ROOT, tiny_model
+from conftest import ROOT, run_inside, tiny_model
+from test_inside import EVIL, LETTERS, write_checkpoint
+from test_v4 import v4_model
 
 import inside
-from extras import live
-from model import probabilities
+from extras import live, tokenizer
+from model import GPT, probabilities
 
 SOURCE = (ROOT / 'extras/live.js').read_text()
 PROMPT, LENGTH = 60, 360
@@ -137,3 +141,287 @@ def test_tokens_are_drawn_as_often_as_they_should(tab, seed):
         assert abs(((seen - expected) ** 2 / expected).sum() - freedom) < 4 * (2 * freedom) ** 0.5
     again = tab.evaluate(f'random = generator({seed}); Array.from({{length: 9}}, () => draw(probs, random))')
     assert again == drawn[:9].tolist()
+
+
+# -----------------------------------------------------------------------------
+# the page
+
+def write_page(folder, *flags):
+    """The page of the checkpoint in a folder, and what was printed"""
+    code, said, err = run_inside(str(ROOT / 'inside.py'), f'--out_dir={folder}', '--live=True', *flags, cwd=folder)
+    assert code == 0 and not err, err
+    return (folder / 'live.html').read_text(), said
+
+
+@pytest.fixture(scope='module')
+def evil(tmp_path_factory):
+    """A folder with the page of a model whose name and vocabulary would be markup"""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('evil<b>')
+    write_checkpoint(folder, ''.join(dict.fromkeys(EVIL + ''.join(LETTERS))), biased_model)
+    write_page(folder)
+    return folder
+
+
+@pytest.fixture
+def open_page(browser):
+    tabs = []
+
+    def open_tab(folder, **kwargs):
+        """The page in a tab that knows three functions more, once it has written its first text"""
+        tabs.append(browser.open((folder / 'live.html').as_uri(), **kwargs))
+        tabs[-1].evaluate("""
+            var fill = (id, value) => {
+              $(id).value = value;
+              $(id).dispatchEvent(new Event('input'));
+              clearTimeout(waiting);
+              go();
+              return $('mistake').textContent;
+            };
+            var written = n => runs[n].records.map(record => record.token);
+            var articles = () => [...document.querySelectorAll('article')].map(x => x.textContent);
+            0""")
+        return done(tabs[-1])
+
+    yield open_tab
+    for tab in tabs:
+        tab.close()
+
+
+def done(tab):
+    tab.wait('!running && $("status").textContent.startsWith("Done")')
+    return tab
+
+
+@torch.no_grad()
+def test_the_page_writes_what_the_model_would(open_page, evil):
+    """300 greedy tokens by the worker; again with a part switched off by a click; and with it on again."""
+    tab = open_page(evil)
+    copied, _, _ = live.rounded(GPT.from_checkpoint(evil / 'ckpt.pt')[0].eval())
+    prompt = '<b>&(/)ab'.replace('&', '&' * (PROMPT - 8))
+    tab.evaluate(f'fill("temperature", 0); fill("length", {LENGTH}); fill("prompt", "{prompt}")')
+    tokens = done(tab).evaluate('written(0)')
+    logits = copied.lm_head(copied.main_stack(torch.tensor([tokens]))[0])[0]
+    assert len(tokens) == LENGTH and tokens[PROMPT:] == logits[PROMPT - 1:-1].argmax(dim=-1).tolist()
+    came = logits[:-1].softmax(dim=-1).gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
+    shown = torch.tensor(tab.evaluate('runs[0].records.slice(1).map(record => record.came)'))
+    torch.testing.assert_close(shown, came, atol=1e-5, rtol=1e-4)
+    assert '300 tokens written' in tab.evaluate('articles()[0]')
+    tab.evaluate("""document.querySelector('[aria-label^="head 1 of layer 0"]').click()""")
+    changed = done(tab).evaluate('written(1)')
+    assert 'without head 1 of layer 0' in tab.evaluate('articles()[1]') and tab.evaluate('written(0)') == tokens
+    copied.transformer.h[0].attn.o_proj.weight[:, 8:16] = 0                  # what reads head 1
+    logits = copied.lm_head(copied.main_stack(torch.tensor([changed]))[0])[0]
+    assert changed != tokens and changed[PROMPT:] == logits[PROMPT - 1:-1].argmax(dim=-1).tolist()
+    tab.evaluate('$("reset").click()')
+    assert len(done(tab).evaluate('articles()')) == 1 and tab.evaluate('written(0)') == tokens
+    assert tab.errors() == []
+
+
+def test_no_token_and_no_prompt_is_markup(open_page, evil):
+    """And no script runs but the page's own, nothing is fetched: its policy holds."""
+    page, template = (evil / 'live.html').read_text(), (ROOT / 'extras/live.html').read_text()
+    assert page.count('<') == template.count('<') + SOURCE.count('<') and 'evil&lt;b&gt;' in page
+
+    def elements(text):
+        found, parser = [], html.parser.HTMLParser()
+        parser.handle_starttag = lambda tag, attributes: found.append(tag)
+        parser.feed(text)
+        return found
+
+    assert elements(page) == elements(template) and elements(page).count('script') == 4
+    tab = open_page(evil)
+    loaded = 'document.querySelectorAll("script, style, link, iframe, img").length'
+    before = tab.evaluate(loaded)
+    tab.evaluate(f'fill("prompt", {json.dumps(EVIL)})')
+    shown = done(tab).evaluate('runs[0].nodes.map(node => node.firstChild.textContent).join("")')
+    assert shown.startswith('</script><!--U+0000U+001BU+202EU+2028U+FEFF&"\'<>`\\ ⏎⇥ab')
+    assert tab.evaluate(loaded) == before and tab.errors() == []
+    tab.evaluate("""
+        var refused = [], script = document.createElement('script'), image = new Image();
+        document.addEventListener('securitypolicyviolation', event => refused.push(event.effectiveDirective));
+        script.textContent = 'refused.push("a script ran")';
+        document.body.append(script);
+        image.src = 'https://example.com/a.png';
+        fetch('https://example.com/').catch(() => refused.push('no answer'));
+        document.body.setAttribute('style', 'color: red');
+        0""")
+    tab.wait('refused.length >= 5')
+    assert {*tab.evaluate('refused')} == {'script-src-elem', 'img-src', 'connect-src', 'style-src-attr', 'no answer'}
+
+
+def test_the_page_needs_no_network(evil):
+    page = (evil / 'live.html').read_text()
+    page = re.sub(r'(id="(?:data|weights)">).*?<', r'\1<', page, flags=re.S)  # they may spell anything
+    assert not re.search(r'https?:|["\'(]//\w|@import|fetch\(|XMLHttp|WebSocket|import\(|src=|eval\(|innerHTML', page)
+    assert re.findall(r'(?:href|url)[=(]"?([^")]*)', page) == ['data:,']
+    assert '</script' not in SOURCE and '<!--' not in SOURCE
+
+
+def test_what_a_visitor_may_type(open_page, evil):
+    tab = open_page(evil)
+    assert 'has never seen “é”, “U+0007”: it knows' in tab.evaluate(r'fill("prompt", "aé\x07é")')
+    assert 'at least one' in tab.evaluate('fill("prompt", "")') and tab.evaluate('fill("prompt", "a")') == ''
+    tab.evaluate(f'fill("prompt", "ab".repeat({LENGTH})); fill("length", {LENGTH})')
+    assert done(tab).evaluate('runs[0].asked.prompt.length') == LENGTH / 2
+    assert f'has {2 * LENGTH} tokens: it reads the last {LENGTH // 2}' in tab.evaluate('$("status").textContent')
+    last = tab.evaluate(f'written(0).slice({LENGTH // 2})')
+    tab.evaluate('$("on").click()')
+    assert done(tab).evaluate('runs[0].asked.prompt') == last
+
+
+def test_the_same_seed_writes_the_same_text(open_page, evil):
+    tab, texts = open_page(evil), []
+    for seed in (1, 2, 1):
+        tab.evaluate(f'fill("prompt", "ab"); fill("seed", {seed})')
+        texts.append(done(tab).evaluate('written(0)'))
+    assert texts[0] == texts[2] != texts[1]
+    tab.evaluate('$("again").click()')
+    assert done(tab).evaluate('written(0)') == texts[1] and tab.evaluate('$("seed").value') == '2'
+
+
+@pytest.mark.parametrize('width, dark', [(1280, False), (390, True)])
+def test_by_keys_alone(open_page, evil, width, dark):
+    tab = open_page(evil, width=width, dark=dark)
+    focus = 'document.activeElement.getAttribute("aria-label") || document.activeElement.id'
+    tab.evaluate('$("prompt").select()')
+    tab.call('Input.insertText', text='ab(')
+    tab.wait('runs[0].asked.prompt.length === 3')
+    done(tab)
+    stops = ['']
+    while 'layer 0: on' not in stops[-1]:
+        tab.press('Tab')
+        stops.append(tab.evaluate(focus))
+        assert len(stops) < 30, stops
+    assert [stop for stop in stops if stop.isidentifier()] == [
+        'again', 'slowly', 'temperature', 'top_k', 'length', 'seed', 'head', 'rope', 'experts']
+    assert sum(bool(re.match(r'\d+: ', stop)) for stop in stops) == 1        # the text is one stop
+    tab.press('ArrowRight')
+    assert tab.evaluate(focus).startswith('head 1 of layer 0: on, looks most at')
+    tab.press('Enter', '\r')
+    assert done(tab).evaluate(focus) == 'head 1 of layer 0: off' and len(tab.evaluate('articles()')) == 2
+    tab.evaluate('runs[0].nodes[3].focus()')
+    for key, token in (('ArrowRight', 5), ('End', 256), ('Home', 1)):
+        tab.press(key)
+        assert tab.evaluate(focus).startswith(f'{token}: ')
+        tab.wait(f'$("at").textContent.includes("token {token} of 256")')
+    unnamed = """[...document.querySelectorAll('button, input, select, textarea')].filter(x =>
+        !(x.textContent.trim() || x.getAttribute('aria-label') || x.labels && x.labels.length)).length"""
+    assert tab.evaluate(unnamed) == 0 and tab.errors() == []
+    assert tab.evaluate('document.documentElement.scrollWidth') <= width
+
+
+@pytest.mark.parametrize('overrides', [dict(n_routed_experts=0, num_nextn_predict_layers=0),
+                                       dict(scoring_func='softmax', n_group=4, topk_group=2, first_k_dense_replace=1)])
+def test_other_models_on_a_page(open_page, tmp_path, overrides):
+    write_checkpoint(tmp_path, **overrides)
+    write_page(tmp_path)
+    tab = open_page(tmp_path)
+    assert len(tab.evaluate('written(0)')) == 32
+    tab.evaluate('document.querySelectorAll(".part").forEach(x => x.click())')         # all off
+    assert len(done(tab).evaluate('written(1)')) == 32 and tab.errors() == []
+
+
+def write_bpe(folder, change=lambda table: None):
+    """A checkpoint of a byte-level BPE"""
+    text = "the cat and the hat; it's 東京 naïve 12 345\n\n  the end\t" * 9
+    write_checkpoint(folder, '', vocab_size=330, block_size=64)
+    for name, data in tokenizer.train_bpe([text], 320).items():
+        (folder / name).write_bytes(data)
+    table = json.loads((folder / 'tokenizer.json').read_text())
+    change(table)
+    (folder / 'tokenizer.json').write_text(json.dumps(table))
+
+
+def test_a_byte_level_bpe(open_page, tmp_path):
+    write_bpe(tmp_path)
+    write_page(tmp_path)
+    tab, speaks = open_page(tmp_path), tokenizer.from_folder(tmp_path)
+    for text in ('the cat', " it's we'll 12 345,  the\n\n the end\t", 'naïve 東京 𝄞𝄞 ok\u0085\u2003x\ufeffy',
+                 '<b>"&amp;</script>', 'THE  \r\n x', "'s'S ''' don't", 'a<|endoftext|>b  <|endoftext|>'):
+        ids = speaks.encode(text)
+        assert tab.evaluate(f'encode({json.dumps(text)})') == ids, text
+        assert tab.evaluate(f'decode({ids})') == text
+    assert ''.join(tab.evaluate(f'{speaks.encode("the 𝄞")}.map(textOf)')) == r'the \xf0\x9d\x84\x9e'
+    assert tab.evaluate('textOf(329)') == '#329' and tab.evaluate('D.stop') == speaks.end == 0
+    assert tab.errors() == []
+
+
+# -----------------------------------------------------------------------------
+# what does not fit
+
+def prefixed(table):
+    table['pre_tokenizer']['add_prefix_space'] = True
+
+
+def worded(table):
+    table['model'] = {'type': 'WordLevel', 'vocab': table['model']['vocab'], 'unk_token': 'the'}
+
+
+@pytest.mark.parametrize('change, message', [
+    (prefixed, 'is no byte-level BPE'), (worded, 'is no byte-level BPE'),
+    (lambda saved: saved['config'].update(fp8=True), 'FP8'),
+    (lambda saved: saved['model']['lm_head.weight'].fill_(1e5), 'beyond 65,504'),
+    (lambda saved: saved['model']['transformer.ln_f.weight'].fill_(3e38), 'nan or infinity'),
+], ids=['prefix', 'words', 'fp8', 'fp16', 'overflow'])
+def test_checkpoints_that_do_not_fit(tmp_path, change, message):
+    if change in (prefixed, worded):
+        write_bpe(tmp_path, change)
+    else:
+        write_checkpoint(tmp_path)
+        saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+        change(saved)
+        torch.save(saved, tmp_path / 'ckpt.pt')
+    assert_mistake(tmp_path, message)
+
+
+def assert_mistake(folder, message, *flags):
+    before = sorted(folder.rglob('*'))
+    code, _, said = run_inside(str(ROOT / 'inside.py'), f'--out_dir={folder}', '--live=True', *flags, cwd=folder)
+    assert code == 2 and message in said and said.count('\n') == 1, said
+    assert sorted(folder.rglob('*')) == before
+
+
+def test_models_that_do_not_fit(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, build=v4_model)
+    assert_mistake(tmp_path, 'this is one of model_v4.py')
+    write_checkpoint(tmp_path)
+    model = tiny_model()
+    model.transformer.h[0].attn.q_norm = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match='does not know this architecture.*q_norm.weight'):
+        live.check(model, {})
+    monkeypatch.setattr(live, 'MOST', 1000)
+    assert_mistake(tmp_path, 'holds up to 1,000 parameters, and this model has')
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--out_dir='], 'must name the folder'), (['--out=a.txt'], 'must end in .html'), (['--text=nowhere'], 'No such'),
+    (['--out=nowhere/a.html'], 'must end in .html'), (['--out=note.html'], 'did not write it'),
+    (['--text=note.html', '--out=note.html'], 'is the file to read')])
+def test_mistakes(tmp_path, flags, message):
+    write_checkpoint(tmp_path)
+    (tmp_path / 'note.html').write_text('(())')
+    assert_mistake(tmp_path, message, *flags)
+    assert (tmp_path / 'note.html').read_text() == '(())'
+
+
+def test_rounding_is_measured(tmp_path, monkeypatch):
+    """On a text, which is the prompt too, and on what the model wrote; what is printed is the difference of losses."""
+    write_checkpoint(tmp_path)
+    text = '(+,-.)' * 40
+    (tmp_path / 'text.txt').write_text(text)
+    losses = {}
+    for most in (8_000_000, 1000):
+        monkeypatch.setattr(live, 'MOST_FP16', most)
+        page, said = write_page(tmp_path, '--text=text.txt')
+        data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+        assert data['prompt'] == text[:16] and ('float16' in said) == (most > 1000) == (data['kind'] == 'float16')
+        before, after = losses[most] = data['rounding']['losses']
+        model = GPT.from_checkpoint(tmp_path / 'ckpt.pt')[0].eval()
+        windows = torch.tensor(tokenizer.characters(LETTERS, {}).encode(text))[:224].view(7, 32)
+        for loss, m in ((before, model), (after, live.rounded(model)[0])):
+            assert loss == pytest.approx(m(windows[:, :-1], windows[:, 1:].contiguous())[1].item(), abs=1e-5)
+        assert f'by {after - before:+.5f} on 217 tokens of the text' in said
+    assert 0 < abs(losses[8_000_000][1] - before) < abs(losses[1000][1] - before)
+    _, said = write_page(tmp_path)
+    assert 'on 248 tokens that the model wrote' in said
