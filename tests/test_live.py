@@ -15,7 +15,7 @@ from test_inside import EVIL, LETTERS, write_checkpoint
 from test_v4 import v4_model
 
 import inside
-from extras import live, tokenizer
+from extras import live, probes, tokenizer
 from model import GPT, probabilities
 
 SOURCE = (ROOT / 'extras/live.js').read_text()
@@ -98,6 +98,31 @@ def test_drafts_are_those_of_the_decoder(tab, overrides):
     assert got[0] == [] and [[draft['token'] for draft in row] for row in got[1:]] == wanted[1:].tolist()
     wanted = copied.lm_head(states[1][0]).softmax(dim=-1).amax(dim=-1)       # MTP 1 drafts t_{i+2} at row i
     torch.testing.assert_close(torch.tensor([row[0]['p'] for row in got[1:]]), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('kind', ['MoE', 'groups', 'dense'])
+@torch.no_grad()
+def test_parts_are_off_as_in_the_knock_outs(tab, kind):
+    copied, ids = load(tab, biased_model(**KINDS[kind])), torch.randint(61, (1, 16))
+    parts, wanted = probes.parts_of(copied), [copied(ids, ids)[0]]
+    for *_, off in parts:
+        with off():
+            wanted.append(copied(ids, ids)[0])
+    got = tab.evaluate(f"""
+        var parts = [[0, ''], ...{json.dumps([part[:3] for part in parts])}];
+        parts.map(([layer, kind, number]) => {{
+          model.h.forEach(({{attn, mlp}}, l) => {{
+            const off = name => l === layer && kind === name;
+            attn.off = {{heads: off('head') ? [number] : [], rope: off('rope')}};
+            mlp.off = {{experts: off('expert') ? [number] : [], shared: off('shared')}};
+          }});
+          const reader = new Reader(model, 16);
+          return {ids[0].tolist()}.map(id => [...reader.read(id).logits]);
+        }})""")
+    wanted = torch.cat(wanted)
+    torch.testing.assert_close(torch.tensor(got), wanted, atol=1e-4, rtol=0)
+    changed = (wanted[1:] - wanted[0]).abs().amax(dim=(1, 2)) > 1e-3          # some experts are never chosen
+    assert changed.float().mean() > 0.8 and len(changed) == len(parts) >= 10
 
 
 @torch.no_grad()
