@@ -90,3 +90,23 @@ def test_mistakes_are_one_line():
         code, _, said = run_inside('bench.py', *args, cwd=ROOT)
         said = [line for line in said.splitlines() if not line.startswith('Overriding: ')]
         assert code == 2 and len(said) == 1 and words in said[0], (args, code, said)
+
+
+def test_a_step_after_a_long_context(tmp_path):
+    """Each config's cache by length: MLA's rows grow, V4's rings do not, and its entries are one for 4 or 16 tokens."""
+    sizes = 'n_layer, n_head, n_embd, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim = 2, 2, 32, 16, 8, 8\n'
+    (tmp_path / 'mla.py').write_text(sizes + 'kv_lora_rank = 24\n')
+    (tmp_path / 'v4.py').write_text(sizes + "architecture, layer_types, sliding_window = 'model_v4', 'sh', 8\n"
+                                    'compress_rate_hca = 16\n')
+    configs = [tmp_path / name for name in ('mla.py', 'v4.py')]
+    code, printed, said = run_inside(ROOT / 'runs/long_context.py', *configs, '--lengths=64,128', '--steps=2', cwd=ROOT)
+    assert code == 0, said
+    rows = [line.split() for line in printed.splitlines()]
+    assert rows[0] == ['tokens', 'mla.py', 'v4.py'] and [row[0] for row in rows[1:]] == ['64', '128']
+    mla = [2 * (24 + 8) * 4 * n for n in (64, 128)]
+    rings = 2 * 9 * 16 + 17 * 2 * 16                                        # of the window; of C and Z
+    v4 = [4 * (rings + (n // 16 + 1) * 16) for n in (64, 128)]
+    assert [[row[i] for i in (3, 7)] for row in rows[1:]] == [[f'{x:,}' for x in both] for both in zip(mla, v4)]
+    for args in (['--lengths=64,x'], ['--lengths=64', '--steps=0'], [tmp_path / 'none.py']):
+        code, _, said = run_inside(ROOT / 'runs/long_context.py', *args, cwd=ROOT)
+        assert code == 2 and len(said.splitlines()) == 1, said
