@@ -100,12 +100,12 @@ def mtp_lines(settings):
 
 
 def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
-    config = model.config
+    config, sizes = model.config, {p.data_ptr(): p.numel() for p in model.parameters()}  # a tied head counts once
     data = re.match(r'[\w./ -]+$', str((checkpoint.get('config') or {}).get('dataset', '')))  # no Markdown
     lines = ['# A small DeepSeek model', '', 'Trained with nanoGPT with DeepSeek inside, exported by its convert.py.',
              '', '| | |', '|---|---|',
              f'| architecture | {settings["architectures"][0]} |',
-             f'| parameters | {model.get_num_params(non_embedding=False) / 1e6:.2f}M; without embedding and head '
+             f'| parameters | {sum(sizes.values()) / 1e6:.2f}M; without embedding and head '
              f'{model.get_num_params() / 1e6:.2f}M; used per token {model.get_num_active_params() / 1e6:.2f}M |',
              f'| blocks, width, heads | {config.n_layer}, {config.n_embd}, {config.n_head} |',
              f'| experts | {config.n_shared_experts} shared + {config.n_routed_experts} routed of width '

@@ -364,6 +364,15 @@ def test_the_released_naming(tmp_path):
     assert (tmp_path / 'hf/generation_config.json').exists()
 
 
+@pytest.mark.parametrize('tied', [False, True])
+def test_the_card_counts_a_tied_head_once(tmp_path, tied):
+    model = ours(tie_word_embeddings=tied, vocab_size=1000)
+    write_checkpoint(tmp_path / 'out', model)
+    convert.export_folder(str(tmp_path / 'out'), str(tmp_path / 'hf'))
+    count = model.get_num_params() + (1 if tied else 2) * 1000 * model.config.n_embd
+    assert f'| parameters | {count / 1e6:.2f}M; without' in (tmp_path / 'hf/README.md').read_text()
+
+
 def test_bf16_stays_bf16_and_the_balance_bias_fp32(tmp_path):
     theirs(V3).bfloat16().save_pretrained(tmp_path / 'hf')
     convert.import_folder(str(tmp_path / 'hf'), str(tmp_path / 'out'))
