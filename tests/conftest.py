@@ -99,6 +99,10 @@ SMALL = ['--dataset=abc', '--device=cpu', '--dtype=float32', '--compile=False', 
 
 @pytest.fixture
 def small(clone):
+    return add_data(clone)
+
+
+def add_data(clone):
     """A clone with a data set of 40 characters."""
     folder = clone / 'data/abc'
     folder.mkdir()

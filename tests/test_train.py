@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.fsdp._fully_shard._fsdp_init
-from conftest import ROOT, SMALL, log, losses, run, run_inside, torchrun, train
+from conftest import ROOT, SMALL, add_data, copy_project, log, losses, run, run_inside, torchrun, train
 
 import model
 from extras import dcp
@@ -491,6 +491,84 @@ def test_a_run_ends_with_an_evaluation_and_a_checkpoint(small):
     assert code == 0, said
     assert [r['step'] for r in log(small) if 'val_loss' in r] == [0, 3, 5]
     assert torch.load(small / 'out/ckpt.pt', weights_only=True)['iter_num'] == 5
+
+
+def resumed(small, flags):
+    """A copy of the run in out/, of two iterations, goes on for a third -> what it printed, exit code, its folder"""
+    out = 'with' + re.sub(r'\W', '_', ''.join(flags))
+    shutil.copytree(small / 'out', small / out)
+    flags = ['--max_iters=3', '--init_from=resume', f'--out_dir={out}', *flags]
+    code, printed, said = run_inside('train.py', *SMALL, *flags, cwd=small)
+    return printed + said, code, out
+
+
+def saved(clone, out):
+    return torch.load(clone / out / 'ckpt.pt', weights_only=True)
+
+
+def last_rate(clone, out):
+    return [r['lr'] for r in log(clone, out) if 'loss' in r][-1]
+
+
+def evaluated(clone, out):
+    return [r['step'] for r in log(clone, out) if 'val_loss' in r]
+
+
+RESUMES = [  # flags, and a line that is printed; or how to read what the third iteration leaves, and its value
+    ('--always_save_checkpoint=False', lambda *run: (run[0] / run[1] / 'ckpt_last.pt').exists(), True),
+    ('--eval_interval=1 --max_iters=5', evaluated, [0, 2, 3, 4, 5]),
+    ('--batch_size=2', 'tokens per iteration: 64;', None),
+    ('--gradient_accumulation_steps=1', lambda *run: saved(*run)['micro_batches'], 5),
+    ('--block_size=8', lambda *run: saved(*run)['model_args']['block_size'], 8),
+    ('--block_size=32', 'block_size=32 is longer than the 16 of the checkpoint.* extend it with --rope_factor=2', None),
+    ('--max_iters=4', lambda *run: saved(*run)['iter_num'], 4),
+    ('--max_iters=1', 'note: .* has all 2 iterations: to train on, raise max_iters=1', None),
+    pytest.param('--compile=True', lambda *run: saved(*run)['iter_num'], 3, marks=pytest.mark.slow),
+    ('--dtype=bfloat16', lambda *run: saved(*run)['config']['dtype'], 'bfloat16'),
+    ('--dtype=float16', "dtype='float16' needs CUDA .*; use bfloat16 or float32", None),
+    ('--device=meta', "device='meta' cannot be used here", None),
+    ('--dataset=same', lambda *run: saved(*run)['config']['dataset'], 'same'),
+    ('--dataset=other', 'dataset=other has another vocabulary than .* was trained on: use the same dataset', None),
+    ('--learning_rate=1e-4', last_rate, pytest.approx(1e-4)),
+    ('--weight_decay=0.5', lambda *run: saved(*run)['optimizer']['param_groups'][0]['weight_decay'], 0.5),
+    ('--dropout=0.1', lambda *run: saved(*run)['model_args']['dropout'], 0.1),
+    ('--n_layer=3 --n_head=4 --n_embd=64 --bias=True',
+     "since the architecture is the checkpoint's: n_layer=3, n_head=4, n_embd=64, bias=True", None),
+]
+REFUSED = {'--block_size=32', '--dtype=float16', '--device=meta', '--dataset=other'}
+
+
+@pytest.fixture(scope='module')
+def interrupted(tmp_path_factory):
+    """A clone with three data sets, two of the same characters, and a run of two iterations."""
+    clone = add_data(copy_project(tmp_path_factory.mktemp('resumes') / 'clone'))
+    for name in ('same', 'other'):
+        shutil.copytree(clone / 'data/abc', clone / 'data' / name)
+    meta = pickle.loads((clone / 'data/abc/meta.pkl').read_bytes())
+    meta['stoi'] = dict(zip(meta['stoi'], range(39, -1, -1)))
+    (clone / 'data/other/meta.pkl').write_bytes(pickle.dumps(meta))
+    train(clone, '--max_iters=2')
+    return clone
+
+
+@pytest.mark.parametrize('flags, what, value', RESUMES)
+def test_what_a_resume_may_change(interrupted, flags, what, value):
+    before = (interrupted / 'out/ckpt.pt').read_bytes()
+    said, code, out = resumed(interrupted, flags.split())
+    assert code == (2 if flags in REFUSED else 0), said
+    if isinstance(what, str):
+        assert re.search(what, said.splitlines()[-1] if flags in REFUSED else said), said
+    else:
+        assert what(interrupted, out) == value and 'going on from' in said, said
+    assert code == 0 or (interrupted / out / 'ckpt.pt').read_bytes() == before
+
+
+def test_the_table_of_resumes_has_these_flags():
+    table = (ROOT / 'docs/training.md').read_text().split('| changed at a resume |')[1].split('\n\n')[0]
+    rows = [row.split('|')[1] for row in table.splitlines() if row.startswith('| `')]
+    cases = [case.values[0] if hasattr(case, 'values') else case[0] for case in RESUMES]
+    flags = {flag for case in cases for flag in re.findall(r'--(\w+)=', case)}
+    assert set(re.findall(r'`--(\w+)', ' '.join(rows))) == flags
 
 
 @pytest.mark.parametrize('form', ['whole', 'dcp'])
