@@ -45,7 +45,7 @@ guard.need(_what in PEERS or _what == 'size', f'usage: python bench.py {"|".join
 if _what == 'size':
     from extras import sizes
     with contextlib.redirect_stdout(sys.stderr):
-        _found = sizes.measure(_here)
+        _found = sizes.measure(sizes.read_settings(_here), _here)
     print(json.dumps(_found) if _as_json else sizes.table(_found))
     raise SystemExit
 

@@ -6,6 +6,7 @@ Overrides of a script's settings, in nanoGPT's syntax:
 A script runs this file with exec(), so that it reads and sets the script's own globals. A config file is Python
 that assigns to the script's names; --key=value sets one. They apply in the order given, and a later one wins.
 A value must have the type of the default it replaces; an int also fits a float, and any text fits a str.
+train.py has a dial too: --depth=8 reads config/depth.py last, which sets what no other flag sets.
 
 It also decides how a script ends: a user's mistake is one line and exit code 2, Ctrl-C is one line and 130, a bug keeps
 its traceback. A script with its own arguments writes `import configurator` before its slow imports to get only this.
@@ -143,7 +144,8 @@ def _set_at(key, source):
     return f', line {source.count(chr(10), 0, found.start()) + 1}' if found else ''
 
 
-def _read_config(path):
+def _read_config(path, flagged=()):
+    """What a config file sets -> {key: value}, without the keys in `flagged`"""
     try:
         with open(path, encoding='utf-8-sig') as f:
             source = f.read()
@@ -160,12 +162,19 @@ def _read_config(path):
     found = {}
     for key, value in names.items():
         passing = key.startswith('_') or isinstance(value, (_types.ModuleType, _types.FunctionType, type))
-        if not passing and not (key in before and before[key] is value):
+        if not passing and key not in flagged and not (key in before and before[key] is value):
             where = path + _set_at(key, source)
             found[key] = _fit(key, value, _check_key(key, where), where)
     _print(_textwrap.fill(f'Overriding config with {path}: ' + ', '.join(f'{k} = {v!r}' for k, v in found.items()),
                           width=120, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False))
     return found
+
+
+def _add_dial():
+    """depth becomes a setting of train.py, which alone has a model's sizes and a run's length."""
+    if 'n_layer' in globals() and 'max_iters' in globals():
+        globals()['depth'] = 0
+        globals().setdefault('config_keys', []).append('depth')
 
 
 def _add_architecture(args):
@@ -189,7 +198,8 @@ def _add_architecture(args):
 
 def _help():
     """Print the script's docstring, and each setting with its default and the comment on its line; then exit."""
-    comments, folder = {}, _os.path.dirname(_os.path.abspath(__file__))
+    comments = {'depth': 'this many blocks, and all that follows from it in config/depth.py; 0: off'}
+    folder = _os.path.dirname(_os.path.abspath(__file__))
     # GPTConfig's fields, and the script's own settings, which stand at the left margin before it runs this file
     for name, line in (('model.py', r' {4}(\w+): \w+'), (_architecture + '.py', r' {4}(\w+): \w+'),
                        (_os.path.basename(__file__), r'(\w+)')):
@@ -231,10 +241,17 @@ if int(_os.environ.get('RANK', 0)) >= int(_os.environ.get('WORLD_SIZE', 'RANK' n
 _keys = list(_settings(globals()))
 if __name__ != 'configurator':
     _architecture = _add_architecture(_sys.argv[1:]) if 'architecture' in globals() else 'model'
+    _add_dial()
     if {'--help', '-h'} & set(_sys.argv[1:]):
         _help()
+    _flagged = set()
     for _arg in _sys.argv[1:]:
         if _arg.startswith('-'):
-            globals().update([_read_flag(_arg)])
+            _key, _value = _read_flag(_arg)
+            globals()[_key] = _value
+            _flagged.add(_key)
         else:
             globals().update(_read_config(_arg))
+    if globals().get('depth', 0) != 0:
+        _path = _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), 'config', 'depth.py')
+        globals().update(_read_config(_os.path.relpath(_path), _flagged))

@@ -81,9 +81,8 @@ def training_bytes(model, settings):
             'activations': saved, 'loss': loss}
 
 
-def measure(root):
-    """-> {name: number} of the config that the command line names"""
-    settings = read_settings(root)
+def measure(settings, root, memory=True):
+    """-> {name: number} of the config with these settings. memory: of training too, which takes longest"""
     guard.check_ranges(settings, [('batch_size', lambda x: 1 <= x <= 2**20, 'lie in 1..2**20')])
     GPT, config = config_of(settings, root)
     with FakeTensorMode():
@@ -94,21 +93,29 @@ def measure(root):
         whole, inner = model.get_num_params(non_embedding=False), model.get_num_params()
         found = {'parameters': whole, 'without embedding and head': inner,
                  'active parameters': model.get_num_active_params() + whole - inner,
-                 'FLOPs a token, training': model.flops_per_token(), 'training': training_bytes(model, settings)}
+                 'FLOPs a token, training': model.flops_per_token()}
         found['cache bytes a token'], found['cache bytes besides'] = cache_bytes(model)
+        if memory:
+            found['training'] = training_bytes(model, settings)
     return found | {'settings': {name: settings[name] for name in ('batch_size', 'recompute', 'optimizer')},
                     'block_size': config.block_size}
 
 
-def table(found):
-    def big(n):
-        unit, size = next((u, s) for u, s in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('', 1)) if n >= s or s == 1)
-        return f'{n / size:,.{2 if unit else 0}f}{unit}'
+def big(n):
+    """1234567 -> '1.23M'"""
+    unit, size = next((u, s) for u, s in (('T', 1e12), ('G', 1e9), ('M', 1e6), ('', 1)) if n >= s or s == 1)
+    return f'{n / size:,.{2 if unit else 0}f}{unit}'
 
+
+def cached(found):
+    besides = f', and {found["cache bytes besides"]:,.0f} besides' if found['cache bytes besides'] else ''
+    return f'{found["cache bytes a token"]:,.0f}{besides}'
+
+
+def table(found):
     rows = [(name, big(found[name])) for name in ('parameters', 'without embedding and head', 'active parameters',
                                                    'FLOPs a token, training')]
-    besides = f', and {found["cache bytes besides"]:,.0f} besides' if found['cache bytes besides'] else ''
-    rows.append(('cache bytes a token, bf16', f'{found["cache bytes a token"]:,.0f}{besides}'))
+    rows.append(('cache bytes a token, bf16', cached(found)))
     parts = found['training']
     rows.append((f'training memory, {found["settings"]["batch_size"]} x {found["block_size"]:,} tokens',
                  f'about {big(sum(parts.values()))}B on one device, uncompiled:'))

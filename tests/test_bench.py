@@ -1,6 +1,7 @@
 """bench.py as a user runs it, at toy sizes, with the real peers."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import model
 import model_v4
+from extras import sizes
 
 TOY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--vocab_size=64', '--q_lora_rank=8',
        '--kv_lora_rank=8', '--qk_nope_head_dim=4', '--qk_rope_head_dim=4', '--v_head_dim=8', '--n_routed_experts=4',
@@ -74,6 +76,52 @@ def test_the_estimate_of_the_main_runs_memory():
     less = size(*flags, '--recompute=True', '--bf16_moments=True', '--batch_size=6')['training']
     assert less["optimizer's state"] == parts["optimizer's state"] / 2
     assert less['activations'] < parts['activations'] / 10
+
+
+def rows_of(page, head):
+    """The cells of the table whose first column has this head"""
+    table = (ROOT / page).read_text().split(f'| {head} |')[1].split('\n\n')[0]
+    return [[cell.strip().strip('`') for cell in row.split('|')[1:-1]] for row in table.splitlines()[2:]]
+
+
+def measured(monkeypatch, *flags):
+    """train.py's settings with these flags, and the cells of a table"""
+    monkeypatch.setattr('sys.argv', ['train.py', *flags])
+    monkeypatch.setattr('sys.excepthook', sys.excepthook)  # which configurator.py replaces
+    settings = sizes.read_settings(ROOT)
+    found = sizes.measure(settings, ROOT, memory=False)
+    names = 'parameters', 'active parameters', 'FLOPs a token, training'
+    return settings, [*(sizes.big(found[name]) for name in names), sizes.cached(found)]
+
+
+def test_the_table_of_configs_is_what_the_code_computes(monkeypatch):
+    """And it has every config file of train.py."""
+    rows = rows_of('docs/training.md', '`python bench.py size ...`')
+    for command, *cells in rows:
+        assert cells == measured(monkeypatch, *command.split())[1], command
+    files = {path.name for path in (ROOT / 'config').glob('*.py')} - {'grpo_arithmetic.py', 'depth.py'}
+    assert {command.split()[0] for command, *_ in rows} == {f'config/{name}' for name in files}
+
+
+def test_the_table_of_depths_is_what_the_dial_sets(monkeypatch):
+    rows = rows_of('docs/training.md', '`--depth`')
+    assert [int(row[0]) for row in rows] == [2, 3, 4, 6, 8, 12, 16, 20, 24]
+    for depth, *cells in rows:
+        s, shown = measured(monkeypatch, f'--depth={depth}', '--vocab_size=50304')
+        tokens, active = s['batch_size'] * s['gradient_accumulation_steps'] * s['block_size'], main_blocks(int(depth))
+        assert cells == [str(s['n_embd']), *shown, str(s['learning_rate']), f'{tokens:,}', f'{s["max_iters"]:,}']
+        assert 0 <= tokens * s['max_iters'] - 20 * active < tokens
+        assert s['learning_rate'] == pytest.approx(0.3118 * (120 * active ** 2) ** -0.125, rel=0.05)
+        assert tokens == pytest.approx(0.2920 * (120 * active ** 2) ** 0.3271, rel=0.1)
+
+
+def main_blocks(depth):
+    """Active parameters, counted by hand: MLA with a latent of C/2 for queries and of 3C/8 for keys and values, heads
+    of 32 + 32 and 64, and four experts of width C/2.
+    """
+    C, q, kv = 64 * depth, 32 * depth, 24 * depth
+    attention = C * q + q + q * C + C * (kv + 32) + kv + kv * depth * (32 + 64) + C * C
+    return depth * (attention + 4 * 3 * C * C // 2 + 8 * C + 2 * C) + C
 
 
 def test_mistakes_are_one_line():

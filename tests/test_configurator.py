@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, run_inside, run_outside
 
+from extras import sizes
 from model import Mistake
 
 SOURCE = (ROOT / 'configurator.py').read_text()
@@ -70,6 +71,50 @@ def test_mistakes_in_a_file(monkeypatch, tmp_path, capsys, text, message):
         configure(monkeypatch, file, **DEFAULTS)
     said = capsys.readouterr().err
     assert error.value.code == 2 and message in said and said.count('\n') == 1
+
+
+def settings_of_train(monkeypatch, *flags):
+    monkeypatch.setattr('sys.argv', ['train.py', *map(str, flags)])
+    monkeypatch.setattr('sys.excepthook', sys.excepthook)
+    return sizes.read_settings(ROOT)
+
+
+def test_the_dial_is_turned_last_and_leaves_other_flags_alone(monkeypatch):
+    file = ROOT / 'config/train_deepseek.py'
+    s = settings_of_train(monkeypatch, '--depth=4', file, '--learning_rate=1', '--n_head=2')
+    assert [s[key] for key in ('n_layer', 'n_embd', 'n_head', 'learning_rate', 'n_routed_experts', 'q_lora_rank')] == \
+        [4, 256, 2, 1.0, 8, -1]
+    assert (s['eos_token_id'], s['out_dir'], s['depth'], s['config_keys']) == (50256, 'out-depth4', 4, ['depth'])
+    assert settings_of_train(monkeypatch, ROOT / 'config/depth.py')['n_embd'] == 256
+    assert settings_of_train(monkeypatch, ROOT / 'config/depth.py', '--depth=3')['n_embd'] == 192
+    off = settings_of_train(monkeypatch)
+    assert (off['depth'], off['n_layer'], off['learning_rate']) == (0, 12, 6e-4)
+
+
+def test_the_dials_batch_follows_the_context_and_the_ranks(monkeypatch):
+    """Wherever the flags stand: an iteration has about as many tokens, and as many micro-batches on each rank."""
+    def batch(*flags):
+        s = settings_of_train(monkeypatch, *flags)
+        tokens = s['gradient_accumulation_steps'] * s['batch_size'] * s['block_size'] * s['max_iters']
+        assert 'depth=20' in flags[0] or tokens == pytest.approx(4.78e7, rel=0.01)
+        return s['gradient_accumulation_steps'], s['batch_size'], s['block_size']
+
+    steps, rows, context = batch('--depth=4', '--block_size=64')
+    assert (rows, context) == (12, 64) and steps * rows * context == pytest.approx(20800, rel=0.05)
+    assert batch('--block_size=64', '--depth=4') == (steps, rows, context)
+    assert batch('--depth=4', '--block_size=64', '--batch_size=100') == (4, 100, 64)
+    assert batch('--depth=4', '--gradient_accumulation_steps=5') == (5, 4, 1024)
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    assert batch('--depth=4') == (8, 2, 1024) and batch('--depth=20') == (40, 12, 1024)
+
+
+@pytest.mark.parametrize('script, flag, message', [
+    ('train.py', '--depth=deep', "depth must be int, not 'deep'"), ('train.py', '--depth=-1', 'n_layer=-1'),
+    ('sample.py', '--depth=8', "unknown key 'depth'"), ('train.py', '--dept=8', 'did you mean depth')])
+def test_a_dial_that_turns_nothing_is_one_line(script, flag, message):
+    code, _, said = run_inside(script, flag, cwd=ROOT)
+    assert code == 2 and message in said and said.count('\n') == 1, said
 
 
 def test_help_lists_every_setting_with_its_default_and_comment(small):

@@ -64,11 +64,11 @@ def test_files_are_there(path):
 
 @page
 def test_flags_are_there(path):
-    """As a setting of a script, a field of GPTConfig, or an argument of argparse."""
+    """As a setting of a script, a field of GPTConfig, an argument of argparse, or the dial."""
     source = '\n'.join(file.read_text() for room in ROOMS if room[:5] != 'tests' for file in (ROOT / room).glob('*.py'))
     flags = set(re.findall(r'--([a-z]\w*)=', text_of(path))) - TORCHRUNS - {'key'}
     for flag in flags:
-        assert re.search(rf"^{flag} = |^    {flag}: \w+ = |'--{flag}'", source, re.M), flag
+        assert re.search(rf"^{flag} = |^    {flag}: \w+ = |'--{flag}'|\['{flag}'\] = ", source, re.M), flag
 
 
 def test_what_the_table_of_papers_names_is_there():
