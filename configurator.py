@@ -150,7 +150,8 @@ def _read_config(path, flagged=()):
         with open(path, encoding='utf-8-sig') as f:
             source = f.read()
     except OSError as e:
-        raise mistake(f'config file {path}: {e.strerror}') from None
+        hint = f'; did you mean --{path}?' if '=' in path else ''
+        raise mistake(f'config file {path}: {e.strerror}{hint}') from None
     except UnicodeDecodeError:
         raise mistake(f'config file {path}: not UTF-8 text') from None
     names = dict(globals())  # a config file may read the defaults
@@ -203,7 +204,10 @@ def _help():
     # GPTConfig's fields, and the script's own settings, which stand at the left margin before it runs this file
     for name, line in (('model.py', r' {4}(\w+): \w+'), (_architecture + '.py', r' {4}(\w+): \w+'),
                        (_os.path.basename(__file__), r'(\w+)')):
-        with open(_os.path.join(folder, name), encoding='utf-8') as f:
+        path = _os.path.join(folder, name)
+        if not _os.path.exists(path):  # the script lies in a folder below
+            path = _os.path.join(_os.path.dirname(folder), name)
+        with open(path, encoding='utf-8') as f:
             source = f.read()
         comments |= _re.findall(rf'^{line} = [^#\n]+  # (.+)$', source.partition('exec(open(')[0], _re.M)
     lines = [f'  --{key}={value if str(value).isprintable() else repr(value)}'

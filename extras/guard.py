@@ -10,6 +10,7 @@ import socket
 import numpy as np
 import torch
 
+from extras import integrity
 from extras.folder import begin, last_checkpoint  # noqa: F401 (train.py calls guard.begin)
 from extras.integrity import as_prepared, check_checkpoint, check_context, check_finite, check_path, check_run  # noqa: F401
 from extras.optim import load_optimizer  # noqa: F401 (train.py and grpo.py call guard.load_optimizer)
@@ -72,7 +73,8 @@ def check_settings(config, device, world):
     local_world = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     need(not (ranks and device.startswith('cuda')) or torch.cuda.device_count() >= local_world,
          f'{local_world} ranks need as many GPUs; this machine has {torch.cuda.device_count()}')
-    check_device(device)
+    if check_device(device) == 'cpu' and c['init_from'] == 'scratch' and c['shard'] == c['expert_parallel'] == 1:
+        integrity.check_memory(config, local_world)
 
 
 def check_device(device):
@@ -82,7 +84,7 @@ def check_device(device):
         x.item()  # fails on the meta device
         return x.device.type
     except Exception as e:  # torch raises RuntimeError, AssertionError, NotImplementedError and others
-        raise Mistake(f'device={device!r} cannot be used here: {first_line(e)}') from None
+        raise Mistake(f'device={device!r} cannot be used here (cpu, cuda and mps may be): {first_line(e)}') from None
 
 
 def check_ranks(store, device_type):

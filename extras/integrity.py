@@ -8,6 +8,7 @@ A data set's meta.pkl keeps the CRC-32 of its .bin files. Checking reads every b
 A safetensors file has no checksum: a changed weight is found only if it is not finite.
 """
 
+import math
 import os
 import re
 import zipfile
@@ -90,6 +91,8 @@ def check_sizes(path, **overrides):
         config = architecture.of_args(found['model_args'])[1](**found['model_args'])
         if 'transformer.wpe.weight' not in tensors:  # nanoGPT's, of which from_checkpoint() tells
             check_tensors(config, tensors, os.path.getsize(path))
+    except zipfile.BadZipFile:
+        raise Mistake(f'{path} is damaged or cut short, or is no checkpoint of this model: {ADVICE}') from None
     except Exception as e:  # damaged, or another program's
         if is_out_of_memory(e):
             raise
@@ -97,6 +100,27 @@ def check_sizes(path, **overrides):
     # the run's architecture may have more fields than the checkpoint's
     check_context(path, replace(config, **{name: x for name, x in overrides.items() if hasattr(config, name)}))
     return config
+
+
+def check_memory(settings, ranks):
+    """Mistake if weights, gradients and AdamW's moments of the model that train.py's settings ask for take more than
+    this machine's memory. The system would not refuse them: it would stop every program, and then kill one.
+    """
+    GPT, GPTConfig = architecture.named(settings['architecture'])
+    fields = {name: settings[name] for name in GPTConfig.__dataclass_fields__ if name in settings}
+    config = GPTConfig(**fields | {'vocab_size': settings['vocab_size'] or 64})
+    there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else math.inf
+    blocks = config.n_layer + config.num_nextn_predict_layers * config.mtp_n_layer
+    if ranks * blocks * 10 ** 5 > there:  # bytes of a block's Python objects, at least
+        raise Mistake(f'{blocks:,} blocks do not fit in the {there / 1e9:,.0f} GB of this machine: choose fewer')
+    if 16 * ranks * blocks * 600 * config.n_embd ** 2 < there:
+        return  # a block has fewer than 600 matrices of C x C: counting them would take a second of the start
+    with torch.device('meta'):
+        n = GPT(config).get_num_params(non_embedding=False)
+    if 16 * n * ranks > there:
+        each = f' on each of {ranks} ranks' if ranks > 1 else ''
+        raise Mistake(f'{n / 1e9:,.1f}B parameters need {16 * n / 1e9:,.0f} GB for weights, gradients and moments{each}'
+                      f', and this machine has {there / 1e9:,.0f} GB: choose a smaller n_embd or n_layer')
 
 
 def check_stored(path):

@@ -65,7 +65,7 @@ def characters(stoi, itos):
     def encode(text):
         unknown = sorted(set(text) - set(stoi))
         if unknown:
-            raise mistake(f'this model does not know the characters {"".join(unknown)!r}')
+            raise mistake(f'this model does not know the characters {"".join(unknown)!r}: leave them out of the text')
         return [stoi[ch] for ch in text]
 
     def decode(ids):

@@ -6,6 +6,7 @@ The plan on paper: what a rank holds and sends under each kind of parallelism, a
 W ranks are P pipeline ranks times D data ranks. Memory and messages are in bytes, times in seconds.
 """
 
+import argparse
 import re
 import sys
 from collections import Counter
@@ -339,5 +340,6 @@ def filled(text):
 
 
 if __name__ == '__main__':
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     page = root / 'scale/README.md'
     page.write_text(filled(page.read_text(encoding='utf-8')), encoding='utf-8')

@@ -39,7 +39,7 @@ def expect(clone, script, flags, message, run=run_inside):
 @pytest.mark.parametrize('flag, message', [
     # the form of a flag, and its type
     ('--n_emb=32', 'did you mean n_embd'), ('--n_embd', '--key=value'), ('-n_embd=32', '--key=value'),
-    ('n_embd=32', 'No such file'), ('--=3', 'unknown key'),
+    ('n_embd=32', 'did you mean --n_embd=32?'), ('--=3', 'unknown key'),
     ('--gradient_accumulation_steps=0.5', 'must be int'), ('--n_layer=two', 'must be int'),
     ('--n_layer=', 'must be int'), ('--n_layer=None', 'must be int'), ('--n_layer=[2]', 'must be int'),
     ('--max_iters=1e999', 'must be int'),
@@ -67,6 +67,7 @@ def expect(clone, script, flags, message, run=run_inside):
     ('--max_iters=' + '9' * 20, 'below 2**63'), ('--n_layer=' + '9' * 20, '< 2**31'),
     ('--n_shared_experts=' + '9' * 20, '2**31'), ('--max_iters=' + '9' * 400, 'too many digits'),
     ('--learning_rate=' + '9' * 400, 'too many digits'), ('--seed=0x' + 'f' * 5000, 'too many digits'),
+    ('--n_embd=131072', 'choose a smaller n_embd'), ('--n_layer=1999999999', 'blocks do not fit'),
     # where the run is written, or taken up
     ('--out_dir=model.py', 'cannot be written'), ('--out_dir=model.py/out', 'cannot be written'),
     ('--out_dir=/proc/self', 'cannot be written'), ('--out_dir=' + 'a/' * 2500, 'must name a folder'),
