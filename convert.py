@@ -127,11 +127,11 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
     use = ', use_mtp=True' if settings['model_type'] == 'deepseek_v3' and settings['num_nextn_predict_layers'] else ''
     if settings['num_nextn_predict_layers']:
         lines += ['# which layers are the MTP modules' + (', for use_mtp=True' if use else ''), mtp_lines(settings)]
-    lines += [f"model = {settings['architectures'][0]}.from_pretrained('.')",
-              "tokenizer = AutoTokenizer.from_pretrained('.')",
-              "ids = tokenizer('The ', return_tensors='pt').input_ids",
-              f'print(tokenizer.decode(model.generate(ids, max_new_tokens=100{use})[0]))', '```', '']
-    return '\n'.join(lines)
+    return '\n'.join([*lines, f"model = {settings['architectures'][0]}.from_pretrained('.')",
+                      "tokenizer = AutoTokenizer.from_pretrained('.')",
+                      "ids = tokenizer('The ', return_tensors='pt').input_ids",
+                      f'out = model.generate(ids, max_new_tokens={min(100, config.block_size // 2)}{use})',
+                      'print(tokenizer.decode(out[0]))', '```', ''])
 
 
 def training_command(log):

@@ -7,6 +7,7 @@ settings are train.py's, and so are its config files and flags.
 
 import dataclasses
 import os
+import sys
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,6 +31,9 @@ def config_of(settings, root):
     """-> the GPT and the config that train.py builds from scratch with these settings, and with the data if prepared"""
     GPT, GPTConfig = architecture.named(settings['architecture'])
     meta = load_meta(os.path.join(root, 'data', settings['dataset'], 'meta.pkl'))
+    if not (meta or settings['vocab_size']):
+        print(f"note: data/{settings['dataset']} is not prepared: GPT-2's vocabulary is assumed, or set --vocab_size",
+              file=sys.stderr)
     vocab_size = settings['vocab_size'] or meta.get('vocab_size', 50304)
     fields = {field.name: settings[field.name] for field in dataclasses.fields(GPTConfig)}
     return GPT, GPTConfig(**fields | {'vocab_size': vocab_size})
