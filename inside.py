@@ -346,7 +346,7 @@ def main():
         ('count_tokens map_bytes', lambda x: x > 0, 'be positive'),
         ('knockouts', lambda x: x in ('', 'True', 'False'), "be 'True', 'False' or ''"),
     ])
-    guard.need(os.path.isdir(out_dir), f'out_dir={out_dir!r} is no folder: name the folder of a run')
+    guard.need(os.path.isdir(out_dir), f'{out_dir} is missing: name the folder of a run')
     guard.need(path.endswith('.html') and os.path.isdir(os.path.dirname(path) or '.'),
                f'out={path!r} must end in .html, in a folder that is there')
     output.check(path, [text])

@@ -31,12 +31,13 @@ def config_of(settings, root):
     """-> the GPT and the config that train.py builds from scratch with these settings, and with the data if prepared"""
     GPT, GPTConfig = architecture.named(settings['architecture'])
     meta = load_meta(os.path.join(root, 'data', settings['dataset'], 'meta.pkl'))
+    vocab_size = settings['vocab_size'] or meta.get('vocab_size', 50304)
+    fields = {field.name: settings[field.name] for field in dataclasses.fields(GPTConfig)}
+    config = GPTConfig(**fields | {'vocab_size': vocab_size})
     if not (meta or settings['vocab_size']):
         print(f"note: data/{settings['dataset']} is not prepared: GPT-2's vocabulary is assumed, or set --vocab_size",
               file=sys.stderr)
-    vocab_size = settings['vocab_size'] or meta.get('vocab_size', 50304)
-    fields = {field.name: settings[field.name] for field in dataclasses.fields(GPTConfig)}
-    return GPT, GPTConfig(**fields | {'vocab_size': vocab_size})
+    return GPT, config
 
 
 def cache_bytes(model):

@@ -306,7 +306,7 @@ def test_what_can_fail_fails_before_an_earlier_run_is_touched(small, monkeypatch
     monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
     untouched(small, '--wandb_log=True', message='wandb cannot start')
     untouched(small, '--vocab_size=2000000000', message='out of memory')
-    untouched(small, '--n_embd=8000000', message='out of memory')
+    untouched(small, '--n_embd=8000000', message='choose a smaller n_embd')
     forward = GPT.forward
 
     def no_room(self, *args, **kwargs):
