@@ -30,7 +30,7 @@ from plot import read_log
 out_dir = 'out'  # the folder of the checkpoint
 text = ''  # the file to read; its first block_size tokens are on the page
 out = ''  # the page; '': inside.html in out_dir, or live.html
-live = False  # True: the page holds the model and runs it (extras/live.py); its prompt begins with the text, if any
+live = False  # True: the page holds the model and runs it; of the other settings, out_dir, text and out count
 count_tokens = 16384  # tokens of the file that are counted for the experts' load and typical tokens
 experts = ''  # routed experts per token: a number, or 'all'; '': as in training
 knockouts = ''  # the loss with each part of the model off, a pass for each: 'True' or 'False'; '': if that is fast

@@ -37,6 +37,7 @@ def check(model, config):
     guard.need(type(model) is model_file.GPT, f'a live page runs models of model.py, and this is one of '
                f'{type(model).__module__}.py')
     guard.need(numbers <= MOST, f'a live page holds up to {MOST:,} parameters, and this model has {numbers:,}')
+    guard.need(model.config.block_size > 1, 'a live page needs a context of 2 tokens at least')
     guard.need(not config.get('fp8'), 'a live page does not multiply in FP8, as this model was trained')
     unknown = [name for name in model.state_dict() if not KNOWN.fullmatch(name)]
     guard.need(not unknown and model_file.MLA.absorb, 'a live page does not know this architecture: change '
@@ -82,16 +83,17 @@ def rounded(model):
 @torch.no_grad()
 def cost_of_rounding(model, copied, tokenizer, text, start):
     """-> the loss of the model and of its rounded copy, on how many tokens, and whether these are the text's. Without a
-    text the model writes them itself, 8 times from `start` on.
+    text the model writes them itself, 32 times from `start` on.
     """
     T = min(128, model.config.block_size)
     if text:
         ids = torch.tensor(tokenizer.encode(text))
+        guard.need(len(ids) > 1, 'the text must have 2 tokens at least')
         windows = ids[:len(ids) // T * T][:128 * T].view(-1, T) if len(ids) >= T else ids[None]
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            windows = model.generate(torch.tensor([start[:T // 2]] * 8), T - len(start[:T // 2]))
+            windows = model.generate(torch.tensor([start[:T // 2]] * 32), T - len(start[:T // 2]))
     x, y = windows[:, :-1], windows[:, 1:].contiguous()
     losses = [sum(m(*pair)[1].item() * pair[0].numel() for pair in zip(x.split(16), y.split(16))) / x.numel()
               for m in (model, copied)]

@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -51,6 +52,9 @@ def biased_model(**overrides):
     model = tiny_model(**{'block_size': LENGTH, **overrides})
     for moe in model.moe_layers():
         moe.e_score_correction_bias.uniform_(-0.2, 0.2)
+    for name, p in model.named_parameters():
+        if name.endswith('.bias'):
+            torch.nn.init.normal_(p)
     return model
 
 
@@ -183,7 +187,7 @@ def evil(tmp_path_factory):
     """A folder with the page of a model whose name and vocabulary would be markup"""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('evil<b>')
-    write_checkpoint(folder, ''.join(dict.fromkeys(EVIL + ''.join(LETTERS))), biased_model)
+    write_checkpoint(folder, ''.join(dict.fromkeys(EVIL + ''.join(LETTERS))), block_size=64)
     write_page(folder)
     return folder
 
@@ -219,11 +223,13 @@ def done(tab):
 
 
 @torch.no_grad()
-def test_the_page_writes_what_the_model_would(open_page, evil):
+def test_the_page_writes_what_the_model_would(open_page, tmp_path):
     """300 greedy tokens by the worker; again with a part switched off by a click; and with it on again."""
-    tab = open_page(evil)
-    copied, _, _ = live.rounded(GPT.from_checkpoint(evil / 'ckpt.pt')[0].eval())
-    prompt = '<b>&(/)ab'.replace('&', '&' * (PROMPT - 8))
+    write_checkpoint(tmp_path, build=biased_model)
+    write_page(tmp_path)
+    tab = open_page(tmp_path)
+    copied, _, _ = live.rounded(GPT.from_checkpoint(tmp_path / 'ckpt.pt')[0].eval())
+    prompt = ''.join(LETTERS)[:PROMPT].replace('"', '.').replace('\\', '.')
     tab.evaluate(f'fill("temperature", 0); fill("length", {LENGTH}); fill("prompt", "{prompt}")')
     tokens = done(tab).evaluate('written(0)')
     logits = copied.lm_head(copied.main_stack(torch.tensor([tokens]))[0])[0]
@@ -241,6 +247,26 @@ def test_the_page_writes_what_the_model_would(open_page, evil):
     tab.evaluate('$("reset").click()')
     assert len(done(tab).evaluate('articles()')) == 1 and tab.evaluate('written(0)') == tokens
     assert tab.errors() == []
+
+
+def test_a_new_run_ends_the_one_before(open_page, evil):
+    tab = open_page(evil)
+    tab.evaluate("""
+        var came = [];
+        worker.addEventListener('message', ({data}) => came.push(data.run));
+        $('slowly').click()""")
+    tab.wait('came.length > 1')                                              # 4 tokens a second
+    slow = tab.evaluate('$("slowly").click(), came[0]')
+    done(tab)
+    time.sleep(0.6)
+    assert tab.evaluate(f'came.indexOf(numbers) > 0 && came.lastIndexOf({slow}) < came.indexOf(numbers)')
+    tab.evaluate('$("slowly").click()')
+    tab.wait(f'came.at(-1) > {slow} + 1')
+    tab.evaluate('$("stop").click()')
+    tab.wait('$("status").textContent.startsWith("Done")')
+    before = tab.evaluate('came.length')
+    time.sleep(0.6)
+    assert tab.evaluate('came.length') <= before + 1 and tab.errors() == []
 
 
 def test_no_token_and_no_prompt_is_markup(open_page, evil):
@@ -287,10 +313,10 @@ def test_what_a_visitor_may_type(open_page, evil):
     tab = open_page(evil)
     assert 'has never seen “é”, “U+0007”: it knows' in tab.evaluate(r'fill("prompt", "aé\x07é")')
     assert 'at least one' in tab.evaluate('fill("prompt", "")') and tab.evaluate('fill("prompt", "a")') == ''
-    tab.evaluate(f'fill("prompt", "ab".repeat({LENGTH})); fill("length", {LENGTH})')
-    assert done(tab).evaluate('runs[0].asked.prompt.length') == LENGTH / 2
-    assert f'has {2 * LENGTH} tokens: it reads the last {LENGTH // 2}' in tab.evaluate('$("status").textContent')
-    last = tab.evaluate(f'written(0).slice({LENGTH // 2})')
+    tab.evaluate('fill("prompt", "ab".repeat(64))')
+    assert done(tab).evaluate('runs[0].asked.prompt.length') == 32
+    assert 'has 128 tokens: it reads the last 32' in tab.evaluate('$("status").textContent')
+    last = tab.evaluate('written(0).slice(32)')
     tab.evaluate('$("on").click()')
     assert done(tab).evaluate('runs[0].asked.prompt') == last
 
@@ -318,18 +344,19 @@ def test_by_keys_alone(open_page, evil, width, dark):
         tab.press('Tab')
         stops.append(tab.evaluate(focus))
         assert len(stops) < 30, stops
-    assert [stop for stop in stops if stop.isidentifier()] == [
-        'again', 'slowly', 'temperature', 'top_k', 'length', 'seed', 'head', 'rope', 'experts']
+    sliders = ['temperature', 'top_k', 'length', 'seed'] if width > 800 else []        # closed on a phone
+    assert [stop for stop in stops if stop.isidentifier()] == ['again', 'on', 'slowly', *sliders, 'head', 'rope',
+                                                               'experts']
     assert sum(bool(re.match(r'\d+: ', stop)) for stop in stops) == 1        # the text is one stop
     tab.press('ArrowRight')
     assert tab.evaluate(focus).startswith('head 1 of layer 0: on, looks most at')
     tab.press('Enter', '\r')
     assert done(tab).evaluate(focus) == 'head 1 of layer 0: off' and len(tab.evaluate('articles()')) == 2
     tab.evaluate('runs[0].nodes[3].focus()')
-    for key, token in (('ArrowRight', 5), ('End', 256), ('Home', 1)):
+    for key, token in (('ArrowRight', 5), ('End', 64), ('Home', 1)):
         tab.press(key)
         assert tab.evaluate(focus).startswith(f'{token}: ')
-        tab.wait(f'$("at").textContent.includes("token {token} of 256")')
+        tab.wait(f'$("at").textContent.includes("token {token} of 64")')
     unnamed = """[...document.querySelectorAll('button, input, select, textarea')].filter(x =>
         !(x.textContent.trim() || x.getAttribute('aria-label') || x.labels && x.labels.length)).length"""
     assert tab.evaluate(unnamed) == 0 and tab.errors() == []
@@ -410,6 +437,8 @@ def assert_mistake(folder, message, *flags):
 def test_models_that_do_not_fit(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, build=v4_model)
     assert_mistake(tmp_path, 'this is one of model_v4.py')
+    write_checkpoint(tmp_path, block_size=1)
+    assert_mistake(tmp_path, 'a context of 2 tokens')
     write_checkpoint(tmp_path)
     model = tiny_model()
     model.transformer.h[0].attn.q_norm = torch.nn.Linear(2, 2)
@@ -422,10 +451,12 @@ def test_models_that_do_not_fit(tmp_path, monkeypatch):
 @pytest.mark.parametrize('flags, message', [
     (['--out_dir='], 'must name the folder'), (['--out=a.txt'], 'must end in .html'), (['--text=nowhere'], 'No such'),
     (['--out=nowhere/a.html'], 'must end in .html'), (['--out=note.html'], 'did not write it'),
+    (['--text=short'], '2 tokens at least'), (['--text=other'], 'does not know the characters'),
     (['--text=note.html', '--out=note.html'], 'is the file to read')])
 def test_mistakes(tmp_path, flags, message):
     write_checkpoint(tmp_path)
-    (tmp_path / 'note.html').write_text('(())')
+    for name, text in (('note.html', '(())'), ('short', '('), ('other', 'é')):
+        (tmp_path / name).write_text(text)
     assert_mistake(tmp_path, message, *flags)
     assert (tmp_path / 'note.html').read_text() == '(())'
 
@@ -449,4 +480,4 @@ def test_rounding_is_measured(tmp_path, monkeypatch):
         assert f'by {after - before:+.5f} on 217 tokens of the text' in said
     assert 0 < abs(losses[8_000_000][1] - before) < abs(losses[1000][1] - before)
     _, said = write_page(tmp_path)
-    assert 'on 248 tokens that the model wrote' in said
+    assert 'on 992 tokens that the model wrote' in said
