@@ -455,6 +455,7 @@ def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
     assert 0 < len(lines) <= 8 and all(re.fullmatch(r'\d\d\+\d\d=[^\n]*\n', line) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_rank_meets_alone(workshop):
     """A reward that raises on rank 1: its line, without a traceback, and both ranks end."""
     (workshop / 'rank1.py').write_text('import os\ndef reward(p, r, a):\n    assert os.environ["RANK"] == "0", "no"\n'

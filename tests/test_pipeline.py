@@ -35,11 +35,9 @@ def check_equal(clone):
             torch.testing.assert_close(piped[name], weight, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('flags', [
-    pytest.param([], id='dualpipev'),
-    pytest.param(['--schedule=1f1b', '--gradient_accumulation_steps=3', '--n_layer=2'], marks=pytest.mark.slow,
-                 id='1f1b'),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize('flags', [[], ['--schedule=1f1b', '--gradient_accumulation_steps=3', '--n_layer=2']],
+                         ids=['dualpipev', '1f1b'])
 def test_two_ranks_are_one_process(small, flags):
     train(small, *FLAGS, *[flag for flag in flags if 'schedule' not in flag])
     printed = pipeline(small, *flags, n=2)
