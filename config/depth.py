@@ -15,7 +15,7 @@ from model import GPT as _GPT
 from model import GPTConfig as _GPTConfig
 
 _depth = globals().get('depth') or 4
-_block_size, _rows = globals().get('block_size', 1024), globals().get('batch_size', 12)
+_block_size, _rows = (max(1, globals().get(name, size)) for name, size in (('block_size', 1024), ('batch_size', 12)))
 
 
 def _unless_flagged(name, value):
@@ -43,19 +43,22 @@ _active = _main.get_num_active_params()
 _tokens = 20 * _active
 _flops = 6 * _active * _tokens
 
-# batch and rate by compute: DeepSeek LLM's laws (arXiv 2401.02954, eq. 1), fitted to dense models from 1e17 FLOPs on
+# batch by compute: DeepSeek LLM's law (arXiv 2401.02954, eq. 1), fitted to dense models from 1e17 FLOPs on
 _batch = 0.2920 * _flops ** 0.3271  # tokens
-learning_rate = float(f'{0.3118 * _flops ** -0.1250:.2g}')
-min_lr = float(f'{learning_rate / 10:.2g}')
-
 _ranks = int(_os.environ.get('WORLD_SIZE', 1))
 _sequences = max(1, round(_batch / _block_size))  # in an iteration
 _steps = _math.ceil(_sequences / _rows / _ranks) * _ranks
 gradient_accumulation_steps = _unless_flagged('gradient_accumulation_steps', _steps)
 batch_size = _unless_flagged('batch_size', max(1, round(_sequences / gradient_accumulation_steps)))
-max_iters = _math.ceil(_tokens / (gradient_accumulation_steps * batch_size * _block_size))
+_per_iter = max(1, gradient_accumulation_steps * batch_size) * _block_size
+max_iters = _math.ceil(_tokens / _per_iter)
 lr_decay_iters = max_iters
 warmup_iters = _math.ceil(max_iters / 50)
+
+# rate: the same paper's law, for its batch; for another one with the root of the ratio, as Adam asks (arXiv 2205.10287)
+learning_rate = float(f'{0.3118 * _flops ** -0.1250 * _math.sqrt(_per_iter / _batch):.2g}')
+min_lr = float(f'{learning_rate / 10:.2g}')
+
 eval_interval = _math.ceil(max_iters / 10)
 
 out_dir = f'out-depth{_depth}'

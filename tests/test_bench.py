@@ -111,8 +111,9 @@ def test_the_table_of_depths_is_what_the_dial_sets(monkeypatch):
         tokens, active = s['batch_size'] * s['gradient_accumulation_steps'] * s['block_size'], main_blocks(int(depth))
         assert cells == [str(s['n_embd']), *shown, str(s['learning_rate']), f'{tokens:,}', f'{s["max_iters"]:,}']
         assert 0 <= tokens * s['max_iters'] - 20 * active < tokens
-        assert s['learning_rate'] == pytest.approx(0.3118 * (120 * active ** 2) ** -0.125, rel=0.05)
-        assert tokens == pytest.approx(0.2920 * (120 * active ** 2) ** 0.3271, rel=0.1)
+        batch, rate = 0.2920 * (120 * active ** 2) ** 0.3271, 0.3118 * (120 * active ** 2) ** -0.125
+        assert tokens == pytest.approx(batch, rel=0.1)
+        assert s['learning_rate'] == pytest.approx(rate * (tokens / batch) ** 0.5, rel=0.05)
 
 
 def main_blocks(depth):

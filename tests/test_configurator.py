@@ -104,6 +104,8 @@ def test_the_dials_batch_follows_the_context_and_the_ranks(monkeypatch):
     assert batch('--block_size=64', '--depth=4') == (steps, rows, context)
     assert batch('--depth=4', '--block_size=64', '--batch_size=100') == (4, 100, 64)
     assert batch('--depth=4', '--gradient_accumulation_steps=5') == (5, 4, 1024)
+    fewer = settings_of_train(monkeypatch, '--depth=4', '--gradient_accumulation_steps=1', '--batch_size=5')
+    assert fewer['learning_rate'] == pytest.approx(0.0043 / 2, rel=0.03)          # 5 of 20 rows: the root of a quarter
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('WORLD_SIZE', '8')
     assert batch('--depth=4') == (8, 2, 1024) and batch('--depth=20') == (40, 12, 1024)
