@@ -172,8 +172,8 @@ def _read_config(path, flagged=()):
 
 
 def _add_dial():
-    """depth becomes a setting of train.py, which alone has a model's sizes and a run's length."""
-    if 'n_layer' in globals() and 'max_iters' in globals():
+    """depth becomes a setting of train.py, which alone has a model's sizes and begins or resumes its run."""
+    if 'n_layer' in globals() and 'init_from' in globals():
         globals()['depth'] = 0
         globals().setdefault('config_keys', []).append('depth')
 

@@ -115,7 +115,7 @@ def read_file(path):
         with open(path, encoding='utf-8-sig') as f:  # without the mark that Windows puts first
             return f.read()
     except UnicodeDecodeError as e:
-        raise mistake(f'{path} is no UTF-8 text: {e}') from None
+        raise mistake(f'{path} is no UTF-8 text: {e}; save it as UTF-8') from None
 
 
 def read_texts(args):

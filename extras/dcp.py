@@ -236,6 +236,8 @@ def from_checkpoint(path, device='cpu', assign=False, with_optimizer=True, **ove
 def main():
     """Sharded checkpoints to whole ones beside them."""
     import configurator  # noqa: F401 (a mistake is one line and exit code 2)
+    if {'--help', '-h'} & {*sys.argv}:
+        return print(__doc__.strip())
     if len(sys.argv) != 2:
         raise Mistake('python -m extras.dcp OUT_DIR')
     found = [os.path.join(sys.argv[1], f'{name}.dcp') for name in ('ckpt', 'ckpt_best', 'ckpt_last')]

@@ -95,7 +95,8 @@ def take(out_dir, tokenizer_from=None, *must_stay):
     except OSError as e:
         if new != folder:
             shutil.rmtree(new, ignore_errors=True)
-        raise Mistake(f'out_dir={out_dir!r} cannot be written: {e.strerror}') from None
+        why = 'it is a file' if isinstance(e, FileExistsError) else e.strerror
+        raise Mistake(f'out_dir={out_dir!r} cannot be written: {why}') from None
 
 
 def check_rename(out_dir, folder, must_stay):

@@ -132,7 +132,10 @@ def check_files(data_dir, meta, block_size):
         if not os.path.isfile(path):
             root = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
             sets = sorted(os.path.relpath(folder, root) for folder, _, files in os.walk(root) if 'train.bin' in files)
-            raise Mistake(f'{path} is missing: run its prepare.py first, or choose a prepared data set: '
+            scripts = [os.path.join(folder, 'prepare.py') for folder in (data_dir, os.path.dirname(data_dir))]
+            found = [os.path.relpath(script) for script in filter(os.path.isfile, scripts)]
+            todo = f'run python {found[0]} first' if found else 'no data set has that name'
+            raise Mistake(f'{path} is missing: {todo}, or choose a prepared one: '
                           f'{", ".join(sets) or "there is none yet"}')
         size = os.path.getsize(path)
         need(size % size_of == 0 and as_prepared(path, meta) and as_prepared(mask, meta),

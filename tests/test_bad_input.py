@@ -55,7 +55,6 @@ def expect(clone, script, flags, message, run=run_inside):
     ('--beta2=-0.1', 'in [0, 1)'), ('--seed=-1', 'seed'), ('--activation_memory=2', 'in 0..1'),
     ('--optimizer=sgd', "'adamw' or 'muon'"), ('--dtype=int8', 'must be'), ('--dtype=float16', 'needs CUDA'),
     ('--device=gpu', 'cannot be used'), ('--device=cuda:99', 'cannot be used'), ('--init_from=gpt2', 'do not fit'),
-    ('--dataset=nowhere', 'prepare.py'),
     # sizes that no model can have
     ('--n_head=3', 'must divide'), ('--n_layer=0', 'positive'), ('--n_embd=-32', 'positive'),
     ('--dropout=1', 'dropout'), ('--dropout=-0.1', 'dropout'), ('--num_experts_per_tok=5', 'num_experts_per_tok'),
@@ -69,9 +68,11 @@ def expect(clone, script, flags, message, run=run_inside):
     ('--learning_rate=' + '9' * 400, 'too many digits'), ('--seed=0x' + 'f' * 5000, 'too many digits'),
     ('--n_embd=131072', 'choose a smaller n_embd'), ('--n_layer=1999999999', 'blocks do not fit'),
     # where the run is written, or taken up
-    ('--out_dir=model.py', 'cannot be written'), ('--out_dir=model.py/out', 'cannot be written'),
+    ('--out_dir=model.py', 'cannot be written: it is a file'), ('--out_dir=model.py/out', 'cannot be written'),
     ('--out_dir=/proc/self', 'cannot be written'), ('--out_dir=' + 'a/' * 2500, 'must name a folder'),
     (RESUME, 'out/ckpt.pt is missing: train a model first, or name the out_dir it is in'),
+    ('--dataset=nowhere', 'nowhere/train.bin is missing: no data set has that name, or choose a prepared one: '),
+    ('--dataset=arithmetic/mul2', 'train.bin is missing: run python data/arithmetic/prepare.py first, or choose'),
 ])
 def test_flags(small, flag, message):
     expect(small, 'train.py', [flag], message)

@@ -91,6 +91,14 @@ def test_the_dial_is_turned_last_and_leaves_other_flags_alone(monkeypatch):
     assert (off['depth'], off['n_layer'], off['learning_rate']) == (0, 12, 6e-4)
 
 
+def test_help_of_scripts_without_the_dial():
+    for script in ('train.py', 'scale/pipeline.py'):  # the pipeline has sizes of its own
+        code, printed, _ = run_inside(script, '--help', cwd=ROOT)
+        assert code == 0 and ('--depth=' in printed) == (script == 'train.py')
+    code, printed, _ = run_inside('extras/dcp.py', '--help', cwd=ROOT)
+    assert code == 0 and 'python -m extras.dcp OUT_DIR' in printed
+
+
 def test_the_dials_batch_follows_the_context_and_the_ranks(monkeypatch):
     """Wherever the flags stand: an iteration has about as many tokens, and as many micro-batches on each rank."""
     def batch(*flags):

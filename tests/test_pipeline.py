@@ -73,7 +73,7 @@ def test_four_ranks_are_one_process(small, flags):
     (4, ['--gradient_accumulation_steps=8'], 'n_layer=5: 4 ranks'),
     (2, ['--schedule=gpipe'], "schedule='gpipe' must be"),
     (2, ['--vocab_size=20'], 'must hold tokens below vocab_size=20'),
-    (2, ['--dataset=none'], 'data/none/train.bin is missing: run its prepare.py first'),
+    (2, ['--dataset=none'], 'data/none/train.bin is missing: no data set has that name'),
     (2, ['--dtype=int8'], "dtype='int8' must be"), (2, ['--batch_size=0'], 'batch_size=0 must be positive'),
     (2, ['--num_experts_per_tok=9'], 'GPTConfig: num_experts_per_tok=9 must lie in 1..n_routed_experts=4'),
 ])
