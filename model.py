@@ -114,7 +114,7 @@ def apply_rope(x, cos, sin):
 
 class MLA(nn.Module):
     """Multi-head Latent Attention (V2 section 2.1, V3 eq. 1-11)."""
-    absorb = True  # False: decode by expand(), as training; else keys or values not linear in the latent come out wrong
+    absorb = True  # a subclass whose keys or values are not linear in the latent sets False: it decodes as it trains
 
     def __init__(self, config):
         super().__init__()
@@ -143,8 +143,8 @@ class MLA(nn.Module):
         return self.resid_dropout(self.o_proj(self.attend(q, latent, seen)))           # eq. 11
 
     def project(self, x, cos, sin, latents=None):
-        """x (B, T, C) -> q (B, H, T, n + r), and what the cache holds: the normed latent and the rotated key, which
-        all heads share, (B, T, c + r). cos, sin: (T, r/2), or (B, T, r/2) if each row has its own positions"""
+        """x (B, T, C) -> q (B, H, T, n + r), and what the cache holds, a row for all heads: the normed latent and the
+        rotated key, (B, T, c + r). cos, sin: (T, r/2), or row by row (B, T, r/2). latents: latents(x), if known"""
         n, r, c, _ = self.sizes
         q, kv = latents or self.latents(x)
         if self.config.q_lora_rank > 0:
@@ -384,8 +384,8 @@ class GPT(nn.Module):
     def training_loss(self, h, routing, idx, targets, mtp_lambda=None, label_counts=None):
         """The loss to minimise: main + MTP + balance. h (B, T, C), routing: main_stack()'s.
 
-        label_counts (1 + modules): by what each head's summed loss is divided; None: its labels here. The training loop
-        gives the mean over micro-batches and ranks, so that each label of an iteration weighs the same.
+        label_counts (1 + modules): each head's summed loss is divided by its number; None: by its labels in `targets`.
+        The training loop gives the mean over micro-batches and ranks, so each label of an iteration weighs the same.
         Leaves tensors in `stats`: `losses` (1 + modules), of the main head and each MTP module; `balance`, the mean
         over MoE layers; `load` (MoE layers, E), the tokens of each expert."""
         D, states, labels = len(self.mtp), [h], self.labels(targets)

@@ -185,7 +185,7 @@ if ddp and scripts and store.check(['begun']) and max_over_ranks(os.path.exists(
     init_from = 'resume'  # torchrun lost a rank and has restarted all ranks
 if init_from != 'resume':  # another run's checkpoint, the one that sample.py reads; from scratch there is none
     path = guard.last_checkpoint(init_from, ['ckpt']) if guard else os.path.join(init_from, 'ckpt.pt')
-if guard:
+if guard:  # the checkpoint's own architecture
     GPT = guard.check_path(init_from, path, overrides, max_over_ranks, GPT)
 
 torch.manual_seed(seed)
@@ -418,7 +418,7 @@ while True:
     norm = clip_grad_norm_(model.parameters(), grad_clip if grad_clip > 0 else math.inf)
     means = {k: all_reduce(v) / (accumulation * world) for k, v in stats.items() if k != 'load'}
     bad = ~(norm + means['losses'].sum()).isfinite()
-    if opt.defaults['fused']:  # as scaler.step() would, but without a host sync: 1 changes nothing
+    if opt.defaults['fused']:  # found_inf is GradScaler's: a fused step with 1 changes nothing, and no host waits
         opt.found_inf = bad.float()
     if opt.defaults['fused'] or not bad:  # MPS has no fused step, and waits for the device here
         opt.step()
@@ -442,7 +442,7 @@ while True:
         numbers = to_host(numbers)
         dt, t_log = (time.time() - t_log) / iters_logged, time.time()
         iters_logged = 0
-        running_dt = 0.9 * running_dt + 0.1 * dt if dt > running_dt / 2 else dt  # the first may include compiling
+        running_dt = 0.9 * running_dt + 0.1 * dt if dt > running_dt / 2 else dt  # without the first: it compiled
         mfu, running_mfu = (raw_model.estimate_mfu(batch_size * accumulation, t) for t in (dt, running_dt))
         record = {'step': iter_num, **numbers, 'lr': lr, 'tokens_per_s': tokens_per_iter / dt, 'mfu': mfu}
         if master:
