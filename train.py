@@ -51,7 +51,7 @@ gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, over all ran
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024
 # optimizer
-optimizer = 'adamw'  # or 'muon': Muon for the blocks' matrices, AdamW for the rest; needs extras/optim.py
+optimizer = 'adamw'  # or 'muon': Muon for the blocks' matrices; 'muon_split': by head, by gate and up; extras/optim.py
 learning_rate = 6e-4
 max_iters = 600000
 weight_decay = 1e-1
@@ -219,7 +219,8 @@ if fp8:
     if master:
         print(execution)
 
-make = import_extra('optim', 'optimizer=muon').muon if optimizer == 'muon' else GPT.configure_optimizers
+muons = optimizer.startswith('muon')
+make = getattr(import_extra('optim', f'optimizer={optimizer}'), optimizer) if muons else GPT.configure_optimizers
 opt = make(raw_model, weight_decay, learning_rate, (beta1, beta2), device_type)
 if bf16_moments:
     opt = import_extra('optim', 'bf16_moments=True').AdamW16(opt.param_groups, fused=True)

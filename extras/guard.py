@@ -27,7 +27,7 @@ RANGES = [  # settings, a test that their values must pass, and the test in word
     ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
     ('shard', lambda x: 0 <= x < 2**31, 'be 1 (off), 0 (all ranks) or a number of ranks'),
     ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
-    ('optimizer', lambda x: x in ('adamw', 'muon'), "be 'adamw' or 'muon'"),
+    ('optimizer', lambda x: x in ('adamw', 'muon', 'muon_split'), "be 'adamw', 'muon' or 'muon_split'"),
     ('checkpoint', lambda x: x in ('whole', 'dcp'), "be 'whole' or 'dcp'"),
     ('dtype', lambda x: x in ('', *DTYPES), "be 'float32', 'bfloat16' or 'float16'"),
     ('fp8_scaling', lambda x: x in ('tile', 'row', 'tensor'), "be 'tile', 'row' or 'tensor'"),

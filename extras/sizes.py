@@ -72,7 +72,7 @@ def training_bytes(model, settings):
     n, blocks = model.get_num_params(non_embedding=False), model.blocks()
     matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() > 1)
     moments = 2 * n * (2 if settings['bf16_moments'] else 4)
-    if settings['optimizer'] == 'muon':
+    if settings['optimizer'] != 'adamw':
         moments = 4 * (2 * n - matrices)  # one moment for the blocks' matrices
     saved = settings['batch_size'] * saved_bytes(model)
     if settings['recompute']:  # each block's fp32 input, and one block's tensors at a time

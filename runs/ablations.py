@@ -94,7 +94,10 @@ def variants(size):
             'one module, lambda 1': {'num_nextn_predict_layers': 1, 'mtp_lambda': 1.0},
             'one module of two blocks': {'num_nextn_predict_layers': 1, 'mtp_n_layer': 2},
         },
-        'optimizer': {'Muon': {'optimizer': 'muon'}},
+        'optimizer': {
+            'Muon': {'optimizer': 'muon'}, 'Muon, split': {'optimizer': 'muon_split'},
+            'Muon, split, cautious decay': {'optimizer': 'muon_split', 'cautious': True},
+        },
         'precision': {
             'bf16': {'precision': 'bf16'},
             'FP8, tiles': {'precision': 'tile'}, 'FP8, tensors': {'precision': 'tensor'},
@@ -129,7 +132,8 @@ def variants(size):
     if size == 'large':  # fewer questions
         keep = {'attention': ('MHA', 'MQA', "MLA, V3's head sizes"),
                 'experts': ('dense', '32 experts, 8 chosen, none shared'), 'balance': ('none', 'auxiliary loss, 0.01'),
-                'MTP': ('one module', 'two modules'), 'optimizer': ('Muon',),
+                'MTP': ('one module', 'two modules'),
+                'optimizer': ('Muon', 'Muon, split', 'Muon, split, cautious decay'),
                 'later attention': ('DSA, 1/4 of the positions', 'window and CSA', 'window, CSA and HCA'),
                 'hyper-connections': ('mHC, 4 streams',), 'memory': ('Engram', "Engram, base's parameters"),
                 "V4's experts": ('one hash layer',)}
@@ -164,8 +168,8 @@ def build(size, variant, vocab_size):
     """The model of a variant, and in bytes what it caches per token in bf16."""
     own = dict(settings_of(size, variant))
     kv_heads, rope, precision = own.pop('kv_heads', None), own.pop('rope', True), own.pop('precision', None)
-    own.pop('optimizer', None)
     gate = own.pop('gate', True)
+    own.pop('optimizer', None), own.pop('cautious', None)
     GPT, GPTConfig = architecture.of_args(own)
     sizes = {k: v for k, v in SIZES[size].items() if k != 'steps'}
     if kv_heads:
@@ -268,8 +272,10 @@ def accepted_drafts(model, tokens):
 
 
 def optimizer_of(size, variant, model, lr):
-    if settings_of(size, variant).get('optimizer') == 'muon':
-        return optim.muon(model, 0.1, lr, (0.9, 0.95), 'cpu')
+    own = settings_of(size, variant)
+    if 'optimizer' in own:
+        split = own['optimizer'] == 'muon_split'
+        return optim.muon(model, 0.1, lr, (0.9, 0.95), 'cpu', split, own.get('cautious', False))
     return model.configure_optimizers(0.1, lr, (0.9, 0.95), 'cpu')
 
 
@@ -353,7 +359,7 @@ def best_rate(runs, size, variant):
 def missing(runs, size, variant, seeds):
     """The next jobs of a variant: the sweep, then its next rate where the best is at its edge, then the other seeds."""
     steps, found = SIZES[size]['steps'], sweep(runs, size, variant)
-    center = 0.01 if settings_of(size, variant).get('optimizer') == 'muon' else 0.002
+    center = 0.01 if 'optimizer' in settings_of(size, variant) else 0.002
     jobs = [(size, variant, lr, 0, steps) for lr in (center / 2, center, 2 * center) if lr not in found]
     if jobs:
         return jobs

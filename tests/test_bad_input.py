@@ -53,7 +53,7 @@ def expect(clone, script, flags, message, run=run_inside):
     ('--warmup_iters=-1', 'not negative'), ('--lr_decay_iters=-1', 'not negative'), ('--max_iters=-1', 'not negative'),
     ('--mtp_lambda_late=-1', 'not negative'), ('--mtp_late_from=-1', 'not negative'), ('--beta1=1.0', 'in [0, 1)'),
     ('--beta2=-0.1', 'in [0, 1)'), ('--seed=-1', 'seed'), ('--activation_memory=2', 'in 0..1'),
-    ('--optimizer=sgd', "'adamw' or 'muon'"), ('--dtype=int8', 'must be'), ('--dtype=float16', 'needs CUDA'),
+    ('--optimizer=sgd', "'adamw', 'muon' or"), ('--dtype=int8', 'must be'), ('--dtype=float16', 'needs CUDA'),
     ('--device=gpu', 'cannot be used'), ('--device=cuda:99', 'cannot be used'), ('--init_from=gpt2', 'do not fit'),
     # sizes that no model can have
     ('--n_head=3', 'must divide'), ('--n_layer=0', 'positive'), ('--n_embd=-32', 'positive'),

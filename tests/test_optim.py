@@ -1,4 +1,5 @@
-"""Muon against torch.optim.Muon, stacked experts against matrices of their own, and AdamW with moments in bf16."""
+"""Muon against torch.optim.Muon, stacked experts and blocks of rows against matrices of their own, and AdamW with
+moments in bf16."""
 
 import copy
 import math
@@ -7,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from extras import optim
-from extras.optim import Muon, orthogonalise
+from extras.optim import Muon, gram_newton_schulz, newton_schulz, orthogonalise
 
 LR, WD = 0.02, 0.1
 
@@ -45,6 +46,82 @@ def test_a_stacked_experts_update_is_that_of_a_matrix():
         for optimizer in (together, *apart):
             optimizer.step()
     torch.testing.assert_close(stacked, torch.stack(single), rtol=1e-5, atol=1e-5)
+
+
+def rows_of(name, w, config):
+    """The matrices that a weight consists of, cut by hand."""
+    n, r, v, out = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, []
+    if w.dim() == 3:
+        return [part for expert in w for part in rows_of(name.replace('experts', 'expert'), expert, config)]
+    first, second = {'q_b_proj': (n, r), 'kv_b_proj': (n, v), 'kv_a_proj_with_mqa': (config.kv_lora_rank, r),
+                     'gate_up_proj': [len(w) // 2] * 2, 'expert_gate_up': [len(w) // 2] * 2
+                     }.get(name.removesuffix('.weight').split('.')[-1], (len(w), 0))
+    for start in range(0, len(w), first + second):
+        out += [w[start:start + first], w[start + first:start + first + second]]
+    return [part for part in out if len(part)]
+
+
+def test_muon_split_updates_each_head_and_gate_and_up_as_a_matrix_of_its_own():
+    torch.manual_seed(0)
+    model = tiny_model(qk_nope_head_dim=6, v_head_dim=10)
+    together = optim.muon_split(model, WD, LR, (0.9, 0.99), 'cpu')
+    (group,) = (group for group in together.param_groups if group.get('muon'))
+    names = {id(p): name for name, p in model.named_parameters()}
+    weights = {names[id(p)]: p for p in group['params']}
+    single = {name: [torch.nn.Parameter(part.detach().clone()) for part in rows_of(name, w, model.config)]
+              for name, w in weights.items()}
+    apart = muon([part for parts in single.values() for part in parts])
+    for _ in range(2):
+        for name, w in weights.items():
+            w.grad = torch.randn_like(w)
+            for part, grad in zip(single[name], rows_of(name, w.grad, model.config)):
+                part.grad = grad.clone()
+        together.step()
+        apart.step()
+    for name, w in weights.items():
+        for ours, part in zip(rows_of(name, w, model.config), single[name], strict=True):
+            torch.testing.assert_close(ours, part, rtol=1e-4, atol=1e-5, msg=lambda said, name=name: f'{name}: {said}')
+    heads = 2 * model.config.n_head
+    assert len(single['transformer.h.0.attn.q_b_proj.weight']) == heads and len(single) == len(group['heights'])
+
+
+def test_a_step_with_found_inf_changes_nothing():
+    model = tiny_model()
+    optimizer = optim.muon_split(model, WD, LR, (0.9, 0.99), 'cpu')
+    for bad in (0.0, 1.0):
+        before = [p.detach().clone() for p in model.parameters()]
+        momenta = [state['momentum_buffer'].clone() for state in optimizer.state.values() if 'momentum_buffer' in state]
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan) if bad else torch.randn_like(p)
+        optimizer.found_inf = torch.tensor(bad)
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    after = [state['momentum_buffer'] for state in optimizer.state.values() if 'momentum_buffer' in state]
+    assert all(torch.equal(m, old) for m, old in zip(after, momenta, strict=True)) and momenta
+
+
+def test_cautious_decay_is_of_the_weights_that_the_update_makes_smaller():
+    torch.manual_seed(0)
+    start, grad = torch.randn(2, 16, 24)
+    moved = {}
+    for name, more in (('none', {'weight_decay': 0.0}), ('all', {}), ('cautious', {'cautious': True})):
+        w = torch.nn.Parameter(start.clone())
+        w.grad = grad.clone()
+        Muon([{'params': [w], 'weight_decay': WD, 'muon': True} | more], lr=LR, betas=(0.9, 0.99)).step()
+        moved[name] = w.detach()
+    smaller = (start - moved['none']) * start > 0
+    torch.testing.assert_close(moved['cautious'], torch.where(smaller, moved['all'], moved['none']))
+    assert smaller.any() and not smaller.all() and not torch.equal(moved['all'], moved['none'])
+
+
+def test_the_gram_iteration_is_the_plain_one():
+    """Also where singular values differ by a factor of a thousand."""
+    torch.manual_seed(0)
+    for m, n in ((16, 24), (16, 160), (40, 80)):
+        u, _, v = torch.linalg.svd(torch.randn(3, m, n), full_matrices=False)
+        for s in (torch.ones(m), torch.logspace(0, -3, m)):
+            X = u * (s / s.norm()) @ v
+            torch.testing.assert_close(gram_newton_schulz(X, 5), newton_schulz(X, 5), rtol=0, atol=1e-3)
 
 
 def test_orthogonalise_flattens_the_singular_values():
