@@ -8,7 +8,8 @@ R1 in small (arXiv 2501.12948): reinforcement learning with GRPO on rewards that
     python grpo.py config/grpo_arithmetic.py --init_from=out-grpo-arithmetic --traces=accepted.txt
 
 An iteration samples group_size responses to each of prompts_per_iter prompts, scores them, and takes mu steps on them.
-GRPO is R1's equation 1 (2402.03300 has it first); the options are Dr. GRPO's (2503.20783) and DAPO's (2503.14476).
+GRPO is R1's equation 1 (2402.03300 has it first); the options are Dr. GRPO's (2503.20783), DAPO's (2503.14476) and
+those of V3.2 (2512.02556, section 3.1). With a teacher the loss is on-policy distillation, as in V4.
 All randomness of an iteration follows from (seed, iteration, rank), so a resumed run goes on as it would have.
 
 Letters in the shape comments: P prompts, G responses to each, B rows (a prompt and a response), T their tokens less 1.
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from extras import folder, guard, scripts
+from extras import folder, guard, rl, scripts
 from extras.decode import Decoder
 from extras.scripts import all_reduce, autocast
 from model import Mistake, MoE, balance_and_load, save_checkpoint
@@ -43,23 +44,33 @@ wandb_log = False
 wandb_project = 'grpo'
 wandb_run_name = 'grpo'
 # the task
-dataset = 'arithmetic/add3'  # a folder in data/ with {train,val,test}_prompts.txt
-reward_file = 'data/arithmetic/reward.py'  # defines reward(prompt, response, answer) -> accuracy, format
+dataset = 'arithmetic/add3'  # a folder in data/ with {train,val,test}_prompts.txt, or several: 'a,b'
+reward_file = 'data/arithmetic/reward.py'  # defines reward(prompt, response, answer) -> accuracy, format; or 'a,b'
 format_weight = 0.1  # reward = accuracy + format_weight * format
 # rollouts
 prompts_per_iter = 16  # over all ranks together
 group_size = 16
 max_new_tokens = 40
 temperature = 1.0
+top_k = 0  # sample from the top_k likeliest tokens; 0: from all
+top_p = 1.0  # ... and from the likeliest ones whose probabilities sum to top_p
+truncated = 'keep'  # responses that max_new_tokens cut off; 'mask': they count in their group's mean, not in the loss
 # objective
 mu = 1  # optimizer steps on each batch of rollouts; with 1 the ratio is 1 and the clip idle
 clip_low = 0.2  # the ratio is clipped to 1 - clip_low .. 1 + clip_high; DAPO: clip_high=0.28
 clip_high = 0.2
+old_logp = 'training'  # the old policy's log-probabilities: the first forward's, or 'rollout': the sampler's
+replay_routing = False  # train with the experts that the rollout chose (V3.2)
+keep_sampling_mask = False  # train with the softmax over the tokens that top_k and top_p left (V3.2)
+mask_drift = 0.0  # leave out bad responses whose mean log(pi_rollout / pi) is above this bound (V3.2); 0.0: off
 kl_coef = 0.0  # weight of the KL divergence from the reference
+unbiased_kl = False  # weigh the KL by the ratio, so that its gradient is unbiased too (V3.2)
 reference = ''  # out_dir of the frozen reference; '': the model that the run began with
 normalise_std = True  # False: advantages are not divided by the group's deviation (Dr. GRPO)
 length_norm = 'response'  # or 'token' (DAPO) or 'constant' (Dr. GRPO): see token_weights()
 drop_zero_advantage = False  # leave groups of equal rewards out of the batch (DAPO)
+teacher = ''  # out_dir of a teacher: minimise KL(model || teacher) on the model's own responses, instead of all above
+train_mtp = False  # train the MTP modules on the responses, so that their drafts stay good
 # optimizer
 batch_size = 256  # rows in a forward and backward; for less memory lower it, group_size or prompts_per_iter
 max_iters = 200
@@ -90,11 +101,16 @@ RANGES = [  # in the format of guard.RANGES
     ('prompts_per_iter', lambda x: x % world == 0, 'be a multiple of the number of ranks'),
     ('group_size', lambda x: 2 <= x < 2**20, 'lie in 2..2**20 - 1: an advantage compares the responses of a group'),
     ('temperature', lambda x: 0.001 <= x < math.inf, 'be finite and at least 0.001'),
-    ('learning_rate weight_decay grad_clip clip_low clip_high kl_coef format_weight', lambda x: 0 <= x < math.inf,
-     'be finite and not negative'),
+    ('top_k', lambda x: 0 <= x < 2**31, 'lie in 0..2**31 - 1'),
+    ('top_p', lambda x: 0 < x <= 1, 'lie in (0, 1]'),
+    ('learning_rate weight_decay grad_clip clip_low clip_high kl_coef format_weight mask_drift',
+     lambda x: 0 <= x < math.inf, 'be finite and not negative'),
+    ('kl_coef', lambda x: x == 0 or not teacher, 'be 0 with a teacher: the loss is the KL divergence from it alone'),
     ('beta1 beta2', lambda x: 0 <= x < 1, 'lie in [0, 1)'),
     ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
     ('length_norm', lambda x: x in ('response', 'token', 'constant'), "be 'response', 'token' or 'constant'"),
+    ('old_logp', lambda x: x in ('training', 'rollout'), "be 'training' or 'rollout'"),
+    ('truncated', lambda x: x in ('keep', 'mask'), "be 'keep' or 'mask'"),
     ('dtype', lambda x: x in ('float32', 'bfloat16'), "be 'float32' or 'bfloat16'"),
     ('eval_split', lambda x: x in ('val', 'test'), "be 'val' or 'test'"),
     ('traces', lambda x: not x or world == 1, 'be written by one process: run it without torchrun'),
@@ -103,12 +119,13 @@ RANGES = [  # in the format of guard.RANGES
 ]
 
 
-def sample_responses(decoder, prompts, max_new_tokens, temperature):
+def sample_responses(decoder, prompts, max_new_tokens, temperature, top_k=0, top_p=1.0):
     """A response to each prompt, both as token ids. It ends with the stop token, unless it was cut off. Afterwards
-    decoder.log_probs has the log-probabilities of its tokens.
+    decoder has the log-probabilities of its tokens, and what it was told to keep.
     """
     decoder.model.eval()
-    rows, _ = decoder.generate(prompts, max_new_tokens, temperature, stop_token=decoder.model.config.eos_token_id)
+    rows, _ = decoder.generate(prompts, max_new_tokens, temperature, top_k or None, decoder.model.config.eos_token_id,
+                               top_p=top_p)
     return [row[len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
@@ -127,12 +144,16 @@ def pack(prompts, responses, stop_token, device, log_probs=None):
     return rows.to(device), sampled_logp <= 0, sampled_logp
 
 
-def log_probs(model, rows, temperature):
-    """Rows (B, T + 1) -> log pi(token | tokens before it) (B, T), the policy's entropy (B, T), and its routing"""
+def log_probs(model, rows, temperature, support=None):
+    """Rows (B, T + 1) -> log pi(token | tokens before it) (B, T), log pi of the whole vocabulary there (B, T, V), the
+    main stack's states (B, T, C), and its routing. support (B, T, V): the tokens that could be sampled; None: all
+    """
     h, routing = model.main_stack(rows[:, :-1])                                         # (B, T, C)
-    logp = (model.lm_head(h).float() / temperature).log_softmax(dim=-1)                 # (B, T, V)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(dim=-1)
-    return logp.gather(-1, rows[:, 1:].unsqueeze(-1)).squeeze(-1), entropy, routing
+    logits = model.lm_head(h).float() / temperature                                     # (B, T, V)
+    if support is not None:
+        logits = logits.masked_fill(~support, -1e30)  # with infinity, 0 * log 0 would be nan
+    logp = logits.log_softmax(dim=-1)
+    return logp.gather(-1, rows[:, 1:].unsqueeze(-1)).squeeze(-1), logp, h, routing
 
 
 def group_advantages(rewards, normalise_std=True):
@@ -171,63 +192,99 @@ def surrogate(logp, old_logp, advantages, clip_low, clip_high):
     return torch.minimum(plain, clipped), clipped < plain
 
 
-def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, reference=None, mu=1, clip_low=0.2,
-           clip_high=0.2, kl_coef=0.0, length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256,
-           grad_clip=1.0, context=None):
+def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, experts=None, support=None, reference=None,
+           teacher=None, mu=1, clip_low=0.2, clip_high=0.2, old_logp='training', replay_routing=False, mask_drift=0.0,
+           kl_coef=0.0, unbiased_kl=False, length_norm='response', max_new_tokens=40, temperature=1.0, batch_size=256,
+           grad_clip=1.0, train_mtp=False, context=None):
     """mu optimizer steps on this rank's rows (B, T + 1), mask (B, T), advantages (B); the ranks' gradients are summed.
+    Of the rollout: sampled_logp (B, T), experts (B, T, L, K), support (B, T, V), the tokens to which the softmax is
+    confined. With a teacher the loss is its reverse KL, and advantages do not matter.
 
-    The MTP modules stay as they are. A gradient that is not finite takes no step: it is a Mistake. Each forward enters
-    the autocast `context` anew, because it keeps casts of the weights, which a step makes stale. Returns means over the
-    tokens of all ranks and steps: 'kl' (if there is a reference), 'clip' (share of tokens on which the clip acts),
-    'entropy'; the last 'grad_norm'; and given the rollout's sampled_logp (B, T), 'mismatch': how far they are from the
-    model's before the first step, as the mean difference.
+    The MTP modules stay as they are, unless train_mtp: their loss trains them alone. A gradient that is not finite
+    takes no step: it is a Mistake. Each forward enters the autocast `context` anew, because it keeps casts of the
+    weights, which a step makes stale. Returns means over the tokens of all ranks and steps: 'clip' (share of tokens on
+    which the clip acts), 'entropy', and if there is something to measure 'kl', 'teacher_kl', 'drifted' (share of tokens
+    left out by mask_drift); of the first step 'mismatch' (mean difference of log-probabilities from the rollout's) and
+    'routing_mismatch' (share of (token, MoE layer) with other experts); the last 'mtp_loss' and 'grad_norm'.
     """
     context = context or contextlib.nullcontext()
     model.train()
-    trained = [p for name, p in model.named_parameters() if not name.startswith('mtp.')]
-    moe_layers = sum(isinstance(block.mlp, MoE) for block in model.transformer.h)
+    main = [p for name, p in model.named_parameters() if not name.startswith('mtp.')]
+    drafting = [*model.mtp.parameters()] if train_mtp else []
+    moe_layers = sum(isinstance(block.mlp, MoE) for block in (model.blocks() if train_mtp else model.transformer.h))
     weights = token_weights(mask, length_norm, max_new_tokens)
     parts = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
-    old_logp, ref_logp = {}, {}
-    sums = torch.zeros(5, device=rows.device)  # tokens, and over them the sums of KL, clipped, entropy, mismatch
+    old, ref_logp, teacher_logp = {}, {}, {}
+    given = {'kl': reference, 'teacher_kl': teacher, 'drifted': mask_drift or None, 'mismatch': sampled_logp,
+             'routing_mismatch': experts}
+    names = ['clip', 'entropy'] + [name for name, x in given.items() if x is not None]
+    sums = torch.zeros(1 + len(names), device=rows.device)  # tokens, and over them the sums of what is measured
+    if train_mtp:
+        labels = rl.mtp_labels(model, rows, mask)                                       # (D, B, T)
+        label_counts = all_reduce((labels >= 0).sum(dim=(1, 2)))
     for step in range(mu):
         loads = torch.zeros(moe_layers, model.config.n_routed_experts, device=rows.device)
+        mtp_sum = torch.zeros((), device=rows.device)
         for k, part in enumerate(parts):
             uncounted = ~mask[part]  # a weight of 0 would not undo an overflow in an exp
-            with context:
-                logp, entropy, routing = log_probs(model, rows[part], temperature)
+            allowed = None if support is None else support[part]
+            with context, rl.replayed(model, experts[part] if replay_routing else None):
+                logp, all_logp, h, routing = log_probs(model, rows[part], temperature, allowed)
             logp = logp.masked_fill(uncounted, 0.0)
-            gap = torch.zeros_like(logp)
+            measured = dict.fromkeys(names, torch.zeros_like(logp))
             if step == 0:  # the weights are still those that sampled
-                old_logp[k] = logp.detach()
+                old[k] = logp.detach()
                 if sampled_logp is not None:
-                    gap = (logp.detach() - sampled_logp[part]).abs()
-                if reference is not None:
-                    with torch.no_grad(), context:
-                        ref_logp[k] = log_probs(reference, rows[part], temperature)[0].masked_fill(uncounted, 0.0)
-            kl = k3(logp, ref_logp[k]) if reference is not None else torch.zeros_like(logp)
-            gain, clipped = surrogate(logp, old_logp[k], advantages[part], clip_low, clip_high)
-            loss = -(weights[part] * (gain - kl_coef * kl)).sum()
-            loss.backward()
-            counted = torch.stack([torch.ones_like(kl), kl.detach(), clipped, entropy, gap])  # (5, B, T)
+                    sampled = sampled_logp[part].masked_fill(uncounted, 0.0)
+                    measured['mismatch'] = (old[k] - sampled).abs()
+                    old[k] = sampled if old_logp == 'rollout' else old[k]
+                if experts is not None:
+                    measured['routing_mismatch'] = rl.rerouted(experts[part], routing)
+                with torch.no_grad(), context:
+                    for frozen, kept in ((reference, ref_logp), (teacher, teacher_logp)):
+                        if frozen is not None:
+                            kept[k] = log_probs(frozen, rows[part], temperature, allowed)[:2]
+            gain, measured['clip'] = surrogate(logp, old[k], advantages[part], clip_low, clip_high)
+            if mask_drift > 0:
+                out = rl.drifted(logp.detach(), sampled_logp[part], mask[part], advantages[part], mask_drift)
+                measured['drifted'] = out.unsqueeze(1).expand_as(logp)
+                gain = gain.masked_fill(measured['drifted'], 0.0)
+            if reference is not None:
+                measured['kl'] = k3(logp, ref_logp[k][0].masked_fill(uncounted, 0.0))
+                if unbiased_kl:
+                    measured['kl'] = measured['kl'] * (logp - old[k]).exp()
+                gain = gain - kl_coef * measured['kl']
+            if teacher is not None:
+                measured['teacher_kl'] = rl.reverse_kl(all_logp, teacher_logp[k][1])
+                gain = -measured['teacher_kl']
+            (-(weights[part] * gain).sum()).backward()
+            measured['entropy'] = -(all_logp.detach().exp() * all_logp.detach()).sum(dim=-1)
+            counted = torch.stack([torch.ones_like(logp), *(measured[name].detach() for name in names)])  # (.., B, T)
             sums += (counted * mask[part]).sum(dim=(1, 2))
-            if routing:  # the tokens that fill a row move no balance bias
-                loads += balance_and_load(routing, mask[part])[1]
-        for p in trained:
+            load = [balance_and_load(routing, mask[part])[1]] if routing else []  # what fills a row moves no bias
+            if train_mtp:
+                with context:
+                    loss, more = rl.mtp_loss(model, h, rows[part], labels[:, part], label_counts)
+                loss.backward(inputs=drafting)
+                mtp_sum += loss.detach()
+                load += [more] if more is not None else []
+            if load:
+                loads += torch.cat(load)
+        for p in main + drafting:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have no rows
             all_reduce(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip if grad_clip > 0 else math.inf)
-        if not norm.isfinite():
+        norm, *others = [torch.nn.utils.clip_grad_norm_(params, grad_clip if grad_clip > 0 else math.inf)
+                         for params in (main, drafting) if params]
+        if not all(x.isfinite() for x in (norm, *others)):
             raise Mistake(f'the gradient is {norm.item()}: try a smaller learning_rate; the last checkpoint is whole')
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if moe_layers:
             model.update_balance(all_reduce(loads))
     tokens, *sums = all_reduce(sums).tolist()
-    kl, clip, entropy, mismatch = (x / max(tokens, 1) for x in sums)
-    numbers = {'clip': clip, 'entropy': entropy, 'grad_norm': norm.item()}
-    numbers |= {'kl': kl} if reference is not None else {}
-    return numbers | ({'mismatch': mu * mismatch} if sampled_logp is not None else {})
+    numbers = {name: x / max(tokens, 1) for name, x in zip(names, sums)} | {'grad_norm': norm.item()}
+    numbers |= {name: mu * numbers[name] for name in ('mismatch', 'routing_mismatch') if name in numbers}
+    return numbers | ({'mtp_loss': all_reduce(mtp_sum).item()} if train_mtp else {})
 
 
 def load_model(source, device):
@@ -248,7 +305,7 @@ def write_traces(questions, answer, end):
     for i in range(0, len(questions), prompts_per_iter):
         part = [question for question in questions[i:i + prompts_per_iter] for _ in range(group_size)]
         _, responses, texts, scores = answer(part, temperature)
-        for (prompt, _), response, text, score in zip(part, responses, texts, scores):
+        for (prompt, *_), response, text, score in zip(part, responses, texts, scores):
             if score.min() >= 1 and response[-1] == end:
                 accepted.setdefault(prompt, text.removesuffix('\n') + '\n')
     guard.need(accepted, f'{traces} is not written: none of {len(questions)} prompts has an accepted response')
@@ -263,7 +320,7 @@ if __name__ == '__main__':
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     master = rank == 0
     guard.check_ranges(config, RANGES)
-    for start in {init_from, reference} - {'', 'resume'}:
+    for start in {init_from, reference, teacher} - {'', 'resume'}:
         inside = os.path.join(os.path.realpath(start), '').startswith(os.path.join(os.path.realpath(out_dir), ''))
         guard.need(traces or eval_only or not inside, f'{start} must not be in {out_dir}, which a new run renames')
     if ddp and device.startswith('cuda'):
@@ -275,7 +332,7 @@ if __name__ == '__main__':
         store = scripts.connect(backend, device_type)
     ctx = autocast(device_type, dtype)
 
-    # the model, its optimizer, and the frozen reference
+    # the model, its optimizer, and the frozen models
     path, best_path = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'ckpt_best.pt'))
     found = folder.last_checkpoint(out_dir, ['ckpt'])
     resume = init_from == 'resume'
@@ -285,7 +342,10 @@ if __name__ == '__main__':
     source = out_dir if resume else init_from
     model, checkpoint, tokenizer = load_model(source, device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
-    model.mtp.requires_grad_(False)  # not trained, though the optimizer counts them
+    model.mtp.requires_grad_(train_mtp)  # if not trained, the optimizer counts them all the same
+    guard.need(not train_mtp or model.mtp, f'train_mtp=True: the model in {source} has no MTP modules')
+    guard.need(not replay_routing or any(isinstance(block.mlp, MoE) for block in model.transformer.h),
+               f'replay_routing=True: the model in {source} has no routed experts')
     iter_num, seconds, best_accuracy = 0, 0.0, -math.inf
     config['reference'] = reference or init_from
     if resume:
@@ -298,50 +358,64 @@ if __name__ == '__main__':
         guard.load_optimizer(optimizer, checkpoint.get('optimizer'), found)
     ends = all_reduce(torch.tensor([iter_num, -iter_num], device=device), dist.ReduceOp.MAX)
     guard.need(ends.sum() == 0, f'the ranks hold different checkpoints: {out_dir} must be one folder for all')
-    meta, frozen = checkpoint.get('meta') or {}, None
-    if kl_coef > 0 or reference:  # with a reference and kl_coef=0 the KL is logged alone
-        frozen, other, its = load_model(config['reference'], device)
-        frozen.requires_grad_(False)
-        guard.need((other.get('meta') or {}).get('stoi') == meta.get('stoi') and its.sha256 == tokenizer.sha256,
-                   f'reference={config["reference"]!r} has other tokens than the model, so there is no KL')
+    meta, frozen = checkpoint.get('meta') or {}, {}
+    wanted = {'reference': config['reference'] if kl_coef > 0 or reference else '', 'teacher': teacher}
+    for name, start in wanted.items():  # with a reference and kl_coef=0 the KL is logged alone
+        if start:
+            frozen[name], other, its = load_model(start, device)
+            frozen[name].requires_grad_(False)
+            guard.need((other.get('meta') or {}).get('stoi') == meta.get('stoi') and its.sha256 == tokenizer.sha256
+                       and frozen[name].config.vocab_size == model.config.vocab_size,
+                       f'{name}={start!r} has other tokens than the model, so there is no KL')
     model_args, end = checkpoint['model_args'], model.config.eos_token_id
     checkpoint = other = None  # free the memory
-    decoder = Decoder(model, compile)
+    keep_support = keep_sampling_mask and (top_k > 0 or top_p < 1)
+    decoder = Decoder(model, compile, keep_experts=True, keep_support=keep_support)
 
-    # the task
-    data_dir, lengths = os.path.join(here, 'data', dataset), (max_new_tokens, model.config.block_size)
-    pairs = {split: scripts.load_prompts(data_dir, split, tokenizer, *lengths) for split in ('train', eval_split)}
-    reward = scripts.load_reward(os.path.join(here, reward_file))
+    # the tasks: a question is a prompt, its answer and their reward()
+    lengths, names, files = (max_new_tokens, model.config.block_size), dataset.split(','), reward_file.split(',')
+    guard.need(len(files) in (1, len(names)), f'reward_file={reward_file!r} must be one file, or one for each data set '
+               f'of dataset={dataset!r}')
+    rules = [scripts.load_reward(os.path.join(here, file)) for file in files] * (len(names) // len(files))
+    tasks = {split: [[(*pair, reward) for pair in scripts.load_prompts(os.path.join(here, 'data', name), split,
+                                                                       tokenizer, *lengths)]
+                     for name, reward in zip(names, rules)] for split in ('train', eval_split)}
+    training = [question for task in tasks['train'] for question in task]
 
-    def answer(questions, temperature):
-        """A response to each (prompt, answer): prompts, responses as token ids, texts, and scores (B, 2)."""
-        prompts = [tokenizer.begin + tokenizer.encode(prompt) for prompt, _ in questions]
+    def answer(questions, temperature, *sampling):
+        """A response to each question: prompts, responses as token ids, texts, and scores (B, 2)."""
+        prompts = [tokenizer.begin + tokenizer.encode(prompt) for prompt, *_ in questions]
         with ctx:
-            responses = sample_responses(decoder, prompts, max_new_tokens, temperature)
+            responses = sample_responses(decoder, prompts, max_new_tokens, temperature, *sampling)
         texts = [tokenizer.words(response) for response in responses]
         scores = [reward(prompt, text, right, ended=response[-1] == end)
-                  for (prompt, right), text, response in zip(questions, texts, responses)]
+                  for (prompt, right, reward), text, response in zip(questions, texts, responses)]
         return prompts, responses, texts, torch.tensor(scores)
 
     if traces:
-        write_traces(pairs['train'][:trace_prompts], answer, end)
+        write_traces(training[:trace_prompts], answer, end)
         scripts.leave()
         raise SystemExit
 
     def evaluate():
-        """Greedy answers to eval_prompts held-out prompts, shared out over the ranks -> accuracy, a record to log."""
-        questions = pairs[eval_split][:eval_prompts]
-        mine = questions[rank::world]
-        sums = torch.zeros(3, device=device)
-        for i in range(0, len(mine), 1024):
-            _, responses, _, scores = answer(mine[i:i + 1024], 0.0)
-            sums += torch.tensor([*scores.sum(dim=0), sum(map(len, responses))], device=device)
-        accuracy, form, length = (all_reduce(sums) / len(questions)).tolist()
+        """Greedy answers to eval_prompts held-out prompts of each data set, shared out over the ranks -> the mean
+        accuracy, and a record to log.
+        """
+        means = []
+        for questions in (task[:eval_prompts] for task in tasks[eval_split]):
+            mine = questions[rank::world]
+            sums = torch.zeros(3, device=device)
+            for i in range(0, len(mine), 1024):
+                _, responses, _, scores = answer(mine[i:i + 1024], 0.0)
+                sums += torch.tensor([*scores.sum(dim=0), sum(map(len, responses))], device=device)
+            means.append(all_reduce(sums) / len(questions))                             # (3,)
+        accuracy, form, length = torch.stack(means).mean(dim=0).tolist()
+        each = {f'{eval_split}_accuracy {name}': x[0].item() for name, x in zip(names, means) if len(names) > 1}
         if master:
             print(f'step {iter_num}: {eval_split} accuracy {accuracy:.1%}, format {form:.1%}, '
-                  f'length {length:.1f}, after {seconds:.0f} s')
+                  f'length {length:.1f}, after {seconds:.0f} s' + ''.join(f', {k} {x:.1%}' for k, x in each.items()))
         return accuracy, {'step': iter_num, 'seconds': seconds, f'{eval_split}_accuracy': accuracy,
-                          f'{eval_split}_format': form, f'{eval_split}_length': length}
+                          f'{eval_split}_format': form, f'{eval_split}_length': length, **each}
 
     def log(record):
         try:
@@ -382,8 +456,9 @@ if __name__ == '__main__':
     signals = scripts.catch_signals()
 
     # the loop
-    options = {k: config[k] for k in ('mu', 'clip_low', 'clip_high', 'kl_coef', 'length_norm', 'max_new_tokens',
-                                      'temperature', 'batch_size', 'grad_clip')}
+    options = {k: config[k] for k in ('mu', 'clip_low', 'clip_high', 'old_logp', 'replay_routing', 'mask_drift',
+                                      'kl_coef', 'unbiased_kl', 'length_norm', 'max_new_tokens', 'temperature',
+                                      'batch_size', 'grad_clip', 'train_mtp')}
     began, earned = iter_num, False  # whether a reward since then was not 0
     while iter_num < max_iters and not eval_only:
         # whatever is random in this iteration
@@ -394,9 +469,9 @@ if __name__ == '__main__':
             group['lr'] = lr * group.get('lr_scale', 1)
 
         # rollouts: every rank draws the same prompts, and answers its share
-        drawn = np.random.default_rng((seed, iter_num)).integers(len(pairs['train']), size=prompts_per_iter)
-        questions = [pairs['train'][i] for i in drawn[rank::world] for _ in range(group_size)]
-        prompts, responses, texts, scores = answer(questions, temperature)
+        drawn = np.random.default_rng((seed, iter_num)).integers(len(training), size=prompts_per_iter)
+        questions = [training[i] for i in drawn[rank::world] for _ in range(group_size)]
+        prompts, responses, texts, scores = answer(questions, temperature, top_k, top_p)
         rewards = scores[:, 0] + format_weight * scores[:, 1]                           # (B,)
         advantages = group_advantages(rewards.view(-1, group_size), normalise_std)      # (P, G)
         idle = (advantages == 0).all(dim=1)                                             # (P,): equal rewards
@@ -404,18 +479,22 @@ if __name__ == '__main__':
 
         # update
         rows, mask, sampled_logp = pack(prompts, responses, end, device, decoder.log_probs)
-        advantages = advantages.flatten().to(device)                                    # (B,)
-        if drop_zero_advantage:
-            kept = ~idle.repeat_interleave(group_size).to(device)
-            rows, mask, advantages, sampled_logp = (x[kept] for x in (rows, mask, advantages, sampled_logp))
+        batch = {'rows': rows, 'mask': mask, 'sampled_logp': sampled_logp, 'advantages': advantages.flatten()}
+        if decoder.layers:
+            batch['experts'] = rl.pack_experts(decoder.experts, mask.size(1))           # (B, T, L, K)
+        if keep_support:
+            batch['support'] = rl.pack_support(decoder.support, prompts, mask.size(1))  # (B, T, V)
+        ended = torch.tensor([response[-1] == end for response in responses])
+        kept = ended | (truncated == 'keep')                                            # (B,)
+        if drop_zero_advantage and not teacher:
+            kept &= ~idle.repeat_interleave(group_size)
+        batch = {name: x.to(device)[kept.to(device)] for name, x in batch.items()}
         numbers = {'clip': 0.0, 'entropy': None, 'grad_norm': 0.0, 'mismatch': None}  # if no rank has rows
-        if all_reduce(torch.tensor(len(rows), device=device)) > 0:
-            numbers = update(model, optimizer, rows, mask, advantages, sampled_logp=sampled_logp, reference=frozen,
-                             context=ctx, **options)
+        if all_reduce(kept.sum().to(device)) > 0:
+            numbers = update(model, optimizer, **batch, **frozen, context=ctx, **options)
 
         # log
-        cut = sum(response[-1] != end for response in responses)
-        sums = torch.tensor([rewards.sum(), *scores.sum(dim=0), sum(map(len, responses)), cut,
+        sums = torch.tensor([rewards.sum(), *scores.sum(dim=0), sum(map(len, responses)), (~ended).sum(),
                              idle.sum() * group_size, len(signals)])
         sums = all_reduce(sums.to(device)) / (prompts_per_iter * group_size)
         reward_mean, accuracy, form, length, cut, zero_advantage, signalled = sums.tolist()
@@ -433,7 +512,7 @@ if __name__ == '__main__':
             log(record)
             earned = earned or reward_mean != 0
             if not earned and iter_num == began + 2:
-                (prompt, right), text = questions[0], texts[0][:80]
+                (prompt, right, _), text = questions[0], texts[0][:80]
                 print(f'note: all rewards of 3 iterations are 0, so nothing is learned. Does {reward_file} fit '
                       f'{dataset}? The response {text!r} to {prompt!r}, answer {right!r}, gets 0')
         iter_num += 1

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from extras import experts
-from model import GREEDY, MLA, NOT_FINITE, Mistake, draw, first_line, probabilities
+from model import GREEDY, MLA, NOT_FINITE, Mistake, MoE, draw, first_line, probabilities
 
 # the ends of the names of norms, routers, and the weights of an indexer's heads
 KEPT = 'norm.weight', 'norm.bias', '_norm', 'ln_f.weight', 'mlp.gate.weight', 'weights_proj.weight'
@@ -102,14 +102,19 @@ class Decoder:
     compile: compile the whole step (on a GPU, into a CUDA graph). This takes a while for each new combination of batch
     size, context length (rounded up to powers of two) and sampling. If it fails, one line says so, and decoding goes on
     without it.
+    keep_experts, keep_support: generate() also keeps what the routers and the sampling chose, for grpo.py
     """
 
-    def __init__(self, model, compile=False):
+    def __init__(self, model, compile=False, keep_experts=False, keep_support=False):
         self.model, self.compile, self.step = model, compile, step
+        self.layers = [block for block in model.transformer.h if keep_experts and isinstance(block.mlp, MoE)]
+        self.keep_support = keep_support
         self.states = {}  # kept for a compiled step: a CUDA graph works only on the tensors it was recorded with
         self.kept = None  # the State of the last stream()
         self.calls = Counter()
-        self.log_probs = []  # set by generate(): for each row the log-probabilities of the tokens it sampled
+        # set by generate(), for each row: the log-probabilities of the tokens it sampled; the experts of its tokens but
+        # the last, (tokens, MoE layers, K); the tokens that could be sampled in the place of each, (tokens, V)
+        self.log_probs, self.experts, self.support = [], [], []
         self.compile_seconds = 0.0
         # a look for stop tokens makes the host wait for the GPU
         self.steps_between_looks = 1 if model.lm_head.weight.device.type == 'cpu' else 16
@@ -121,12 +126,13 @@ class Decoder:
                 print(f'going on without torch.compile: {type(e).__name__}: {first_line(e)}')
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, speculative=False,
+                 top_p=1.0):
         """prompts: lists of token ids -> these lists, each extended by at most max_new_tokens (it ends early at
         stop_token), and their Speculation. temperature below GREEDY: always the likeliest token.
 
-        Past block_size the context is the last block_size tokens, as in nanoGPT; GPT.generate does this part, and keeps
-        no log-probabilities.
+        Past block_size the context is the last block_size tokens, as in nanoGPT; GPT.generate does this part, without
+        top_p, and keeps nothing.
         ValueError for an empty prompt, or if speculative with a model without MTP modules; Mistake if logits are not
         finite.
         """
@@ -137,22 +143,26 @@ class Decoder:
         if speculative and D == 0:
             raise ValueError('speculative decoding needs MTP modules, and this model has none')
         rows, counts = [list(prompt) for prompt in prompts], torch.zeros(len(prompts), 2 + 2 * D, dtype=torch.long)
-        self.log_probs, self.kept = [[] for _ in rows], None
+        self.log_probs, self.experts, self.support = [[] for _ in rows], [None] * len(rows), [None] * len(rows)
+        self.kept = None
+        for block in self.layers:  # blocks in training return their routing; their parts stay in eval mode
+            block.training = block.mlp.training = True
         if max_new_tokens > 0 and rows:
             contexts = [row[-block_size:] for row in rows]
             s = self.state(len(rows), min(max(map(len, contexts)) + max_new_tokens, block_size + 1), D)
-            kind = D, temperature >= GREEDY, top_k
+            kind = D, temperature >= GREEDY, top_k, top_p
             begin(model, s, contexts, max_new_tokens, temperature, stop_token, *kind)
 
             def collect(s, places):
                 if D > 0:
                     counts[places] = s.counts.cpu()
                 ends, scores = s.known.tolist(), s.scores.tolist()
-                for i, row, end, of_row in zip(places, s.tokens.tolist(), ends, scores):
+                for n, (i, row, end, of_row) in enumerate(zip(places, s.tokens.tolist(), ends, scores)):
                     new = slice(len(contexts[i]), end)
                     check_scores(of_row[new])
                     rows[i] += row[new]
                     self.log_probs[i] = of_row[new] if temperature >= GREEDY else []
+                    self.experts[i], self.support[i] = s.experts[n, :end - 1], s.support[n, new]
 
             places = [*range(len(rows))]  # the state's row i belongs to prompt places[i]
 
@@ -197,7 +207,7 @@ class Decoder:
             raise ValueError('speculative decoding needs MTP modules, and this model has none')
         last = len(row) + max_new_tokens
         if max_new_tokens > 0:
-            context, kind = row[-block_size:], (D, temperature >= GREEDY, top_k)
+            context, kind = row[-block_size:], (D, temperature >= GREEDY, top_k, 1.0)
             length = min(len(context) + max_new_tokens, block_size + 1)
             settings = max_new_tokens, temperature, stop_token, *kind
             if self.continues(context, length, D):
@@ -236,21 +246,21 @@ class Decoder:
 
     def state(self, B, length, D):
         """A State for B rows of up to `length` tokens."""
-        S = self.room(length, D)
+        S, kept = self.room(length, D), (len(self.layers), self.keep_support)
         if not self.compile:
-            return empty_state(self.model, B, S, D)
+            return empty_state(self.model, B, S, D, None, *kept)
         if (B, S, D) in self.states:
             for cache in tree_leaves(self.states[B, S, D].caches):  # an earlier call's nan would spread: 0 * nan is nan
                 cache.zero_()
         else:
-            self.states[B, S, D] = empty_state(self.model, B, S, D)
+            self.states[B, S, D] = empty_state(self.model, B, S, D, None, *kept)
             for x in tensors_of(self.states[B, S, D]):
                 torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it in place
         return self.states[B, S, D]
 
     def bytes_per_row(self, length, D):
         """Memory for a row of up to `length` tokens: its part of the State, and a step's logits and probabilities."""
-        s = empty_state(self.model, 1, self.room(length, D), D, device='meta')
+        s = empty_state(self.model, 1, self.room(length, D), D, 'meta', len(self.layers), self.keep_support)
         return sum(x.nbytes for x in tensors_of(s)) + 16 * (1 + D) * self.model.config.vocab_size
 
     def take_step(self, s, *kind):
@@ -283,10 +293,12 @@ class State(NamedTuple):
     h: torch.Tensor            # (B, S, C): states of the main stack, input of the MTP modules
     q: torch.Tensor            # (B, D, V): the probabilities that the drafts were sampled from
     counts: torch.Tensor       # (B, 2 + 2 D): the fields of Speculation
+    experts: torch.Tensor      # (B, S, MoE layers, K): each position's experts; no layers unless they are kept
+    support: torch.Tensor      # (B, S, V): True for tokens that a new token's sampling could draw; (B, 0, V): not kept
 
 
-def empty_state(model, B, S, D, device=None):
-    """-> a State of zeros, on `device` or on the model's"""
+def empty_state(model, B, S, D, device=None, layers=0, keep_support=False):
+    """-> a State of zeros, on `device` or on the model's. layers: MoE layers of the main stack with experts to keep"""
     w = model.lm_head.weight
 
     def zeros(*shape, dtype=torch.long):
@@ -297,7 +309,9 @@ def empty_state(model, B, S, D, device=None):
                  zeros(B, dtype=torch.bool), zeros(), zeros(dtype=torch.float32),
                  model.make_cache(B, S, blocks, device),
                  zeros(B, S if D else 0, model.config.n_embd, dtype=w.dtype),
-                 zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D))
+                 zeros(B, D, model.config.vocab_size, dtype=torch.float32), zeros(B, 2 + 2 * D),
+                 zeros(B, S, layers, model.config.num_experts_per_tok, dtype=torch.int16),
+                 zeros(B, S if keep_support else 0, model.config.vocab_size, dtype=torch.bool))
 
 
 def tensors_of(s):
@@ -311,7 +325,7 @@ def take_rows(s, rows):
                       **{name: x[rows] for name, x in s._asdict().items() if name != 'caches' and x.dim() > 0})
 
 
-def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled, top_k):
+def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled, top_k, top_p=1.0):
     """Fill s from the prompts, padded on the right, and add each row's first new token and its drafts.
 
     U different prompts are computed in the caches' first U rows; then each row copies the row of its prompt.
@@ -329,12 +343,12 @@ def begin(model, s, prompts, max_new_tokens, temperature, stop_token, D, sampled
     # a ring, unlike a cache with a row for each position, would keep the padding: each length by itself
     if any(cache.size(1) != s.tokens.size(1) for cache in tree_leaves(s.caches)):
         lengths = [*map(len, number)]
-    h = torch.cat([read(model, s.caches, tokens, slice(lengths.index(n), lengths.index(n) + lengths.count(n)), n, D)
+    h = torch.cat([read(model, s, tokens, slice(lengths.index(n), lengths.index(n) + lengths.count(n)), n, D)
                    for n in dict.fromkeys(lengths)])                                          # (U, longest, C)
     if moved:
-        for cache in tree_leaves(s.caches):
+        for cache in (*tree_leaves(s.caches), s.experts):
             cache[:, :longest] = cache[source, :longest]
-    advance(model, s, h[source.unsqueeze(1), known.unsqueeze(1) - 1], 0, sampled, top_k)
+    advance(model, s, h[source.unsqueeze(1), known.unsqueeze(1) - 1], 0, sampled, top_k, top_p)
     if D > 0:
         s.h[:, :longest] = h[source]
         draft(model, s, sampled, top_k)
@@ -354,7 +368,7 @@ def write_prompts(model, s, prompts, known, max_new_tokens, temperature, stop_to
     s.counts.zero_()
 
 
-def extend(model, s, prompt, max_new_tokens, temperature, stop_token, D, sampled, top_k):
+def extend(model, s, prompt, max_new_tokens, temperature, stop_token, D, sampled, top_k, top_p=1.0):
     """begin() for a State of one row that knows the beginning of its prompt: only the rest is read.
 
     The caches lack the row of the newest known token. Module k made its k - 1 rows before that from drafts.
@@ -362,7 +376,7 @@ def extend(model, s, prompt, max_new_tokens, temperature, stop_token, D, sampled
     first, end = s.known.item() - 1, len(prompt)
     write_prompts(model, s, [prompt], torch.tensor([end]), max_new_tokens, temperature, stop_token)
     h, _ = model.main_stack(s.tokens[:, first:end], s.caches, first)                          # (1, end - first, C)
-    advance(model, s, h[:, -1:], 0, sampled, top_k)
+    advance(model, s, h[:, -1:], 0, sampled, top_k, top_p)
     if D > 0:
         s.h[:, first:end] = h
         first = max(0, first - D + 1)
@@ -372,14 +386,21 @@ def extend(model, s, prompt, max_new_tokens, temperature, stop_token, D, sampled
         draft(model, s, sampled, top_k)
 
 
-def read(model, caches, tokens, rows, length, D):
+def read(model, s, tokens, rows, length, D):
     """Fill the given rows of the caches from tokens (U, longest), up to `length` -> main states (rows, longest, C)"""
-    caches, tokens, padding = tree_map(lambda cache: cache[rows], caches), tokens[rows], tokens.size(1) - length
-    states, _ = model.main_stack(tokens[:, :length], caches)
+    caches, tokens, padding = tree_map(lambda cache: cache[rows], s.caches), tokens[rows], tokens.size(1) - length
+    states, routing = model.main_stack(tokens[:, :length], caches)
+    if s.experts.size(2):
+        s.experts[rows, :length] = experts_of(routing)
     h = states
     for k, module, blocks in mtp_modules(model, caches) if D > 0 else ():  # draft() recomputes the last rows
         h, _ = model.mtp_module(module, F.pad(tokens[:, k:length], (0, min(k, length))), h, blocks)
     return F.pad(states, (0, 0, 0, padding))
+
+
+def experts_of(routing):
+    """main_stack()'s routing -> the experts of its MoE layers (B, T, layers, K)"""
+    return torch.stack([experts for _, experts in routing], dim=2).to(torch.int16)
 
 
 def mtp_modules(model, caches):
@@ -394,26 +415,31 @@ def rows_of(x):
     return torch.arange(len(x), device=x.device).unsqueeze(1)
 
 
-def step(model, s, D, sampled, top_k):
+def step(model, s, D, sampled, top_k, top_p=1.0):
     """Run each row's newest token and D drafts through the main stack, add its new tokens, and draft again.
-    sampled: draw tokens with s.temperature and top_k; False: take the likeliest. These and D select a compiled step.
+    sampled: draw tokens with s.temperature, top_k and top_p; False: take the likeliest. These and D select a compiled
+    step.
     """
     positions = s.known.unsqueeze(1) - 1 + torch.arange(1 + D, device=s.known.device)         # (B, 1+D)
-    h, _ = model.main_stack(s.tokens.gather(1, positions), s.caches, positions)               # (B, 1+D, C)
-    advance(model, s, h, D, sampled, top_k)
+    h, routing = model.main_stack(s.tokens.gather(1, positions), s.caches, positions)         # (B, 1+D, C)
+    if s.experts.size(2):
+        s.experts[rows_of(s.experts), positions] = experts_of(routing)
+    advance(model, s, h, D, sampled, top_k, top_p)
     if D > 0:
         s.h[rows_of(h), positions] = h
         draft(model, s, sampled, top_k)
 
 
-def advance(model, s, h, drafted, sampled, top_k):
+def advance(model, s, h, drafted, sampled, top_k, top_p=1.0):
     """Add 1 to 1 + drafted tokens to each row. h (B, 1 + drafted, C): main states at its newest token and drafts."""
     n = torch.arange(1 + drafted, device=h.device)
     places = s.known.unsqueeze(1) + n                                                         # (B, 1+drafted)
     drafts = s.tokens.gather(1, places[:, :drafted])
     logits = model.lm_head(h)                                                                 # (B, 1+drafted, V)
     if sampled:
-        p = probabilities(logits.float() / s.temperature, 1.0, top_k)
+        p = likeliest(probabilities(logits.float() / s.temperature, 1.0, top_k), top_p)
+        if s.support.size(1):
+            s.support[rows_of(s.support), places] = p > 0
         new, accepted = verify(drafts, s.q[:, :drafted], p)
         scores = p.gather(-1, new.unsqueeze(-1)).squeeze(-1).log()                            # (B, 1+drafted)
     else:
@@ -430,6 +456,15 @@ def advance(model, s, h, drafted, sampled, top_k):
     s.scores.scatter_(1, places, scores.float())
     s.known.add_(kept.sum(dim=1))
     s.done.logical_or_((kept & stops).any(dim=1) | (s.known >= s.end))
+
+
+def likeliest(p, top_p):
+    """Nucleus sampling (arXiv 1904.09751): keep of p (..., V) the likeliest tokens, as few as reach a sum of top_p."""
+    if top_p >= 1:
+        return p
+    best, order = p.sort(dim=-1, descending=True)                                             # (..., V)
+    best = best.masked_fill(best.cumsum(dim=-1) - best >= top_p, 0.0)  # the likelier ones reach it without this one
+    return torch.zeros_like(p).scatter(-1, order, best / best.sum(dim=-1, keepdim=True))
 
 
 def count_leading(right):

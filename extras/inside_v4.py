@@ -122,7 +122,7 @@ def has_rings(model):
 def read_prefixes(model, s, places):
     """Rings hold the last positions alone: each row of the State reads the text before its place, (B,), anew."""
     for row, place in enumerate(places.tolist()):
-        decode.read(model, s.caches, s.tokens, slice(row, row + 1), place, len(model.mtp))
+        decode.read(model, s, s.tokens, slice(row, row + 1), place, len(model.mtp))
 
 
 def cache_bytes(model, T, size):

@@ -127,7 +127,7 @@ def test_the_first_step_is_reinforce_with_a_baseline(monkeypatch):
     numbers = grpo.update(model, Keep(model.parameters(), lr=0.1), rows, mask, advantages, clip_low=1e-6,
                           clip_high=1e-6, grad_clip=0.0)
     assert all((ratio == 1).all() for ratio in ratios) and numbers['clip'] == 0
-    logp, _, _ = grpo.log_probs(model, rows, 1.0)
+    logp, *_ = grpo.log_probs(model, rows, 1.0)
     means = (logp * mask).sum(dim=1) / mask.sum(dim=1)
     (-(advantages * means).mean()).backward()
     for p, grad in zip(model.parameters(), gradients):
@@ -147,7 +147,7 @@ def test_the_second_step_in_bf16_sees_the_first(monkeypatch):
     grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), rows, mask, advantages, mu=2, context=autocast)
     grpo.update(twin, torch.optim.SGD(twin.parameters(), lr=0.5), rows, mask, advantages, mu=1, context=autocast)
     with autocast:
-        after, _, _ = grpo.log_probs(twin, rows, 1.0)
+        after, *_ = grpo.log_probs(twin, rows, 1.0)
     before, second, _ = seen
     assert torch.equal(second[mask], after[mask])
     assert (second - before)[mask].abs().max() > 0.1
@@ -168,7 +168,7 @@ def test_the_trainer_knows_the_samplers_probabilities(monkeypatch, temperature, 
     steps = torch.cat(seen, dim=1)                                                    # (B, tokens, V)
     rows, mask, _ = grpo.pack(prompts, responses, STOP, 'cpu')
     with context:
-        logp, _, _ = grpo.log_probs(model.train(), rows, temperature)
+        logp, *_ = grpo.log_probs(model.train(), rows, temperature)
     assert len({len(response) for response in responses}) > 1
     drawn = torch.cat([steps[i, torch.arange(len(response)), torch.tensor(response)].log()
                        for i, response in enumerate(responses)])
@@ -239,40 +239,54 @@ def test_a_policy_that_computes_nan():
 
 
 TWO_RANKS = '''
+import copy
 import sys
-import time
 import torch
 import torch.distributed as dist
 import grpo
-from extras import scripts
+from extras import rl, scripts
 from model import GPT, GPTConfig
 
 model = GPT(GPTConfig(**torch.load('start.pt')['args']))
 model.load_state_dict(torch.load('start.pt')['model'])
-prompts, responses, advantages = torch.load('rollouts.pt')
+frozen = copy.deepcopy(model)
+prompts, responses, advantages, log_probs, experts, support = torch.load('rollouts.pt')
 world, rank = 1, 0
 if len(sys.argv) > 2:
     dist.init_process_group('gloo')
     world, rank = dist.get_world_size(), dist.get_rank()
 # ranks with different numbers of rows, of different lengths: the shortest are rank 0's
 share = [i for i in range(len(prompts)) if world == 1 or (i < 3) == (rank == 0)]
-rows, mask, _ = grpo.pack([prompts[i] for i in share], [responses[i] for i in share], 0, 'cpu')
+prompts, responses, log_probs, experts, support = ([x[i] for i in share] for x in (prompts, responses, log_probs,
+                                                                                   experts, support))
+rows, mask, logp = grpo.pack(prompts, responses, 0, 'cpu', log_probs)
+T = mask.size(1)
+more = {'sampled_logp': logp, 'experts': rl.pack_experts(experts, T), 'support': rl.pack_support(support, prompts, T)}
 optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
 for length_norm in ('response', 'token', 'constant'):
     grpo.update(model, optimizer, rows, mask, advantages[share], mu=2, length_norm=length_norm)
+numbers = [grpo.update(model, optimizer, rows, mask, advantages[share], **more, **options, mu=2, train_mtp=True)
+           for options in (dict(reference=frozen, kl_coef=0.1, unbiased_kl=True, old_logp='rollout', mask_drift=0.01,
+                                replay_routing=True), dict(teacher=frozen))]
+torch.save(numbers, f'numbers-{sys.argv[1]}{rank}.pt')
 torch.save(model.state_dict(), f'{sys.argv[1]}{rank}.pt')
 scripts.leave()
 '''
 
 
 def test_two_ranks_take_the_step_of_one(tmp_path):
-    model = policy(bias_update_speed=0.001)
-    prompts, responses = rollouts(model, max_new_tokens=16)
+    """By plain GRPO, and by all that V3.2 and V4 add."""
+    model = policy(bias_update_speed=0.001, num_nextn_predict_layers=1)
+    decoder = Decoder(model, keep_experts=True, keep_support=True)
+    prompts = [list(prompt) for prompt in ((3, 4, 5), (6, 7, 8)) for _ in range(4)]
+    responses = grpo.sample_responses(decoder, prompts, 16, 1.0, 8)
     by_length = sorted(range(len(responses)), key=lambda i: len(responses[i]))
-    prompts, responses = [prompts[i] for i in by_length], [responses[i] for i in by_length]
-    assert len(responses[0]) < len(responses[-1])
+    assert len(responses[by_length[0]]) < len(responses[by_length[-1]])
+    sampled = ([x[i] for i in by_length] for x in (prompts, responses, torch.randn(len(prompts)), decoder.log_probs,
+                                                   decoder.experts, decoder.support))
+    prompts, responses, advantages, *kept = sampled
     torch.save({'args': {**vars(model.config)}, 'model': model.state_dict()}, tmp_path / 'start.pt')
-    torch.save((prompts, responses, torch.randn(len(prompts))), tmp_path / 'rollouts.pt')
+    torch.save((prompts, responses, torch.stack(advantages), *kept), tmp_path / 'rollouts.pt')
     (tmp_path / 'step.py').write_text(TWO_RANKS)
     run('step.py', 'one', cwd=tmp_path, PYTHONPATH=ROOT)
     torchrun('step.py', 'two', 'ddp', cwd=tmp_path, PYTHONPATH=ROOT)
@@ -282,6 +296,8 @@ def test_two_ranks_take_the_step_of_one(tmp_path):
         assert torch.equal(two[name], other[name]), name
     bias = 'transformer.h.0.mlp.e_score_correction_bias'
     assert torch.equal(two[bias], one[bias]) and one[bias].any()
+    for both, alone in zip(torch.load(tmp_path / 'numbers-two0.pt'), torch.load(tmp_path / 'numbers-one0.pt')):
+        assert both == pytest.approx(alone, abs=1e-5, rel=1e-4)
     assert not torch.equal(one['lm_head.weight'], start['model']['lm_head.weight'])
 
 
@@ -431,6 +447,34 @@ def test_a_seeded_run_reproduces_and_resumes(workshop):
            cwd=workshop)
     assert (workshop / 'out-whole' / 'log.jsonl').read_bytes() == log
     assert 'test_accuracy' in (workshop / 'out-whole' / 'eval.jsonl').read_text()
+
+
+@pytest.mark.parametrize('options', [
+    '--kl_coef=0.1 --unbiased_kl=True --old_logp=rollout --mask_drift=0.01 --drop_zero_advantage=False',
+    pytest.param('--teacher=out-sft', marks=pytest.mark.slow)])
+def test_a_run_with_what_v32_and_v4_add_resumes(workshop, options):
+    """Bit for bit, with two data sets at once, each with its own reward."""
+    inside('data/arithmetic/prepare.py', '--task=add2', '--name=more', '--examples=200', cwd=workshop)
+    inside('train.py', *SFT, '--num_nextn_predict_layers=1', '--out_dir=out-drafts', cwd=workshop)
+    flags = [*GRPO, '--dataset=arithmetic/add3,arithmetic/more', '--reward_file=odd.py,data/arithmetic/reward.py',
+             '--init_from=out-drafts', '--decay_lr=False', '--dtype=bfloat16', '--top_k=20', '--top_p=0.95', '--mu=2',
+             '--keep_sampling_mask=True', '--replay_routing=True', '--train_mtp=True', '--truncated=mask',
+             *options.split()]
+    inside('grpo.py', *flags, '--out_dir=out-whole', cwd=workshop)
+    inside('grpo.py', *flags, '--out_dir=out-half', '--max_iters=2', cwd=workshop)
+    inside('grpo.py', *flags, '--out_dir=out-half', '--init_from=resume', cwd=workshop)
+    found = records(workshop, 'out-whole')
+    assert records(workshop, 'out-half')[-3:] == found[-3:]
+    whole, half, start = (torch.load(workshop / out / 'ckpt.pt')['model'] for out in ('out-whole', 'out-half',
+                                                                                      'out-drafts'))
+    assert all(torch.equal(whole[k], half[k]) for k in whole)
+    assert not torch.equal(whole['mtp.0.eh_proj.weight'], start['mtp.0.eh_proj.weight'])
+    steps = [r for r in found if r.get('entropy') is not None]  # else all responses were cut off
+    assert steps and all(r['routing_mismatch'] == 0 and r['mtp_loss'] > 0 for r in steps)
+    assert all(('kl' in r) == ('drifted' in r) == ('teacher_kl' not in r) == ('unbiased_kl' in options) for r in steps)
+    for r in (r for r in found if 'val_accuracy' in r):
+        each = [r[f'val_accuracy {task}'] for task in ('arithmetic/add3', 'arithmetic/more')]
+        assert r['val_accuracy'] == pytest.approx(sum(each) / 2)
 
 
 def test_every_option_at_once_under_torchrun_and_the_way_on(workshop):
@@ -749,12 +793,14 @@ def test_ranges(monkeypatch):
     tiny, most, nan = 1e-9, 2**31 - 1, math.nan
     counts = dict.fromkeys('max_new_tokens mu batch_size eval_interval eval_prompts trace_prompts max_iters'.split(),
                            ((1, most), (0, most + 1)))
-    weights = dict.fromkeys('learning_rate weight_decay grad_clip clip_low clip_high kl_coef format_weight'.split(),
-                            ((0.0, 1e300), (-tiny, math.inf, nan)))
+    weights = dict.fromkeys('learning_rate weight_decay grad_clip clip_low clip_high kl_coef format_weight '
+                            'mask_drift'.split(), ((0.0, 1e300), (-tiny, math.inf, nan)))
     ends = {**counts, **weights, 'warmup_iters': ((0, most), (-1, most + 1)),
             'prompts_per_iter': ((2, 2**20 - 2), (0, 3, 2**20)), 'group_size': ((2, 2**20 - 1), (1, 2**20)),
             'temperature': ((0.001, 1e300), (0.001 - tiny, math.inf, nan)), 'seed': ((0, 2**32 - 1), (-1, 2**32)),
             'beta1': ((0.0, 1 - tiny), (-tiny, 1.0, nan)), 'beta2': ((0.0, 1 - tiny), (-tiny, 1.0, nan)),
+            'top_k': ((0, most), (-1, most + 1)), 'top_p': ((tiny, 1.0), (0.0, 1 + tiny, nan)),
+            'old_logp': (('training', 'rollout'), ('', 'sampler')), 'truncated': (('keep', 'mask'), ('', 'drop')),
             'length_norm': (('response', 'token', 'constant'), ('', 'group')), 'traces': (('',), ('accepted.txt',)),
             'eval_split': (('val', 'test'), ('train',)), 'dtype': (('float32', 'bfloat16'), ('', 'float16'))}
     for key, (good, bad) in ends.items():
@@ -803,6 +849,18 @@ BAD_FLAGS = {
     '--init_from=out-kept': 'out-kept must not be in out-kept',
     '--init_from=out-kept/part': 'must not be in',
     '--reference=out-kept': 'must not be in',
+    '--teacher=out-nowhere': 'is missing',
+    '--teacher=out-other': "teacher='out-other' has other tokens",
+    '--teacher=out-sft --kl_coef=0.1': 'kl_coef=0.1 must be 0 with a teacher',
+    '--train_mtp=True': 'the model in out-sft has no MTP modules',
+    '--init_from=out-dense --replay_routing=True': 'the model in out-dense has no routed experts',
+    '--top_p=0.0': 'top_p=0.0 must lie in (0, 1]',
+    '--top_k=-1': 'top_k=-1 must lie in 0..',
+    '--old_logp=new': "old_logp='new' must be 'training' or 'rollout'",
+    '--truncated=drop': "truncated='drop' must be 'keep' or 'mask'",
+    '--mask_drift=-1.0': 'mask_drift=-1.0 must be finite and not negative',
+    '--reward_file=odd.py,odd.py': 'must be one file, or one for each data set',
+    '--dataset=arithmetic/add3,arithmetic/nowhere': 'prepare.py',
     '--traces=nowhere/accepted.txt': 'be in a folder you can write to',
     '--traces=accepted-none.txt': 'none of',
 }
@@ -816,12 +874,13 @@ def test_bad_input_gets_one_line_and_leaves_the_checkpoint(workshop):
                        ('out-odd', {'stoi': 3, 'itos': 4})):
         (workshop / name).mkdir()
         torch.save({**checkpoint, 'meta': meta}, workshop / name / 'ckpt.pt')
+    inside('train.py', *SFT, '--n_routed_experts=0', '--out_dir=out-dense', cwd=workshop)
     for name, (source, _) in BAD_REWARDS.items():
         (workshop / name).write_text(source)
     cases = {f'--reward_file={name}': words for name, (_, words) in BAD_REWARDS.items()} | BAD_FLAGS
     for flag, words in cases.items():
         code, _, said = run_inside('grpo.py', *GRPO, '--out_dir=out-kept', '--max_iters=3', '--eval_interval=1',
-                                   '--trace_prompts=4', flag, cwd=workshop)
+                                   '--trace_prompts=4', *flag.split(), cwd=workshop)
         assert code == 2 and words in said and len(said.strip().splitlines()) == 1, (flag, code, said)
     assert {path.name: path.read_bytes() for path in (workshop / 'out-kept').iterdir()} == kept
     assert not list(workshop.glob('accepted-none*'))
@@ -918,7 +977,7 @@ def test_the_mismatch_is_the_mean_difference(mu):
     for row, prompt, logp in zip(responses, prompts, decoder.log_probs):
         rows = torch.tensor([row])
         with torch.no_grad():
-            want, _, _ = grpo.log_probs(drafting.eval(), rows, 2.0)
+            want, *_ = grpo.log_probs(drafting.eval(), rows, 2.0)
         torch.testing.assert_close(torch.tensor(logp), want[0, len(prompt) - 1:], atol=1e-4, rtol=1e-4)
 
 
@@ -935,6 +994,21 @@ def test_a_reward_may_ask_whether_the_response_ended(workshop):
     (workshop / 'asks.py').write_text('def reward(prompt, response, answer, ended):\n    return 1 / 0\n')
     code, _, said = run_inside('grpo.py', *GRPO, '--reward_file=asks.py', '--out_dir=out-asks', cwd=workshop)
     assert code == 2 and re.search(r"asks.py: reward\('.*', ended=(True|False)\).*: ZeroDivisionError", said)
+
+
+def test_responses_that_are_cut_off_may_leave_the_loss(workshop):
+    """One likely token is no whole response. All are cut, and by truncated='mask' none is left to learn from."""
+    for rule, learns in (('keep', True), ('mask', False)):
+        inside('grpo.py', *GRPO, '--reward_file=odd.py', '--out_dir=out-cut', '--max_iters=1', '--max_new_tokens=1',
+               '--temperature=1e-3', '--drop_zero_advantage=False', f'--truncated={rule}', cwd=workshop)
+        step, = (r for r in records(workshop, 'out-cut') if 'reward' in r)
+        assert step['cut'] == 1 and (step['entropy'] is not None) == learns
+    # of some, the rest alone is in the batch; their rewards count in their groups all the same
+    (workshop / 'ended.py').write_text('def reward(p, r, a, ended=None):\n    return not ended, ended')
+    inside('grpo.py', *GRPO, '--reward_file=ended.py', '--out_dir=out-cut', '--max_iters=1', '--max_new_tokens=12',
+           '--group_size=16', '--format_weight=0.0', '--truncated=mask', '--learning_rate=0.0', cwd=workshop)
+    step, = (r for r in records(workshop, 'out-cut') if 'reward' in r)
+    assert 0 < step['cut'] < 1 and step['cut'] == pytest.approx(step['reward']) and step['grad_norm'] > 0
 
 
 def test_weights_that_are_not_finite_are_not_saved(workshop):
