@@ -26,6 +26,10 @@ import time
 import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
 
 # isort: split
+if sys.argv[1:2] in (['-h'], ['--help']):
+    print(__doc__.strip())
+    raise SystemExit
+
 import torch
 from torch.nn import functional as F
 
@@ -40,9 +44,6 @@ PEERS = {'train': ['ours', 'dense', 'transformers', 'gpt2'],
 _as_json = '--json' in sys.argv
 sys.argv = [arg for arg in sys.argv if arg != '--json']
 _what = sys.argv.pop(1) if len(sys.argv) > 1 else ''
-if _what in ('-h', '--help'):
-    print(__doc__.strip())
-    raise SystemExit
 guard.need(_what in PEERS or _what == 'size', f'usage: python bench.py {"|".join(PEERS)} [--peer=NAME,...] [--json] '
            '[--key=value ...], or python bench.py size [CONFIG] [--json] [--key=value ...]')
 if _what == 'size':

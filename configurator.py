@@ -10,6 +10,7 @@ train.py has a dial too: --depth=8 reads config/depth.py last, which sets what n
 
 It also decides how a script ends: a user's mistake is one line and exit code 2, Ctrl-C is one line and 130, a bug keeps
 its traceback. A script with its own arguments writes `import configurator` before its slow imports to get only this.
+answer_help() prints a script's settings without running it, so that --help need not wait for these imports.
 """
 
 import ast as _ast
@@ -182,28 +183,70 @@ def _add_architecture(args):
     """The further fields of an architecture's GPTConfig become settings, if a flag or a config file names one.
     -> the architecture's name
     """
+    name = _architecture_of(args)
+    if name != 'model':
+        from extras import architecture
+        for field in _dataclasses.fields(architecture.named(name)[1]):
+            if field.name not in globals():
+                globals()[field.name] = field.default
+                globals().setdefault('config_keys', []).append(field.name)
+    return name
+
+
+def _architecture_of(args):
+    """What the last flag or config file says that names one"""
     names = ['model']
     for arg in args:
         names += _re.findall('^--architecture=(.*)', arg)
         if not arg.startswith('-') and _os.path.isfile(arg):
             with open(arg, encoding='utf-8-sig', errors='replace') as f:
                 names += _re.findall(r"""^architecture = ['"](.*)['"]""", f.read(), _re.M)
-    if names[-1] != 'model':
-        from extras import architecture
-        for field in _dataclasses.fields(architecture.named(names[-1])[1]):
-            if field.name not in globals():
-                globals()[field.name] = field.default
-                globals().setdefault('config_keys', []).append(field.name)
     return names[-1]
 
 
-def _help():
+def answer_help(script):
+    """Answer --help from the files' text, if the command line has it: call it before the slow imports."""
+    architecture, folder = _architecture_of(_sys.argv[1:]), _os.path.dirname(_os.path.abspath(script))
+    if not {'--help', '-h'} & set(_sys.argv[1:]) or not _os.path.isfile(_os.path.join(folder, architecture + '.py')):
+        return  # the script goes on, and a wrong architecture is a mistake
+    found = {}
+
+    def add(nodes):
+        """Assignments of plain values; what needs a module is a device, or no setting"""
+        for node in nodes:
+            target = node.targets[0] if isinstance(node, _ast.Assign) else getattr(node, 'target', None)
+            if isinstance(target, _ast.Name) and node.value is not None:
+                value = _builtins.compile(_ast.Expression(node.value), script, 'eval')
+                try:
+                    found[target.id] = eval(value, {'__builtins__': {}}, found)
+                except Exception:  # names that are not there
+                    if target.id == 'device':
+                        found['device'] = 'cuda, mps or cpu'
+
+    def read(path):
+        with open(path, encoding='utf-8') as f:
+            return f.read()
+
+    source = read(script)
+    if 'dataclasses.fields(GPTConfig)' in source:  # a model's settings too
+        for name in dict.fromkeys(('model', architecture)):
+            for node in _ast.parse(read(_os.path.join(folder, name + '.py'))).body:
+                if isinstance(node, _ast.ClassDef) and node.name == 'GPTConfig':
+                    add(part for part in node.body if isinstance(part, _ast.AnnAssign))
+    end = source.partition('exec(open(')[0].count('\n')  # the line that runs this file
+    add(node for node in _ast.parse(source).body if node.lineno <= end)
+    if 'n_layer' in found and 'max_iters' in found:
+        found['depth'] = 0
+    _help(script, architecture, _settings(found))
+
+
+def _help(script, architecture, settings):
     """Print the script's docstring, and each setting with its default and the comment on its line; then exit."""
     comments = {'depth': 'this many blocks, and all that follows from it in config/depth.py; 0: off'}
-    folder = _os.path.dirname(_os.path.abspath(__file__))
+    folder = _os.path.dirname(_os.path.abspath(script))
     # GPTConfig's fields, and the script's own settings, which stand at the left margin before it runs this file
-    for name, line in (('model.py', r' {4}(\w+): \w+'), (_architecture + '.py', r' {4}(\w+): \w+'),
-                       (_os.path.basename(__file__), r'(\w+)')):
+    for name, line in (('model.py', r' {4}(\w+): \w+'), (architecture + '.py', r' {4}(\w+): \w+'),
+                       (_os.path.basename(script), r'(\w+)')):
         path = _os.path.join(folder, name)
         if not _os.path.exists(path):  # the script lies in a folder below
             path = _os.path.join(_os.path.dirname(folder), name)
@@ -211,7 +254,7 @@ def _help():
             source = f.read()
         comments |= _re.findall(rf'^{line} = [^#\n]+  # (.+)$', source.partition('exec(open(')[0], _re.M)
     lines = [f'  --{key}={value if str(value).isprintable() else repr(value)}'
-             + (f'  # {comments[key]}' if key in comments else '') for key, value in _settings(globals()).items()]
+             + (f'  # {comments[key]}' if key in comments else '') for key, value in settings.items()]
     doc = _ast.get_docstring(_ast.parse(source)) or ''
     try:
         _print('\n'.join([doc, '', 'Settings, each with its default:', *lines]))
@@ -247,7 +290,7 @@ if __name__ != 'configurator':
     _architecture = _add_architecture(_sys.argv[1:]) if 'architecture' in globals() else 'model'
     _add_dial()
     if {'--help', '-h'} & set(_sys.argv[1:]):
-        _help()
+        _help(__file__, _architecture, _settings(globals()))
     _flagged = set()
     for _arg in _sys.argv[1:]:
         if _arg.startswith('-'):

@@ -21,6 +21,12 @@ import math
 import os
 import time
 
+import configurator
+
+# isort: split
+if __name__ == '__main__':
+    configurator.answer_help(__file__)
+
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -14,9 +14,12 @@ import math
 import os
 import unicodedata
 
-import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
+import configurator  # Ctrl-C during the slow imports is one line
 
 # isort: split
+if __name__ == '__main__':
+    configurator.answer_help(__file__)
+
 import torch
 from torch.nn import functional as F
 

@@ -21,7 +21,9 @@ if not os.path.isdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'e
           file=sys.stderr)
     sys.exit(2)
 
-import configurator  # noqa: F401 (Ctrl-C during the slow imports is one line)
+import configurator  # Ctrl-C during the slow imports is one line
+
+configurator.answer_help(__file__)
 
 if hasattr(signal, 'SIGPIPE'):  # Windows has none
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that leaves, as `head` does, ends it silently

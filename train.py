@@ -20,6 +20,11 @@ import signal
 import sys
 import time
 
+if {'--help', '-h'} & set(sys.argv[1:]):  # before the slow imports
+    import configurator
+    configurator.answer_help(__file__)
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist

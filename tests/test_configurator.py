@@ -135,6 +135,21 @@ def test_help_lists_every_setting_with_its_default_and_comment(small):
     assert printed.startswith("Trains a model; nanoGPT's loop and flags")
 
 
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'grpo.py', 'inside.py', 'bench.py'])
+def test_help_comes_before_the_slow_imports(script, tmp_path, monkeypatch):
+    (tmp_path / 'torch.py').write_text('raise SystemExit("torch is imported")')
+    for arg in ('--help', '-h'):
+        done = subprocess.run([sys.executable, ROOT / script, arg], capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | {'PYTHONPATH': str(tmp_path)})
+        assert (done.returncode, done.stderr) == (0, '') and done.stdout.count('\n') > 5, done.stderr
+    if script == 'train.py':  # the text's values are those of the run
+        said = dict(line.split('  # ')[0].strip().removeprefix('--').split('=', 1)
+                    for line in done.stdout.splitlines() if line.startswith('  --'))
+        run = {k: str(v) for k, v in settings_of_train(monkeypatch).items()
+               if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
+        assert said.pop('device') == 'cuda, mps or cpu' and run.pop('device') and said == run
+
+
 def test_help_shows_a_line_break_as_two_characters_and_no_comment_of_a_later_line(tmp_path):
     lines = ['rate = 1.0', r"start = '\n'  # the prompt", f"exec(open({str(ROOT / 'configurator.py')!r}).read())",
              'rate = 2.0  # of the loop', "start = 'x'  # of the loop"]
