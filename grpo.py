@@ -379,13 +379,8 @@ if __name__ == '__main__':
     decoder = Decoder(model, compile, keep_experts=True, keep_support=keep_support)
 
     # the tasks: a question is a prompt, its answer and their reward()
-    lengths, names, files = (max_new_tokens, model.config.block_size), dataset.split(','), reward_file.split(',')
-    guard.need(len(files) in (1, len(names)), f'reward_file={reward_file!r} must be one file, or one for each data set '
-               f'of dataset={dataset!r}')
-    rules = [scripts.load_reward(os.path.join(here, file)) for file in files] * (len(names) // len(files))
-    tasks = {split: [[(*pair, reward) for pair in scripts.load_prompts(os.path.join(here, 'data', name), split,
-                                                                       tokenizer, *lengths)]
-                     for name, reward in zip(names, rules)] for split in ('train', eval_split)}
+    tasks = scripts.load_tasks(here, dataset, reward_file, ('train', eval_split), tokenizer, max_new_tokens,
+                               model.config.block_size)
     training = [question for task in tasks['train'] for question in task]
 
     def answer(questions, temperature, *sampling):
@@ -416,7 +411,8 @@ if __name__ == '__main__':
                 sums += torch.tensor([*scores.sum(dim=0), sum(map(len, responses))], device=device)
             means.append(all_reduce(sums) / len(questions))                             # (3,)
         accuracy, form, length = torch.stack(means).mean(dim=0).tolist()
-        each = {f'{eval_split}_accuracy {name}': x[0].item() for name, x in zip(names, means) if len(names) > 1}
+        each = {f'{eval_split}_accuracy {name}': x[0].item() for name, x in zip(dataset.split(','), means)}
+        each = each if len(each) > 1 else {}
         if master:
             print(f'step {iter_num}: {eval_split} accuracy {accuracy:.1%}, format {form:.1%}, '
                   f'length {length:.1f}, after {seconds:.0f} s' + ''.join(f', {k} {x:.1%}' for k, x in each.items()))

@@ -200,6 +200,17 @@ def load_prompts(data_dir, split, tokenizer, max_new_tokens, block_size):
     return pairs
 
 
+def load_tasks(root, dataset, reward_file, splits, tokenizer, *lengths):
+    """dataset and reward_file: names with commas between -> {split: for each data set [(prompt, answer, reward)]}"""
+    names, files = dataset.split(','), reward_file.split(',')
+    guard.need(len(files) in (1, len(names)), f'reward_file={reward_file!r} must be one file, or one for each data set '
+               f'of dataset={dataset!r}')
+    rules = [load_reward(os.path.join(root, file)) for file in files] * (len(names) // len(files))
+    return {split: [[(*pair, rule) for pair in load_prompts(os.path.join(root, 'data', name), split, tokenizer,
+                                                            *lengths)]
+                    for name, rule in zip(names, rules)] for split in splits}
+
+
 def catch_signals():
     """From now on SIGTERM and Ctrl-C only append to the list that is returned; a second Ctrl-C ends at once."""
     caught = []

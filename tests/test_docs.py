@@ -12,8 +12,8 @@ from extras import decode, experts, optim
 
 PAGES = [ROOT / 'README.md', ROOT / 'scale/README.md', *sorted((ROOT / 'docs').glob('*.md')),
          *sorted((ROOT / 'notebooks').glob('*.ipynb'))]
-ROOMS = ('.', 'extras', 'runs', 'scale', 'data', 'data/arithmetic', 'data/openwebtext', 'tests', 'tests/fakes',
-         'tests/by_hand')
+ROOMS = ('.', 'extras', 'runs', 'scale', 'data', 'data/arithmetic', 'data/countdown', 'data/openwebtext', 'tests',
+         'tests/fakes', 'tests/by_hand')
 TORCHRUNS = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'master_port'}
 EXAMPLES = {'data/letters/prepare.py', 'data/letters/reward.py', 'data/NAME/prepare.py'}  # the reader writes the first
 NANOGPTS = {'finetune_shakespeare.py'}
