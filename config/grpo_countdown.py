@@ -5,7 +5,8 @@
 #
 # docs/grpo.md has two tasks at once.
 #
-# Hardware: two CPU cores. Expected: TODO
+# Hardware: two CPU cores. Expected: the share of held-out games that are won climbs slowly and for long. A shorter run
+# on a busy machine went from 19% to 25% in 30 iterations.
 
 init_from = 'out-sft-countdown'
 out_dir = 'out-grpo-countdown'
@@ -17,10 +18,10 @@ wandb_project = 'countdown'
 
 max_new_tokens = 60
 prompts_per_iter = 32
-group_size = 16
+group_size = 32
 drop_zero_advantage = True
 
-learning_rate = 5e-4
+learning_rate = 3e-4
 warmup_iters = 10
 max_iters = 300
 
