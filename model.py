@@ -421,8 +421,8 @@ class GPT(nn.Module):
         Call it once after each optimizer step. load (MoE layers, E): tokens of each expert in the step, over all
         micro-batches and ranks. A layer without load keeps its b. b keeps its mean: a shift changes no choice."""
         step = self.config.bias_update_speed * torch.sign(load.float().mean(dim=1, keepdim=True) - load)
-        for moe, delta in zip(self.moe_layers(), step - step.mean(dim=1, keepdim=True)):
-            moe.e_score_correction_bias += delta
+        biases = [moe.e_score_correction_bias for moe in self.moe_layers()]
+        torch._foreach_add_(biases, list(step - step.mean(dim=1, keepdim=True)))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop_token=None):

@@ -63,6 +63,7 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # 0.0: no clipping
+qk_clip = 0.0  # bound each head's attention logits, for Muon: 100; 0.0: off; needs extras/qk_clip.py
 max_skipped_iters = 20  # stop after this many iterations in a row without a finite loss and gradient
 # learning rate: linear warm-up, cosine decay
 decay_lr = True
@@ -225,6 +226,8 @@ if fp8:
         print(execution)
 
 muons = optimizer.startswith('muon')
+qk = import_extra('qk_clip', 'qk_clip') if has_extras or qk_clip > 0 else None
+has_mla = qk and qk.check(raw_model, qk_clip)
 make = getattr(import_extra('optim', f'optimizer={optimizer}'), optimizer) if muons else GPT.configure_optimizers
 opt = make(raw_model, weight_decay, learning_rate, (beta1, beta2), device_type)
 if bf16_moments:
@@ -436,10 +439,17 @@ while True:
     skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
     iters_logged += 1
 
+    # the largest attention logit of each head: halfway between evaluations, and more often to bound it
+    halfway = iter_num % log_interval == 0 and (iter_num + eval_interval // 2) % eval_interval < log_interval
+    look, logits = has_mla and (halfway or qk_clip > 0 and iter_num % qk.EVERY == 0), {}
+    if look:
+        logits['max_logits'] = all_reduce(qk.largest_logits(raw_model, x, y, ctx), dist.ReduceOp.MAX)  # (blocks, H)
+        qk.clip(raw_model, logits['max_logits'], qk_clip)
+
     # log: the only host sync of the loop
     if iter_num % log_interval == 0:
         numbers = {'loss': means['losses'][0], 'mtp_losses': means['losses'][1:], 'grad_norm': norm,
-                   'skipped': skipped, 'in_a_row': in_a_row, **{k: means[k] for k in means if k != 'losses'}}
+                   'skipped': skipped, 'in_a_row': in_a_row, **{k: means[k] for k in means if k != 'losses'}, **logits}
         if 'load' in stats:
             numbers |= {'max_vio': load.amax(dim=1) / load.float().mean(dim=1) - 1}
             if iter_num % max(1, eval_interval // 10) < log_interval:  # long, so about ten between evaluations

@@ -21,8 +21,8 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 RANGES = [  # settings, a test that their values must pass, and the test in words
     ('batch_size block_size gradient_accumulation_steps eval_interval eval_iters log_interval max_skipped_iters '
      'expert_parallel', lambda x: 0 < x < 2**31, 'be positive and below 2**31'),
-    ('learning_rate min_lr weight_decay grad_clip max_iters warmup_iters lr_decay_iters mtp_lambda_late mtp_late_from',
-     lambda x: 0 <= x < 2**63, 'be finite, not negative, and below 2**63'),
+    ('learning_rate min_lr weight_decay grad_clip qk_clip max_iters warmup_iters lr_decay_iters mtp_lambda_late '
+     'mtp_late_from', lambda x: 0 <= x < 2**63, 'be finite, not negative, and below 2**63'),
     ('beta1 beta2', lambda x: 0 <= x < 1, 'lie in [0, 1)'),
     ('activation_memory', lambda x: 0 <= x <= 1, 'lie in 0..1'),
     ('shard', lambda x: 0 <= x < 2**31, 'be 1 (off), 0 (all ranks) or a number of ranks'),

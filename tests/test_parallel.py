@@ -129,6 +129,19 @@ def test_muon_where_a_weight_has_fewer_rows_than_ranks(small, optimizer):
     assert_same_run(small, 'two')
 
 
+@pytest.mark.slow
+def test_shards_look_at_the_logits_and_clip_them(small):
+    flags = ['--qk_clip=1e-3', '--max_iters=3', '--eval_interval=2']
+    train(small, *FLAGS, *flags, '--out_dir=one')
+    code, printed = torchrun(small, *FLAGS, *flags, '--shard=0', '--out_dir=two')
+    assert code == 0, printed[-4000:]
+    one, two = ([torch.tensor(line['max_logits']) for line in log(small, out) if 'max_logits' in line]
+                for out in ('one', 'two'))
+    assert len(one) == len(two) == 2 and one[0].max() > 1e-3 and (two[0] >= one[0] - 1e-6).all()  # of two micro-batches
+    weights = load(small, 'two/ckpt.pt')['model']
+    assert all(w.isfinite().all() for w in weights.values())
+
+
 def test_recompute_runs_the_blocks_again(small, monkeypatch):
     calls, forward = [], MLA.forward
     monkeypatch.setattr(MLA, 'forward', lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args))
