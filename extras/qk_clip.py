@@ -17,7 +17,8 @@ ROWS = 256  # queries whose logits are held at a time
 
 
 def attentions(model):
-    return [block.attn for block in model.blocks() if isinstance(block.attn, MLA)]
+    """Of the main blocks: an evaluation, as which a look computes, leaves the MTP modules out."""
+    return [block.attn for block in model.transformer.h if isinstance(block.attn, MLA)]
 
 
 def check(model, tau):
@@ -29,7 +30,7 @@ def check(model, tau):
 
 @torch.no_grad()
 def largest_logits(model, x, y, ctx):
-    """Each head's largest logit in a micro-batch, x and y (B, T) -> (blocks with MLA, H), without a host sync"""
+    """Each head's largest logit in a micro-batch, x and y (B, T) -> (main blocks with MLA, H), without a host sync"""
     found = {}
 
     def look(attn, inputs):
@@ -39,10 +40,11 @@ def largest_logits(model, x, y, ctx):
     hooks = [attn.register_forward_pre_hook(look) for attn in attentions(model)]
     try:
         with ctx, torch.compiler.set_stance('force_eager'):  # a compiled block would be compiled anew with the hook
-            model(x, y)
+            model.eval()(x, y, return_logits=False)
     finally:
         for hook in hooks:
             hook.remove()
+        model.train()
     return torch.stack([found[attn] for attn in attentions(model)])
 
 
