@@ -161,7 +161,7 @@ def test_two_ranks_are_as_one(nanogpt):
     ('--init_from=gpt2', "'gpt2' has no ckpt.pt, and GPT-2's weights do not fit this architecture"),
     ('--shard=0', 'shard or expert_parallel needs extras/parallel.py: copy the folder extras/'),
     ('--optimizer=muon', 'optimizer=muon needs extras/optim.py: copy the folder extras/'),
-    ('--qk_clip=100', 'qk_clip needs extras/qk_clip.py: copy the folder extras/'),
+    ('--qk_clip=100.0', 'qk_clip needs extras/qk_clip.py: copy the folder extras/'),
     ('--init_from=resume', 'out/ckpt.pt is no checkpoint of this model: FileNotFoundError'),
 ])
 def test_a_mistake_ends_in_a_line_that_says_what_is_wrong(nanogpt, flag, message):
