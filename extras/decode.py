@@ -113,7 +113,8 @@ class Decoder:
         self.kept = None  # the State of the last stream()
         self.calls = Counter()
         # set by generate(), for each row: the log-probabilities of the tokens it sampled; the experts of its tokens but
-        # the last, (tokens, MoE layers, K); the tokens that could be sampled in the place of each, (tokens, V)
+        # the last, (tokens, MoE layers, K); the tokens that could be sampled in the place of each, (tokens, V). A next
+        # call may overwrite the last two
         self.log_probs, self.experts, self.support = [], [], []
         self.compile_seconds = 0.0
         # a look for stop tokens makes the host wait for the GPU

@@ -75,6 +75,20 @@ def test_the_decoder_keeps_experts_and_support_with_drafts():
         assert torch.equal(p[len(prompt) - 1:-1] > 0, support)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_keeps_them_too():
+    model = policy()
+    decoder = Decoder(model, compile=True, keep_experts=True, keep_support=True)
+    responses = grpo.sample_responses(decoder, PROMPTS, 12, 1.0, 3)
+    assert decoder.compile and decoder.compile_seconds > 0
+    rows, mask, logp = grpo.pack(PROMPTS, responses, STOP, 'cpu', decoder.log_probs)
+    T = mask.size(1)
+    numbers = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), rows, mask, torch.randn(len(rows)),
+                          sampled_logp=logp, experts=rl.pack_experts(decoder.experts, T),
+                          support=rl.pack_support(decoder.support, PROMPTS, T))
+    assert numbers['routing_mismatch'] == 0 and numbers['mismatch'] < 1e-5
+
+
 def test_replay_uses_the_given_experts_with_gates_of_their_own_scores():
     """One MoE layer against a loop over tokens and their experts (V3 eq. 12 and 13)."""
     model = policy(n_layer=1)
