@@ -217,7 +217,7 @@ def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, exper
     model.train()
     main = [p for name, p in model.named_parameters() if not name.startswith('mtp.')]
     drafting = [*model.mtp.parameters()] if train_mtp else []
-    moe_layers = sum(isinstance(block.mlp, MoE) for block in (model.blocks() if train_mtp else model.transformer.h))
+    moe_layers = len(model.moe_layers())
     weights = token_weights(mask, length_norm, max_new_tokens)
     parts = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
     old, ref_logp, teacher_logp = {}, {}, {}
@@ -274,8 +274,8 @@ def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, exper
                 loss.backward(inputs=drafting)
                 mtp_sum += loss.detach()
                 load += [more] if more is not None else []
-            if load:
-                loads += torch.cat(load)
+            if load:  # the main stack's layers, then the MTP modules': without train_mtp they have no load
+                loads[:sum(map(len, load))] += torch.cat(load)
         for p in main + drafting:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have no rows
             all_reduce(p.grad)
