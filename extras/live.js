@@ -382,13 +382,13 @@ function serve() {
     if (!data.run) return;
     model.h.forEach(({attn, mlp}, layer) => { attn.off = mlp.off = data.off[layer]; });
     model.config.num_experts_per_tok = data.experts;
-    let records = [], began = performance.now();
+    let records = [], began = performance.now(), read = 0;
     for (const record of write(model, data)) {
       records.push(record);
-      const milliseconds = performance.now() - began;
-      if (milliseconds < 25 && !data.pause) continue;
+      const milliseconds = performance.now() - began, pause = ++read > data.prompt.length ? data.pause : 0;
+      if (milliseconds < 25 && !pause) continue;
       postMessage({run: data.run, records, milliseconds});
-      await new Promise(later => setTimeout(later, data.pause));
+      await new Promise(later => setTimeout(later, pause));
       if (newest !== data) return;
       [records, began] = [[], performance.now()];
     }

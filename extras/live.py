@@ -124,7 +124,9 @@ def tokenizer_table(tokenizer, meta):
 
 def first_prompt(tokenizer, text, block_size):
     """What stands in the page's prompt when it opens: the beginning of the text, or something that has tokens."""
-    for prompt in (text[:block_size // 2], 'The ', *map(chr, range(ord('A'), ord('z'))), '\n'):
+    n = block_size // 2
+    at_word_end = re.match(r'.*\S(?=\s)', text[:n + 1], re.S) if len(text) > n else None
+    for prompt in (at_word_end[0] if at_word_end else text[:n], 'The ', *map(chr, range(ord('A'), ord('z'))), '\n'):
         try:
             if prompt and tokenizer.encode(prompt):
                 return prompt
@@ -183,6 +185,7 @@ def write(out_dir, text, out):
             'tokenizer': table, 'begin': tokenizer.begin, 'prompt': prompt, 'context': min(cfg.block_size, CONTEXT),
             'stop': cfg.eos_token_id if cfg.eos_token_id >= 0 else tokenizer.end, 'kind': kinds.pop(),
             'rounding': rounding, 'iteration': checkpoint.get('iter_num'),
+            'dataset': str((checkpoint.get('config') or {}).get('dataset') or ''),
             'parameters': sum(p.numel() for p in model.parameters())}
     content = page(data, weights).encode()
     output.write(path, content, [text] if text else [])

@@ -188,6 +188,9 @@ def evil(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('evil<b>')
     write_checkpoint(folder, ''.join(dict.fromkeys(EVIL + ''.join(LETTERS))), block_size=64)
+    saved = torch.load(folder / 'ckpt.pt', weights_only=True)
+    saved['config']['dataset'] = '<img>'
+    torch.save(saved, folder / 'ckpt.pt')
     write_page(folder)
     return folder
 
@@ -256,6 +259,7 @@ def test_a_new_run_ends_the_one_before(open_page, evil):
         worker.addEventListener('message', ({data}) => came.push(data.run));
         $('slowly').click()""")
     tab.wait('came.length > 1')                                              # 4 tokens a second
+    assert tab.evaluate('runs[0].records.length > runs[0].asked.prompt.length && !articles()[0].includes("tokens/s")')
     slow = tab.evaluate('$("slowly").click(), came[0]')
     done(tab)
     time.sleep(0.6)
@@ -282,6 +286,7 @@ def test_no_token_and_no_prompt_is_markup(open_page, evil):
 
     assert elements(page) == elements(template) and elements(page).count('script') == 4
     tab = open_page(evil)
+    assert 'learned from the data set <img> and' in tab.evaluate('$("learned").textContent')
     loaded = 'document.querySelectorAll("script, style, link, iframe, img").length'
     before = tab.evaluate(loaded)
     tab.evaluate(f'fill("prompt", {json.dumps(EVIL)})')
@@ -310,15 +315,63 @@ def test_the_page_needs_no_network(evil):
 
 
 def test_what_a_visitor_may_type(open_page, evil):
-    tab = open_page(evil)
-    assert 'has never seen “é”, “U+0007”: it knows' in tab.evaluate(r'fill("prompt", "aé\x07é")')
-    assert 'at least one' in tab.evaluate('fill("prompt", "")') and tab.evaluate('fill("prompt", "a")') == ''
+    tab, stale = open_page(evil), 'document.querySelectorAll("[inert]").length'
+    said = tab.evaluate(r'fill("prompt", "aé\x07béa")')
+    assert said.endswith('characters. It skips “é”, “U+0007” and reads the rest.')
+    assert done(tab).evaluate('decode(runs[0].asked.prompt)') == 'aba'
+    for empty in ('', 'é'):
+        assert 'at least one' in tab.evaluate(f'fill("prompt", "{empty}")') and tab.evaluate(stale) == 5
+        tab.wait('$("status").textContent.includes("the old one") && $("again").disabled')
+    assert tab.evaluate('fill("prompt", "a")') == '' and tab.evaluate(stale) == 0
     tab.evaluate('fill("prompt", "ab".repeat(64))')
     assert done(tab).evaluate('runs[0].asked.prompt.length') == 32
     assert 'has 128 tokens: it reads the last 32' in tab.evaluate('$("status").textContent')
-    last = tab.evaluate('written(0).slice(32)')
-    tab.evaluate('$("on").click()')
-    assert done(tab).evaluate('runs[0].asked.prompt') == last
+    for length in (64, 48):
+        tab.evaluate(f'fill("length", {length})')
+        last = done(tab).evaluate(f'written(0).slice({length} / 2)')
+        tab.evaluate('$("on").click()')
+        assert done(tab).evaluate('runs[0].asked.prompt') == last
+
+
+def test_what_a_change_did_is_said_below_the_parts(open_page, evil):
+    """The surprises before and after, and where the texts part; a kept token stays, until Esc."""
+    tab, at = open_page(evil), '[runs.indexOf(picked.run), picked.i, pinned]'
+    tab.evaluate('fill("temperature", 2); fill("prompt", "ab(+,-./")')
+    assert done(tab).evaluate(at) == [0, 36, False]                          # the middle of 8 ... 64
+    assert tab.evaluate('$("result").hidden')
+    tab.evaluate('runs[0].nodes[20].click(); $("rope").click()')
+    done(tab).wait('$("said").textContent.startsWith("Without rope: ")')
+    assert tab.evaluate(at) == [0, 20, True]
+    losses = tab.evaluate("""runs.map(run => {
+        let sum = 0;
+        for (let i = 1; i < 8; i++) sum -= Math.log(run.records[i].came);
+        return (sum / 7).toFixed(2);
+    })""")
+    first, second = tab.evaluate('[written(0), written(1)]')
+    differs = next(i for i in range(64) if first[i] != second[i])
+    assert tab.evaluate('$("said").textContent') == (
+        f'Without rope: surprise at your text {losses[0]} → {losses[1]} (lower is better). The texts differ from token '
+        f'{differs + 1} on; both stand above.')
+    assert f'text {losses[1]} (lower is better; blind guessing: {np.log(tab.evaluate("C.vocab_size")):.2f})' in \
+        tab.evaluate('articles()[1]')
+    line = tab.evaluate('$("reset").scrollIntoView(), (({top, bottom}) => [top, bottom])($("said").'
+                        'getBoundingClientRect())')
+    assert 0 < line[0] < line[1] < 900
+    tab.evaluate('$("both").click()')
+    tab.wait('Math.abs($("texts").getBoundingClientRect().top) < 5')
+    tab.evaluate('runs[1].nodes[30].click(); fill("temperature", 1)')
+    assert done(tab).evaluate(at) == [1, 30, True]
+    tab.evaluate('fill("length", 24)')
+    assert done(tab).evaluate(at) == [1, 23, True]
+    tab.press('Escape')
+    assert tab.evaluate(at) == [1, 23, False]
+    tab.evaluate('$("reset").click()')
+    done(tab).wait('runs[0].nodes.length === 24')
+    assert tab.evaluate(at) == [0, 16, False]
+    tab.press('ArrowRight')                                                  # nothing has the focus
+    assert tab.evaluate(at) == [0, 17, True]
+    tab.evaluate('fill("prompt", "b")')
+    assert not done(tab).evaluate('pinned') and tab.errors() == []
 
 
 def test_the_same_seed_writes_the_same_text(open_page, evil):
@@ -459,6 +512,12 @@ def test_mistakes(tmp_path, flags, message):
         (tmp_path / name).write_text(text)
     assert_mistake(tmp_path, message, *flags)
     assert (tmp_path / 'note.html').read_text() == '(())'
+
+
+def test_the_first_prompt_ends_with_a_word():
+    speaks = tokenizer.characters({ch: i for i, ch in enumerate('ab \n')}, {})
+    for text, prompt in (('ab ab\nab', 'ab'), ('ab a b', 'ab a'), ('ababab', 'abab'), ('ab ', 'ab ')):
+        assert live.first_prompt(speaks, text, 8) == prompt
 
 
 def test_rounding_is_measured(tmp_path, monkeypatch):
