@@ -115,7 +115,7 @@ def _settings(namespace):
 def _check_key(key, where):
     known = _settings(globals())
     if key not in known:
-        near = _difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        near = _difflib.get_close_matches(key, known, n=3, cutoff=0.6)
         raise mistake(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
     return type(known[key])
 
@@ -151,7 +151,8 @@ def _read_config(path, flagged=()):
         with open(path, encoding='utf-8-sig') as f:
             source = f.read()
     except OSError as e:
-        hint = f'; did you mean --{path}?' if '=' in path else ''
+        meant = f'--{path}' if '=' in path else f'--out_dir={path}' if isinstance(e, IsADirectoryError) else ''
+        hint = f'; did you mean {meant}?' if meant else ''
         raise mistake(f'config file {path}: {e.strerror}{hint}') from None
     except UnicodeDecodeError:
         raise mistake(f'config file {path}: not UTF-8 text') from None

@@ -233,6 +233,7 @@ if not one_by_one:
         print('\n---------------')
 if decoder.compile_seconds:
     print(f'compiled in {decoder.compile_seconds:.1f} s')
-print(speed(sum(map(len, rows)) - num_samples * len(prompt), dt))
+made = speed(sum(map(len, rows)) - num_samples * len(prompt), dt)
+print(made + f'; {out_dir}, iteration {checkpoint["iter_num"]}' * ('iter_num' in checkpoint))
 if speculative:
     print(drafts_of(counted))

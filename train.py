@@ -141,7 +141,7 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype 
 data_dir = os.path.join(here, 'data', dataset)
 meta = load_meta(os.path.join(data_dir, 'meta.pkl'))
 if guard:
-    guard.check_files(data_dir, meta, block_size)
+    guard.check_files(data_dir, meta, block_size, resume=init_from == 'resume')
 data, masks = {}, {}
 for split in ('train', 'val'):
     data[split] = np.memmap(os.path.join(data_dir, f'{split}.bin'), dtype=meta.get('dtype', 'uint16'), mode='r')
@@ -486,7 +486,7 @@ while True:
 if dcp:
     dcp.finish()  # wait until the last checkpoint is written
 if master and os.path.exists(last_path) and not (signalled or eval_only):
-    print(f'done; to sample from the model: python sample.py --out_dir={out_dir}')
+    print(f'done; to sample from the model: python sample.py --out_dir={out_dir} --num_samples=1')
 if wandb_log and master:
     wandb.finish()
 if ddp:

@@ -115,7 +115,7 @@ def read_file(path):
         with open(path, encoding='utf-8-sig') as f:  # without the mark that Windows puts first
             return f.read()
     except UnicodeDecodeError as e:
-        raise mistake(f'{path} is no UTF-8 text: {e}; save it as UTF-8') from None
+        raise mistake(f'{path} is no UTF-8 text: {e}; convert it to UTF-8, as iconv does') from None
 
 
 def read_texts(args):
@@ -285,12 +285,13 @@ def write_splits(folder, train, val, vocab_size, meta=None, masks=None, tokenize
     print(f'train: {len(train):,} tokens\nval: {len(val):,} tokens')
 
 
-def say_where(folder, tokenizer_folder=None):
-    """The last line of a prepare script."""
+def say_where(folder, tokenizer_folder=None, config='config/demo.py'):
+    """The last line of a prepare script: the run that it names is small unless the corpus is large."""
     has_model = tokenizer_folder and os.path.exists(os.path.join(tokenizer_folder, 'config.json'))
-    start = f'--init_from={tokenizer_folder} ' if has_model else ''
+    start = f'--init_from={tokenizer_folder}' if has_model else config
     name = os.path.basename(folder)
-    print(f'into {os.path.relpath(folder)}. To train on it: python train.py {start}--dataset={name}')
+    print(f'into {os.path.relpath(folder)}. To train on it: python train.py {start} --dataset={name} '
+          f'--out_dir=out-{name}')
 
 
 def split_text(text):
@@ -345,6 +346,10 @@ def write_documents(folder, texts, tokenizer):
 def write_own_tokens(folder, texts, vocab):
     """A data set in the tokens of a BPE that is trained on its training text."""
     with own_tokenizer(filter(None, cut(texts)[0]), vocab) as tokenizer:
+        if os.path.exists(os.path.join(folder, 'tokenizer.json')):
+            there, new = (load_tokenizer(x).vocab_size for x in (folder, tokenizer))
+            need(there == new, f'{os.path.relpath(folder)} is in {there:,} other tokens, which a run may need: say '
+                 f'another --name=NAME, or remove its tokenizer.json first')
         write_documents(folder, texts, tokenizer)
 
 

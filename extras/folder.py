@@ -38,6 +38,8 @@ def missing(path):
     out_dir = os.path.realpath(os.path.dirname(path))
     kept = sorted(map(os.path.relpath, glob.glob(f'{glob.escape(out_dir)}.old*')))
     hint = f'. Earlier runs are in {", ".join(kept)}' * bool(kept)
+    if os.path.exists(os.path.join(out_dir, 'config.json')):
+        hint = ". It is in Hugging Face's format: python convert.py import makes a checkpoint of it"
     return f'{path} is missing: train a model first, or name the out_dir it is in{hint}'
 
 

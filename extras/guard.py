@@ -114,7 +114,7 @@ def check_ranks(store, device_type):
 # -----------------------------------------------------------------------------
 # data and checkpoints
 
-def check_files(data_dir, meta, block_size):
+def check_files(data_dir, meta, block_size, resume=False):
     """Mistake if a data set's meta.pkl, tokens or masks are missing, damaged or too few for block_size."""
     path = os.path.join(data_dir, 'meta.pkl')
     need(os.path.isfile(path) or not os.path.lexists(path), f'{path} cannot be used: it is no regular file')
@@ -135,8 +135,8 @@ def check_files(data_dir, meta, block_size):
             scripts = [os.path.join(folder, 'prepare.py') for folder in (data_dir, os.path.dirname(data_dir))]
             found = [os.path.relpath(script) for script in filter(os.path.isfile, scripts)]
             todo = f'run python {found[0]} first' if found else 'no data set has that name'
-            raise Mistake(f'{path} is missing: {todo}, or choose a prepared one: '
-                          f'{", ".join(sets) or "there is none yet"}')
+            raise Mistake(f'{path} is missing: {"a resume needs the --dataset of its run; " * resume}{todo}, '
+                          f'or choose a prepared one: {", ".join(sets) or "there is none yet"}')
         size = os.path.getsize(path)
         need(size % size_of == 0 and as_prepared(path, meta) and as_prepared(mask, meta),
              f'{path} (or its mask) is cut short, changed, or of another data set than meta.pkl: run prepare.py again')
@@ -182,7 +182,7 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
         trained_on = found.get('meta') or {}
         need(not found.get('optimizer') or all(trained_on.get(k) == meta.get(k) for k in ('stoi', 'tokenizer')),
              f'dataset={config["dataset"]} has another vocabulary than {path} was trained on: use the same dataset, or '
-             'restore its meta.pkl')
+             'prepare it again from the same text and, for a BPE, with the same --vocab')
     else:
         check_finite(init_from, model.state_dict(), max_over_ranks)
     if not found.get('optimizer'):  # from Hugging Face, perhaps by convert.py
@@ -209,6 +209,8 @@ def try_micro_batch(model, opt, batch, ctx, config, max_over_ranks):
     sharded = config['shard'] != 1 or config['expert_parallel'] > 1
     for compiled in ([True, False] if config['compile'] else [False]):
         fault = 0
+        if compiled and os.environ.get('RANK', '0') == '0':
+            print('compiling the model: this may take some minutes')
         try:
             for _ in range(2 if batch[0].is_cuda else 1):  # the second pass includes the optimizer's state
                 with ctx:

@@ -30,7 +30,7 @@ def read_text(path):
         with open(path, encoding='utf-8-sig') as f:  # without Windows' mark and line ends, as prepare.py reads
             return f.read()
     except (OSError, UnicodeDecodeError) as e:
-        hint = '; save it as UTF-8' * isinstance(e, UnicodeDecodeError)
+        hint = '; convert it to UTF-8, as iconv does' * isinstance(e, UnicodeDecodeError)
         raise Mistake(f'{path} cannot be read: {first_line(e)}{hint}') from None
 
 

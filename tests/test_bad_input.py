@@ -39,7 +39,7 @@ def expect(clone, script, flags, message, run=run_inside):
 @pytest.mark.parametrize('flag, message', [
     # the form of a flag, and its type
     ('--n_emb=32', 'did you mean n_embd'), ('--n_embd', '--key=value'), ('-n_embd=32', '--key=value'),
-    ('n_embd=32', 'did you mean --n_embd=32?'), ('--=3', 'unknown key'),
+    ('n_embd=32', 'did you mean --n_embd=32?'), ('data', 'did you mean --out_dir=data?'), ('--=3', 'unknown key'),
     ('--gradient_accumulation_steps=0.5', 'must be int'), ('--n_layer=two', 'must be int'),
     ('--n_layer=', 'must be int'), ('--n_layer=None', 'must be int'), ('--n_layer=[2]', 'must be int'),
     ('--max_iters=1e999', 'must be int'),

@@ -110,7 +110,7 @@ def test_every_way_of_decoding_gives_the_same_text(made, monkeypatch):
         if '--speculative=True' in flags:
             drafts = said.pop()
             assert re.fullmatch(r'accepted drafts: module 1 \d+%; [12]\.\d\d tokens per sample and pass', drafts)
-        assert re.fullmatch(r'40 tokens in \d+\.\d\d s: \d+\.\d tokens/s', said[-1])
+        assert re.fullmatch(r'40 tokens in \d+\.\d\d s: \d+\.\d tokens/s; out, iteration \d+', said[-1])
 
 
 def test_samples_one_by_one_as_they_come(made, monkeypatch):

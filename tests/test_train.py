@@ -166,7 +166,7 @@ def test_what_a_run_says_of_its_checkpoints(small):
     printed = train(small).splitlines()
     assert [printed[i - 1][:7] for i, line in enumerate(printed) if line == 'saving checkpoint to out'] == \
         ['step 3:', 'step 6:']
-    assert printed[-1] == 'done; to sample from the model: python sample.py --out_dir=out'
+    assert printed[-1] == 'done; to sample from the model: python sample.py --out_dir=out --num_samples=1'
     assert 'to sample from' in train(small, '--max_iters=1', '--checkpoint=dcp')
     assert 'to sample' not in train(small, '--max_iters=0', '--out_dir=other')  # without a checkpoint
 

@@ -166,7 +166,7 @@ def write(folder, tokenizer, parts):
         for name, data in with_it.items():
             out[name].write(data)
     print(f'train: {count["train"]:,} tokens\nval: {count["val"]:,} tokens')
-    dataset.say_where(folder, tokenizer)
+    dataset.say_where(folder, tokenizer, 'config/train_deepseek.py')
 
 
 def main():
