@@ -271,6 +271,16 @@ def draw_relative(plt, logs, bases, skip=100):
     return fig
 
 
+def print_losses(name, evals):
+    """The last validation loss of a run, and the lowest."""
+    if not evals:
+        return
+    last, best = evals[-1], min(evals, key=lambda r: r['val_loss'])
+    per_byte = f' ({last["val_bpb"]:.4f} bits per byte)' if not math.isnan(number(last, 'val_bpb')) else ''
+    print(f'{name}: val loss {last["val_loss"]:.4f}{per_byte} at step {last["step"]}, the lowest is '
+          f'{best["val_loss"]:.4f} at step {best["step"]}')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -316,6 +326,8 @@ def main():
         fig = draw_rewards(plt, [log[:3] for log in logs])
     else:
         fig = draw_losses(plt, [log[:3] for log in logs], *axes)
+        for name, _, evals, _ in logs:
+            print_losses(name, [r for r in evals if not math.isnan(number(r, 'val_loss'))])
     for ax in fig.axes:
         ax.grid(alpha=0.3)
     first = args.logs[0] if os.path.isdir(args.logs[0]) else os.path.dirname(args.logs[0])

@@ -210,6 +210,8 @@ def converse(row):
 
 
 if interactive:
+    if sys.stdin.isatty():
+        print('An empty line: go on. Ctrl-C: end an answer. Ctrl-D: leave.', file=sys.stderr)
     converse(prompt)
     sys.exit()
 t0 = time.perf_counter()

@@ -218,17 +218,15 @@ loaded = loaded if init_from == 'resume' else {}  # a new run takes the weights 
 # optimizer, compile, DDP
 kernels = scripts.use_kernels(raw_model) if scripts else False  # faster ways for the experts
 if fp8:
-    recipes = import_extra('fp8', 'fp8=True')
-    grad_dtype = torch.float8_e4m3fn if fp8_grad == 'e4m3' else torch.float8_e5m2
-    recipe = recipes.Recipe(fp8_scaling, grad_dtype, fp8_power_of_two, kernels=kernels)
-    execution = recipes.enable(raw_model, recipe)
+    execution = import_extra('fp8', 'fp8=True').enable_by(config, raw_model, kernels)
     if master:
         print(execution)
-
-muons = optimizer.startswith('muon')
 qk = import_extra('qk_clip', 'qk_clip') if has_extras or qk_clip > 0 else None
-has_mla = qk and qk.check(raw_model, qk_clip)
-make = getattr(import_extra('optim', f'optimizer={optimizer}'), optimizer) if muons else GPT.configure_optimizers
+if qk_clip > 0:
+    qk.check(raw_model, qk_clip)
+
+make = (GPT.configure_optimizers if optimizer == 'adamw' else
+        getattr(import_extra('optim', f'optimizer={optimizer}'), optimizer))
 opt = make(raw_model, weight_decay, learning_rate, (beta1, beta2), device_type)
 if bf16_moments:
     opt = import_extra('optim', 'bf16_moments=True').AdamW16(opt.param_groups, fused=True)
@@ -439,12 +437,8 @@ while True:
     skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
     iters_logged += 1
 
-    # the largest attention logit of each head: halfway between evaluations, and more often to bound it
-    halfway = iter_num % log_interval == 0 and (iter_num + eval_interval // 2) % eval_interval < log_interval
-    look, logits = has_mla and (halfway or qk_clip > 0 and iter_num % qk.EVERY == 0), {}
-    if look:
-        logits['max_logits'] = all_reduce(qk.largest_logits(raw_model, x, y, ctx), dist.ReduceOp.MAX)  # (blocks, H)
-        qk.clip(raw_model, logits['max_logits'], qk_clip)
+    # now and then: the largest attention logit of each head (blocks, H), which qk_clip bounds
+    logits = qk.look(raw_model, x, y, ctx, iter_num, config, all_reduce) if qk else {}
 
     # log: the only host sync of the loop
     if iter_num % log_interval == 0:

@@ -84,7 +84,7 @@ def check_device(device):
         x.item()  # fails on the meta device
         return x.device.type
     except Exception as e:  # torch raises RuntimeError, AssertionError, NotImplementedError and others
-        raise Mistake(f'device={device!r} cannot be used here (cpu, cuda and mps may be): {first_line(e)}') from None
+        raise Mistake(f'device={device!r} cannot be used here; cpu, cuda or mps may be: {first_line(e)[:99]}') from None
 
 
 def check_ranks(store, device_type):

@@ -8,6 +8,7 @@ clips looks more often.
 """
 
 import torch
+import torch.distributed as dist
 
 from extras.optim import local, own_part
 from model import MLA, Mistake
@@ -22,10 +23,22 @@ def attentions(model):
 
 
 def check(model, tau):
-    """-> whether the model has MLA; Mistake if it has none and tau wants to bound its logits"""
-    if tau > 0 and not attentions(model):
+    """Mistake if the model has no MLA, whose logits tau would bound"""
+    if not attentions(model):
         raise Mistake(f'qk_clip={tau} bounds the logits of MLA, which this model does not have: leave it at 0')
-    return len(attentions(model)) > 0
+
+
+def look(model, x, y, ctx, iteration, config, all_reduce):
+    """For train.py, after a step: if a look is due, {'max_logits': (main blocks with MLA, H)} over all ranks, and the
+    heads are clipped; else {}. It is due in the log halfway between evaluations, and each EVERY iterations for qk_clip.
+    """
+    interval, logged, tau = config['eval_interval'], config['log_interval'], config['qk_clip']
+    halfway = iteration % logged == 0 and (iteration + interval // 2) % interval < logged
+    if not attentions(model) or not (halfway or tau > 0 and iteration % EVERY == 0):
+        return {}
+    largest = all_reduce(largest_logits(model, x, y, ctx), dist.ReduceOp.MAX)
+    clip(model, largest, tau)
+    return {'max_logits': largest}
 
 
 @torch.no_grad()
@@ -33,11 +46,11 @@ def largest_logits(model, x, y, ctx):
     """Each head's largest logit in a micro-batch, x and y (B, T) -> (main blocks with MLA, H), without a host sync"""
     found = {}
 
-    def look(attn, inputs):
+    def note(attn, inputs):
         q, latent = attn.project(*inputs[:3])                               # (B, H, T, n+r), (B, T, c+r)
         found[attn] = largest_logit(q, attn.expand(latent)[0]) * attn.scale
 
-    hooks = [attn.register_forward_pre_hook(look) for attn in attentions(model)]
+    hooks = [attn.register_forward_pre_hook(note) for attn in attentions(model)]
     try:
         with ctx, torch.compiler.set_stance('force_eager'):  # a compiled block would be compiled anew with the hook
             model.eval()(x, y, return_logits=False)
