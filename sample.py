@@ -236,6 +236,6 @@ if not one_by_one:
 if decoder.compile_seconds:
     print(f'compiled in {decoder.compile_seconds:.1f} s')
 made = speed(sum(map(len, rows)) - num_samples * len(prompt), dt)
-print(made + f'; {out_dir}, iteration {checkpoint["iter_num"]}' * ('iter_num' in checkpoint))
+print(made + f'; {out_dir}, iteration {checkpoint.get("iter_num")}' * ('iter_num' in checkpoint))
 if speculative:
     print(drafts_of(counted))

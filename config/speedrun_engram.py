@@ -19,7 +19,7 @@ gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 64
 
-n_layer = 2
+n_layer = 1
 n_head = 2
 n_embd = 64
 n_routed_experts = 0
@@ -27,14 +27,17 @@ num_nextn_predict_layers = 0
 
 architecture = 'model_v4'
 engram_layers = '0'
-engram_ngram = 4  # tables of the last 2, 3 and 4 characters, of 4,096 rows each
+engram_ngram = 5  # tables of the last 2, 3, 4 and 5 characters
+engram_heads = 2  # two for each of these lengths
+engram_rows = 16384
+engram_conv = False  # so short a run does not learn it
 
 optimizer = 'muon'
 learning_rate = 2e-2
 min_lr = 0.0
-warmup_iters = 10
-max_iters = 120
-lr_decay_iters = 120
+warmup_iters = 5
+max_iters = 55
+lr_decay_iters = 55
 beta2 = 0.99
 
 device = 'cpu'

@@ -43,6 +43,18 @@ def missing(path):
     return f'{path} is missing: train a model first, or name the out_dir it is in{hint}'
 
 
+def missing_data(path, resume):
+    """The message for a train.bin or val.bin that is not at `path`."""
+    here = os.path.dirname(path)
+    root = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
+    scripts = [os.path.join(folder, 'prepare.py') for folder in (here, os.path.dirname(here))]
+    found = [f'run python {os.path.relpath(script)} first' for script in filter(os.path.isfile, scripts)]
+    other = 'run prepare.py again' if os.path.isdir(here) else 'no data set has that name'
+    prepared = sorted(os.path.relpath(folder, root) for folder, _, files in os.walk(root) if 'train.bin' in files)
+    return (f'{path} is missing: {"a resume needs the --dataset of its run; " * resume}{[*found, other][0]}, or choose '
+            f'a prepared one: {", ".join(prepared) or "there is none yet"}')
+
+
 def lock(folder, out_dir):
     if not importlib.util.find_spec('fcntl'):  # Windows has no such locks, and renames no folder with an open file
         return

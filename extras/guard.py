@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from extras import integrity
-from extras.folder import begin, last_checkpoint  # noqa: F401 (train.py calls guard.begin)
+from extras.folder import begin, last_checkpoint, missing_data  # noqa: F401 (train.py calls guard.begin)
 from extras.integrity import as_prepared, check_checkpoint, check_context, check_finite, check_path, check_run  # noqa: F401
 from extras.optim import load_optimizer  # noqa: F401 (train.py and grpo.py call guard.load_optimizer)
 from extras.tokenizer import check_data
@@ -130,13 +130,7 @@ def check_files(data_dir, meta, block_size, resume=False):
     for split in ('train', 'val'):
         path, mask = (os.path.join(data_dir, f'{split}{end}.bin') for end in ('', '_mask'))
         if not os.path.isfile(path):
-            root = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
-            sets = sorted(os.path.relpath(folder, root) for folder, _, files in os.walk(root) if 'train.bin' in files)
-            scripts = [os.path.join(folder, 'prepare.py') for folder in (data_dir, os.path.dirname(data_dir))]
-            found = [os.path.relpath(script) for script in filter(os.path.isfile, scripts)]
-            todo = f'run python {found[0]} first' if found else 'no data set has that name'
-            raise Mistake(f'{path} is missing: {"a resume needs the --dataset of its run; " * resume}{todo}, '
-                          f'or choose a prepared one: {", ".join(sets) or "there is none yet"}')
+            raise Mistake(missing_data(path, resume))
         size = os.path.getsize(path)
         need(size % size_of == 0 and as_prepared(path, meta) and as_prepared(mask, meta),
              f'{path} (or its mask) is cut short, changed, or of another data set than meta.pkl: run prepare.py again')

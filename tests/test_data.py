@@ -61,7 +61,8 @@ def test_characters_of_a_local_text(clone, tmp_path):
     (tmp_path / 'mine.txt').write_text(TEXT)
     before = sorted((clone / 'data/shakespeare_char').iterdir())
     code, printed, _ = run_inside('data/shakespeare_char/prepare.py', f'--input={tmp_path}/mine.txt', cwd=clone)
-    assert code == 0 and 'into data/mine.' in printed and 'python train.py --dataset=mine\n' in printed
+    assert code == 0 and 'into data/mine.' in printed
+    assert printed.endswith('python train.py config/demo.py --dataset=mine --out_dir=out-mine\n')
     assert sorted((clone / 'data/shakespeare_char').iterdir()) == before           # the bundled data set is not touched
     meta, (train, val) = meta_of(clone / 'data/mine'), both(clone / 'data/mine')
     assert set(meta) == {'vocab_size', 'itos', 'stoi', 'bytes_per_token', 'crc32'}
@@ -406,11 +407,11 @@ def test_each_file_becomes_a_document_of_an_imported_tokenizer(clone, tmp_path):
     assert meta_of(clone / 'data/docs') == {
         'vocab_size': bpe.vocab_size, 'tokenizer': bpe.sha256, 'crc32': crc32_of(clone / 'data/docs'),
         'bytes_per_token': len(texts[9][border:]) / len(val)}
-    assert printed.endswith('python train.py --dataset=docs\n')             # the folder has no weights to begin with
+    assert printed.endswith('train.py config/demo.py --dataset=docs --out_dir=out-docs\n')  # the folder has no weights
     (tmp_path / 'bpe/config.json').write_text('{}')                         # now it has
     code, printed, _ = run_inside('data/shakespeare/prepare.py', f'--input={tmp_path}/docs',
                                   f'--tokenizer={tmp_path}/bpe', cwd=clone)
-    assert printed.endswith(f'python train.py --init_from={tmp_path}/bpe --dataset=docs\n')
+    assert printed.endswith(f'python train.py --init_from={tmp_path}/bpe --dataset=docs --out_dir=out-docs\n')
 
     run('data/openwebtext/prepare.py', f'--input={tmp_path}/docs', f'--tokenizer={tmp_path}/bpe', '--name=web',
         '--num_proc=1', cwd=clone)
@@ -433,8 +434,17 @@ def test_a_bpe_is_trained_on_the_training_text(clone, tmp_path):
     (tmp_path / 'in.txt').write_text(text)
     border = int(0.9 * len(text))
     for script, size in (('pydocs_char', 300), ('shakespeare', 99999)):
-        code, printed, said = run_inside(f'data/{script}/prepare.py', f'--input={tmp_path}/in.txt', f'--vocab={size}',
-                                         '--name=mine', cwd=clone)
+        args = f'data/{script}/prepare.py', f'--input={tmp_path}/in.txt', f'--vocab={size}', '--name=mine'
+        if size != 300:  # a run may need the other tokens
+            def files():
+                return {path.name: path.read_bytes() for path in (clone / 'data/mine').iterdir()}
+
+            before = files()
+            code, _, said = run_inside(*args, cwd=clone)
+            assert code == 2 and 'data/mine is in 300 other tokens, which a run may need: say another --name' in said
+            assert files() == before
+            os.remove(clone / 'data/mine/tokenizer.json')
+        code, printed, said = run_inside(*args, cwd=clone)
         from extras import tokenizer
         bpe = tokenizer.from_folder(clone / 'data/mine')
         assert code == 0 and f'a tokenizer of {bpe.vocab_size} tokens' in printed, said
@@ -653,7 +663,8 @@ def test_a_script_on_the_hub_is_read_from_its_conversion(clone, hub):
     for i in range(2):
         put(conversion / f'plain_text/train/000{i}.parquet', DOCUMENTS[i * 2500:i * 2500 + 2500])
     printed = run('data/openwebtext/prepare.py', '--num_proc=2', cwd=clone)
-    assert 'a script runs' not in printed and 'python train.py --dataset=openwebtext' in printed
+    assert 'a script runs' not in printed
+    assert 'python train.py config/train_deepseek.py --dataset=openwebtext' in printed
     train, val = both(clone / 'data/openwebtext')
     assert val == gpt2(DOCUMENTS[::2000])
     assert train == gpt2(text for i, text in enumerate(DOCUMENTS) if i % 2000)
@@ -702,7 +713,7 @@ FINEWEB = 'data/openwebtext/prepare.py', '--hub=HuggingFaceFW/fineweb-edu', '--c
 def test_another_corpus_of_the_hub(clone, fineweb):
     printed = run(*FINEWEB, '--column=body', '--num_proc=2', cwd=clone)
     train, val = both(clone / 'data/fineweb-edu')
-    assert 'python train.py --dataset=fineweb-edu' in printed
+    assert 'python train.py config/train_deepseek.py --dataset=fineweb-edu' in printed
     assert len(train) + len(val) == len(gpt2(DOCUMENTS[:3000])) and val[:5] == gpt2(DOCUMENTS)[:5]
 
 
