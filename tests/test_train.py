@@ -517,6 +517,7 @@ def evaluated(clone, out):
 RESUMES = [  # flags, and a line that is printed; or how to read what the third iteration leaves, and its value
     ('--always_save_checkpoint=False', lambda *run: (run[0] / run[1] / 'ckpt_last.pt').exists(), True),
     ('--eval_interval=1 --max_iters=5', evaluated, [0, 2, 3, 4, 5]),
+    ('--eval_iters=2', lambda *run: saved(*run)['config']['eval_iters'], 2),
     ('--batch_size=2', 'tokens per iteration: 64;', None),
     ('--gradient_accumulation_steps=1', lambda *run: saved(*run)['micro_batches'], 5),
     ('--block_size=8', lambda *run: saved(*run)['model_args']['block_size'], 8),
