@@ -257,6 +257,7 @@ def test_a_new_run_ends_the_one_before(open_page, evil):
     tab.evaluate("""
         var came = [];
         worker.addEventListener('message', ({data}) => came.push(data.run));
+        $('prompt').value = 'ab'.repeat(9);
         $('slowly').click()""")
     tab.wait('came.length > 1')                                              # 4 tokens a second
     assert tab.evaluate('runs[0].records.length > runs[0].asked.prompt.length && !articles()[0].includes("tokens/s")')
