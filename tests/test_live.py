@@ -353,7 +353,8 @@ def test_what_a_change_did_is_said_below_the_parts(open_page, evil):
     assert tab.evaluate('$("said").textContent') == (
         f'Without rope: surprise at your text {losses[0]} → {losses[1]} (lower is better). The texts differ from token '
         f'{differs + 1} on; both stand above.')
-    assert f'text {losses[1]} over 7 tokens (lower is better; blind guessing: {np.log(tab.evaluate("C.vocab_size")):.2f})' in \
+    blind = np.log(tab.evaluate('C.vocab_size'))
+    assert f'text {losses[1]} over 7 tokens (lower is better; blind guessing: {blind:.2f})' in \
         tab.evaluate('articles()[1]')
     line = tab.evaluate('$("reset").scrollIntoView(), (({top, bottom}) => [top, bottom])($("said").'
                         'getBoundingClientRect())')
