@@ -490,7 +490,10 @@ if __name__ == '__main__':
         kept = ended | (truncated == 'keep')                                            # (B,)
         if drop_zero_advantage and not teacher:
             kept &= ~idle.repeat_interleave(group_size)
-        batch = {name: x.to(device)[kept.to(device)] for name, x in batch.items()}
+        batch = {name: x.to(device) for name, x in batch.items()}
+        if not kept.all():  # the host knows how many: a mask on the device would have to tell it
+            places = kept.nonzero().squeeze(1).to(device)
+            batch = {name: x[places] for name, x in batch.items()}
         numbers = {'clip': 0.0, 'entropy': None, 'grad_norm': 0.0, 'mismatch': None}  # if no rank has rows
         if all_reduce(kept.sum().to(device)) > 0:
             numbers = update(model, optimizer, **batch, **frozen, context=ctx, **options)

@@ -50,7 +50,9 @@ NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # after five steps singular values lie 
 
 
 def orthogonalise(G, steps=5):
-    """Newton-Schulz steps towards the nearest semi-orthogonal matrix, for each matrix in G (matrices, m, n)."""
+    """Newton-Schulz steps towards the nearest semi-orthogonal matrix, for each matrix in G (..., m, n)."""
+    if G.dim() == 2:
+        return orthogonalise(G.unsqueeze(0), steps).squeeze(0)
     if G.size(-2) > G.size(-1):
         return orthogonalise(G.mT, steps).mT
     X = G if G.device.type == 'cpu' else G.bfloat16()

@@ -17,7 +17,8 @@ from model import MoE, balance_and_load
 def pack_experts(experts, T):
     """Decoder.experts -> (B, T, L, K), int16. What fills a row has the experts 0 .. K - 1, and moves nothing."""
     L, K = experts[0].shape[1:] if experts else (0, 1)
-    packed = torch.arange(K, dtype=torch.int16).expand(len(experts), T, L, K).clone()
+    device = experts[0].device if experts else None  # copies within a device make no host wait
+    packed = torch.arange(K, dtype=torch.int16, device=device).expand(len(experts), T, L, K).clone()
     for row, of_row in zip(packed, experts):
         row[:len(of_row)] = of_row
     return packed
@@ -25,7 +26,8 @@ def pack_experts(experts, T):
 
 def pack_support(support, prompts, T):
     """Decoder.support -> the tokens that could be sampled as each target (B, T, V): all, outside the responses"""
-    packed = torch.ones(len(support), T, support[0].size(-1) if support else 1, dtype=torch.bool)
+    V, device = (support[0].size(-1), support[0].device) if support else (1, None)
+    packed = torch.ones(len(support), T, V, dtype=torch.bool, device=device)
     for row, of_row, prompt in zip(packed, support, prompts):
         row[len(prompt) - 1:len(prompt) - 1 + len(of_row)] = of_row
     return packed

@@ -204,7 +204,7 @@ def test_compiled_decoding(on_gpu, trained, speculative):
 
 
 def test_a_planted_sync_of_decoding_is_seen(on_gpu, trained):
-    line = '    h, _ = model.main_stack(s.tokens.gather(1, positions), s.caches, positions) '
+    line = '    h, routing = model.main_stack(s.tokens.gather(1, positions), s.caches, positions) '
     plant(trained / 'extras/decode.py', line, '    positions.max().item()\n' + line)
     _, steps = sampled(on_gpu)
     assert sum(step['waits'].get('decode.py: positions.max().item()', 0) for step in steps) == len(steps) == 97
@@ -231,7 +231,7 @@ def test_grpo(on_gpu, trained):
     last = iteration_of_grpo(on_gpu, trained)
     assert last['waits'][LOOK] == math.ceil(32 / 16)
     assert last['syncs'] <= SYNCS_OF_GRPO + last['waits'][LOOK]
-    assert last['launches'] + last['triton'] <= 7300 and last['gemms'] <= 1000 and last['mallocs'] == 0
+    assert last['launches'] + last['triton'] <= 7500 and last['gemms'] <= 1000 and last['mallocs'] == 0
     # each line that waits does so once or twice, not once a row or a token
     assert max(last['waits'].values()) <= 2
 
@@ -244,8 +244,8 @@ def test_grpo_with_compiled_rollouts(on_gpu, trained):
 
 
 def test_a_planted_sync_of_grpo_is_seen(on_gpu, trained):
-    line = '            loss.backward()\n'
-    plant(trained / 'grpo.py', line, line + '            loss.item()\n')
+    line = '            (-(weights[part] * gain).sum()).backward()\n'
+    plant(trained / 'grpo.py', line, line + '            gain.sum().item()\n')
     last = iteration_of_grpo(on_gpu, trained)
-    assert last['waits'].pop('grpo.py: loss.item()') == 1
+    assert last['waits'].pop('grpo.py: gain.sum().item()') == 1
     assert last['syncs'] > SYNCS_OF_GRPO + last['waits'][LOOK]

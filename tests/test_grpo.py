@@ -911,10 +911,10 @@ def test_the_rate_the_reward_and_the_randomness_of_each_iteration(workshop, monk
     """The rate warms up, then falls linearly to zero at max_iters; each iteration draws anew."""
     generate, drawn = Decoder.generate, []
 
-    def spy(self, prompts, max_new_tokens, temperature, **kwargs):
+    def spy(self, prompts, max_new_tokens, temperature, *args, **kwargs):
         if temperature > 0:
             drawn.append(torch.rand(()).item())
-        return generate(self, prompts, max_new_tokens, temperature, **kwargs)
+        return generate(self, prompts, max_new_tokens, temperature, *args, **kwargs)
 
     monkeypatch.setattr(Decoder, 'generate', spy)
     flags = ['--reward_file=odd.py', '--out_dir=out-rate', '--max_iters=6', '--warmup_iters=1', '--format_weight=0.25',
