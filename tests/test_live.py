@@ -450,6 +450,11 @@ def test_a_byte_level_bpe(open_page, tmp_path):
         assert tab.evaluate(f'encode({json.dumps(text)})') == ids, text
         assert tab.evaluate(f'decode({ids})') == text
     assert ''.join(tab.evaluate(f'{speaks.encode("the 𝄞")}.map(textOf)')) == r'the \xf0\x9d\x84\x9e'
+    tab.evaluate('added.set("<|end-of-text|>", 1)')                          # a hyphen, which no expression may escape
+    assert tab.evaluate('encode("the<|end-of-text|>")') == [*speaks.encode('the'), 1]
+    tab.evaluate('added.delete("<|end-of-text|>")')
+    milliseconds = 'began = performance.now(), encode("東京大学".repeat(1000)), performance.now() - began'
+    assert tab.evaluate(milliseconds) < 5000                                 # the page does not freeze
     assert tab.evaluate('textOf(329)') == '#329' and tab.evaluate('D.stop') == speaks.end == 0
     assert tab.errors() == []
 
