@@ -236,7 +236,7 @@ def answer_help(script):
                     add(part for part in node.body if isinstance(part, _ast.AnnAssign))
     end = source.partition('exec(open(')[0].count('\n')  # the line that runs this file
     add(node for node in _ast.parse(source).body if node.lineno <= end)
-    if 'n_layer' in found and 'max_iters' in found:
+    if 'n_layer' in found and 'init_from' in found:  # as in _add_dial()
         found['depth'] = 0
     _help(script, architecture, _settings(found))
 

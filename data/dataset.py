@@ -374,3 +374,28 @@ def rows(examples, stoi, length):
         tokens += [stoi[ch] for ch in line.ljust(length, stop_token)]
         mask += [0] * len(prompt) + [1] * len(response) + [0] * (length - len(line))
     return tokens + [0], mask + [0]
+
+
+def write_lines(folder, lines, answers, chars, length=None):
+    """A data set of rows, of one line each, and grpo.py's prompts: for the tasks that are made by rule.
+
+    lines: {'train': lines 'PROMPT=RESPONSE' with their newline, 'val': ...}; answers: {split: (prompt, answer) pairs}
+    chars: all characters, the newline first. length: tokens in a row; None: what the longest line needs
+    """
+    longest = max(map(len, lines['train'] + lines['val']))
+    length = -(-longest // 8) * 8 if length is None else length
+    need(longest <= length <= 4096, f'--length={length} must lie in {longest}..4096')
+    itos = dict(enumerate(chars))
+    stoi = {ch: i for i, ch in itos.items()}
+
+    def rows_of(split):
+        ends = [(line, line.index('=') + 1) for line in lines[split]]
+        return rows([(line[:end], line[end:]) for line, end in ends], stoi, length)
+
+    (train, train_mask), (val, val_mask) = map(rows_of, ('train', 'val'))
+    prompts = {f'{split}_prompts.txt': ''.join(f'{prompt}\t{answer}\n' for prompt, answer in pairs).encode()
+               for split, pairs in answers.items()}
+    meta = {'vocab_size': len(chars), 'itos': itos, 'stoi': stoi, 'row_length': length}
+    write_splits(folder, train, val, len(chars), meta, {'train': train_mask, 'val': val_mask}, more=prompts)
+    print(f'{len(lines["train"]):,} lines in rows of {length} tokens (--block_size={length}), such as\n'
+          f'{lines["train"][0]}into {folder}')

@@ -101,11 +101,6 @@ def read_traces(path, questions):
     return lines
 
 
-def examples(lines):
-    """(prompt, response) of each line."""
-    return [(line[:line.index('=') + 1], line[line.index('=') + 1:]) for line in lines]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,21 +126,8 @@ def main():
     lines['train'] = lines['train'][:args.examples]
     if args.traces is not None:
         lines['train'] = read_traces(args.traces, questions['train'])
-    longest = max(map(len, lines['train'] + lines['val']))
-    length = -(-longest // 8) * 8 if args.length is None else args.length
-    need(longest <= length <= 4096, f'--length={length} must lie in {longest}..4096')
-    itos = dict(enumerate(CHARS))
-    stoi = {ch: i for i, ch in itos.items()}
-    train, train_mask = dataset.rows(examples(lines['train']), stoi, length)
-    val, val_mask = dataset.rows(examples(lines['val']), stoi, length)
-
-    folder = os.path.join(here, name)
-    prompts = {f'{split}_prompts.txt': ''.join(f'{p}\t{a}\n' for p, a in pairs.items()).encode()
-               for split, pairs in questions.items()}
-    meta = {'vocab_size': len(CHARS), 'itos': itos, 'stoi': stoi, 'row_length': length}
-    dataset.write_splits(folder, train, val, len(CHARS), meta, {'train': train_mask, 'val': val_mask}, more=prompts)
-    print(f'{len(lines["train"]):,} lines in rows of {length} tokens (--block_size={length}), such as\n'
-          f'{lines["train"][0]}into {folder}')
+    answers = {split: [*pairs.items()] for split, pairs in questions.items()}
+    dataset.write_lines(os.path.join(here, name), lines, answers, CHARS, args.length)
 
 
 if __name__ == '__main__':

@@ -37,9 +37,7 @@ PROMPTS = {'train': 12000, 'val': 1000, 'test': 1000}
 
 
 def play(numbers, rng):
-    """Join two random numbers at a time, by a rule with a positive whole result -> the steps, the result, and the
-    expression. None if the last numbers cannot be joined.
-    """
+    """Join two random numbers at a time, by a rule with a positive whole result -> steps, result, expression"""
     left, steps = [(n, str(n)) for n in numbers], []
     while len(left) > 1:
         (a, x), (b, y) = (left.pop(rng.randrange(len(left))) for _ in range(2))
@@ -110,21 +108,8 @@ def main():
     lines['train'] = lines['train'][:args.examples]
     if args.sums:
         lines = {split: lines[split] + more for split, more in sums(args.sums, rng).items()}
-    longest = max(map(len, lines['train'] + lines['val']))
-    length = -(-longest // 8) * 8 if args.length is None else args.length
-    need(longest <= length <= 4096, f'--length={length} must lie in {longest}..4096')
-    itos = dict(enumerate(CHARS))
-    stoi = {ch: i for i, ch in itos.items()}
-    train, train_mask = dataset.rows(arithmetic['examples'](lines['train']), stoi, length)
-    val, val_mask = dataset.rows(arithmetic['examples'](lines['val']), stoi, length)
-
-    folder = os.path.join(here, args.name)
-    prompts = {f'{split}_prompts.txt': ''.join(f'{prompt}\t{game[-1]}\n' for prompt, game in found.items()).encode()
-               for split, found in games.items()}
-    meta = {'vocab_size': len(CHARS), 'itos': itos, 'stoi': stoi, 'row_length': length}
-    dataset.write_splits(folder, train, val, len(CHARS), meta, {'train': train_mask, 'val': val_mask}, more=prompts)
-    print(f'{len(lines["train"]):,} lines in rows of {length} tokens (--block_size={length}), such as\n'
-          f'{lines["train"][0]}into {folder}')
+    answers = {split: [(prompt, game[-1]) for prompt, game in found.items()] for split, found in games.items()}
+    dataset.write_lines(os.path.join(here, args.name), lines, answers, CHARS, args.length)
 
 
 if __name__ == '__main__':
