@@ -324,7 +324,8 @@ def look(model, tokenizer, ids, count_tokens, dtype='float32', log_path='', knoc
             'words': {i: pieces_of(tokenizer, [i])[0] for i in sorted(named)}, 'heads': heads, 'drafts': drafts,
             'layers': layers, 'tokens': len(ids), 'counted': windows.numel(), 'block_size': cfg.block_size,
             'lens': lens, 'knockouts': knockouts_of(model, ids[:T], calls, knockouts),
-            'E': E, 'K': cfg.num_experts_per_tok, 'scoring': cfg.scoring_func, 'scaling': cfg.routed_scaling_factor,
+            'E': E, 'K': cfg.num_experts_per_tok, 'scoring': cfg.scoring_func,
+            'gates_sum': cfg.routed_scaling_factor if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1 else None,
             'groups': [cfg.n_group, cfg.topk_group], 'cache': cache_of(model, dtype, T),
             'training': training_of(log_path, len(model.moe_layers()), E) if E > 0 else None}
 
@@ -341,6 +342,8 @@ def page(data, title):
 
 def main():
     if live:
+        guard.need(not experts and not knockouts, 'leave out experts and knockouts with live: its page has a slider '
+                   'for the experts and switches for the parts')
         return live_page.write(out_dir, text, out)
     path = out or os.path.join(out_dir, 'inside.html')
     guard.check_ranges(globals(), [

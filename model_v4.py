@@ -461,7 +461,9 @@ class HyperConnection(nn.Module):
 def stream_weights(x, fn, eps):
     """x (B, T, n, C) -> linear functions of the normed streams (B, T, len(fn)), in fp32"""
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(rms(x.flatten(2), eps), fn.float())
+        x = x.float().flatten(2)                                            # (B, T, n C)
+        # the norm has no weight, so it may follow the product, where a token has fewer numbers
+        return F.linear(x, fn.float()) * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def rms(x, eps):
@@ -477,18 +479,19 @@ def weighted(x, weights):
 def sinkhorn(logits, iters, eps):
     """logits (..., n, n) -> matrices whose columns sum to 1, and nearly so the rows (Sinkhorn-Knopp)"""
     comb = logits.softmax(dim=-1) + eps
-    comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    comb = comb.flatten(0, -3).permute(1, 2, 0).contiguous()                # (n, n, B T): long loops, not n steps each
+    comb = comb / (comb.sum(dim=0, keepdim=True) + eps)
     for _ in range(iters - 1):
-        comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
-        comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
-    return comb
+        comb = comb / (comb.sum(dim=1, keepdim=True) + eps)
+        comb = comb / (comb.sum(dim=0, keepdim=True) + eps)
+    return comb.permute(2, 0, 1).view(logits.shape)                         # (..., n, n)
 
 
 def connect(x, y, post, comb):
     """X' = post y + comb^T X: streams x (B, T, n, C) and a sublayer's output y (B, T, C) -> (B, T, n, C)"""
     with torch.autocast(x.device.type, enabled=False):
-        mixed = comb.transpose(-1, -2) @ x.float()  # the sum runs over comb's first axis
-    return (post.unsqueeze(-1) * y.unsqueeze(2) + mixed).to(x.dtype)
+        weights = torch.cat((comb.transpose(-1, -2), post.unsqueeze(-1)), dim=-1)   # (B, T, n, n + 1)
+        return (weights @ torch.cat((x, y.unsqueeze(2)), dim=2).float()).to(x.dtype)
 
 
 class StreamNorm(RMSNorm):

@@ -226,6 +226,9 @@ if one_by_one:
         counts.append(speculation(decoder.kept.counts.clone()))  # a compiled step keeps writing to them
     counted = Speculation(*map(torch.cat, zip(*counts)))
 else:
+    if total > block_size:
+        print(f'{total - context} tokens of each sample lie past the context of {block_size}: each takes a pass over '
+              'all of it, and nothing is printed before the end', file=sys.stderr)
     prompts = [prompt] * num_samples
     rows, counted = decoder.generate(prompts, max_new_tokens, temperature, top_k, stop_token, speculative)
 dt = time.perf_counter() - t0 - decoder.compile_seconds

@@ -512,7 +512,7 @@ def test_models_that_do_not_fit(tmp_path, monkeypatch):
     (['--out_dir='], 'must name the folder'), (['--out=a.txt'], 'must end in .html'), (['--text=nowhere'], 'No such'),
     (['--out=nowhere/a.html'], 'must end in .html'), (['--out=note.html'], 'did not write it'),
     (['--text=short'], '2 tokens at least'), (['--text=other'], 'does not know the characters'),
-    (['--text=note.html', '--out=note.html'], 'is the file to read')])
+    (['--text=note.html', '--out=note.html'], 'is the file to read'), (['--experts=all'], 'leave out experts')])
 def test_mistakes(tmp_path, flags, message):
     write_checkpoint(tmp_path)
     for name, text in (('note.html', '(())'), ('short', '('), ('other', 'é')):
