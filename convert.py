@@ -49,7 +49,7 @@ def write_tokenizer(out_dir, folder, meta, vocab_size):
     speaks = of_checkpoint(out_dir, meta, vocab_size)
     if speaks.sha256:
         copy_tokenizer(out_dir, folder)
-        return speaks.end, 'the one that came with the checkpoint'
+        return speaks.end, f'a tokenizer.json of its own, {speaks.vocab_size:,} tokens'
     with rust('its tokenizer.json cannot be made: '):
         tokenizer = character_tokenizer(meta['stoi']) if meta.get('stoi') else gpt2_tokenizer()
         text = tokenizer.to_str(pretty=True)
@@ -117,6 +117,9 @@ def model_card(model, checkpoint, settings, tokenizer, left_out, out_dir):
     loss, iterations = (checkpoint.get(key) for key in ('val_loss', 'iter_num'))
     if iterations and type(iterations) is int:
         known = f', validation loss {loss:.4f}' if type(loss) is float else ''  # else these weights were not evaluated
+        size = (checkpoint.get('meta') or {}).get('bytes_per_token')
+        if known and type(size) is float and size > 0:
+            known += f', {loss / math.log(2) / size:.4f} bits per byte'
         lines.append(f'| iterations | {iterations}{known} |')
     command = training_command(os.path.join(out_dir, 'log.jsonl'))
     if command:

@@ -64,15 +64,15 @@ def read_log(path):
                 continue
             if type(record) is not dict:
                 continue
-            if 'command' in record:
+            if 'step' not in record and {'command', 'config'} & set(record):
                 header = record
                 continue
             records = (evals if {'val_loss', 'val_accuracy', 'test_accuracy'} & set(record) else
                        train if {'loss', 'reward'} & set(record) else None)
             if records is None:
                 continue
-            need(type(record.get('step')) is int and not math.isnan(number(record, 'step')),
-                 f'{path}, line {n}: a record needs a step, a whole number')
+            need(type(record.get('step')) is int and number(record, 'step') >= 0,
+                 f'{path}, line {n}: a record needs a step, a whole number from 0 on')
             records[record['step']] = record | {'header': header}  # a resume may change the batch
     need(train or evals, f'{path}: no records in it')
     return header, [train[k] for k in sorted(train)], [evals[k] for k in sorted(evals)]
@@ -299,6 +299,7 @@ def main():
     need(0 <= args.smooth < 1, f'--smooth={args.smooth} must lie in 0..1, below 1')
     import matplotlib
     matplotlib.use('Agg')
+    matplotlib.rcParams['text.parse_math'] = False  # a $ in a name begins no formula
     import matplotlib.pyplot as plt
 
     inputs = []
@@ -309,7 +310,7 @@ def main():
         header, train, evals = read_log(path)
         name = os.path.basename(os.path.dirname(os.path.abspath(path))) if name is None else name
         name = os.fsencode(name).decode(errors='replace')
-        return name.replace('$', r'\$'), train, evals, header  # between two $ matplotlib reads formulas
+        return name, train, evals, header
 
     logs = [read(*pair) for pair in itertools.zip_longest(args.logs, names)]
     bases = [read(path) for path in args.relative_to]

@@ -155,6 +155,7 @@ def ask():
             answering = signal.signal(signal.SIGINT, signal.default_int_handler)
             return input('> ' if sys.stdin.isatty() and sys.stdout.isatty() else '')
         except EOFError:
+            print(end='\n' * (sys.stdin.isatty() and sys.stdout.isatty()))  # the shell's prompt gets a line of its own
             return None
         except KeyboardInterrupt:
             print('\nCtrl-D ends the conversation', file=sys.stderr)
@@ -171,8 +172,10 @@ def with_line(row, line):
         ids = tokenizer.encode(line)  # characters without a line's end
     check_ids(ids)
     guard.need(row + ids, 'there is no text yet that an empty line could continue: type some')
-    # a full context would cost a whole pass for each token: forget its older half
-    return (row + ids)[-max(1, block_size // 2):] if len(row + ids) >= block_size else row + ids
+    if len(row + ids) < block_size:
+        return row + ids
+    # a full context would cost a whole pass for each token: forget its older half, but nothing of the line that fits
+    return (row + ids)[-max(1, block_size // 2, min(len(ids), block_size - 1)):]
 
 
 def converse(row):

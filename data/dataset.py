@@ -335,7 +335,7 @@ def write_documents(folder, texts, tokenizer):
         if first and rest:
             train += bpe.begin + bpe.encode(first)
             val += bpe.encode(rest) + ([] if bpe.end is None else [bpe.end])
-        else:
+        elif first or rest:  # an empty text is no document
             split = train if first else val
             split += document(bpe, first or rest)
     write_splits(folder, train, val, bpe.vocab_size, token_meta(bpe.vocab_size, bpe.sha256), tokenizer=tokenizer,

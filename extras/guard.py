@@ -6,6 +6,7 @@ run's folder. train.py calls these functions if the folder extras/ exists. A fai
 import math
 import os
 import socket
+import sys
 
 import numpy as np
 import torch
@@ -182,9 +183,11 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
     if not found.get('optimizer'):  # from Hugging Face, perhaps by convert.py
         from extras.hf import check_vocabulary
         check_vocabulary(os.path.dirname(path), meta, config['dataset'])
+    flags = {arg.partition('=')[0] for arg in sys.argv[1:]}
+    fields = type(model.config).__dataclass_fields__
     ignored = [f'{name}={config[name]}' for name, value in vars(model.config).items()
-               if name not in (*overrides, 'vocab_size', 'architecture') and config.get(name, -1) not in (-1, value)
-               and config[name] != type(model.config).__dataclass_fields__[name].default]
+               if name not in (*overrides, 'architecture') and config.get(name, -1) not in (-1, value)
+               and (f'--{name}' in flags or name != 'vocab_size' and config[name] != fields[name].default)]
     if ignored and os.environ.get('RANK', '0') == '0':
         print(f"ignored, since the architecture is the checkpoint's: {', '.join(ignored)}")
     original, factor = model.config.rope_original_max_position_embeddings, model.config.rope_factor

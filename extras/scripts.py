@@ -98,7 +98,7 @@ def load_checkpoint(out_dir, device, **overrides):
 
 def choose_experts(model, experts):
     """From now on each token goes to this number of routed experts ('all', or a number as text), not to as many as in
-    training; '' changes nothing. Gates that are normalised sum to what they did.
+    training; '' changes nothing. Gates that are normalised sum to what they did, but that of one expert is its score.
     """
     if experts == '':
         return
@@ -109,6 +109,7 @@ def choose_experts(model, experts):
                f'{cfg.num_experts_per_tok} for each token')
     guard.need(experts == 'all' or experts.isascii() and experts.isdigit() and 1 <= int(experts[:9]) <= most,
                f"experts={experts!r} must be 'all' or a number in 1..{most}")
+    cfg.norm_topk_prob &= cfg.num_experts_per_tok > 1  # trained with one, the model has not seen a normalised gate
     cfg.num_experts_per_tok = most if experts == 'all' else int(experts)
 
 

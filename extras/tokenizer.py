@@ -39,7 +39,8 @@ class Tokenizer(NamedTuple):
 
 
 def speller(decode):
-    """-> spell(ids, last=False): the text that further token ids add. In sum it is decode() of all ids.
+    """-> spell(ids, last=False): the text that further token ids add. In sum it is decode() of all ids, if these
+    are UTF-8 (some decoders change the characters before a wrong byte, which are out already).
 
     A character may be spread over several tokens. Until the character is whole, decode() ends with U+FFFD, which is
     held back; last=True holds nothing back.

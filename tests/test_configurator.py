@@ -91,6 +91,18 @@ def test_the_dial_is_turned_last_and_leaves_other_flags_alone(monkeypatch):
     assert (off['depth'], off['n_layer'], off['learning_rate']) == (0, 12, 6e-4)
 
 
+def test_what_the_dial_derives_follows_the_flags(monkeypatch):
+    s = settings_of_train(monkeypatch, '--depth=4', '--max_iters=100', '--learning_rate=1e-3')
+    assert [s[key] for key in ('max_iters', 'lr_decay_iters', 'warmup_iters', 'eval_interval')] == [100, 100, 2, 10]
+    assert (s['learning_rate'], s['min_lr']) == (1e-3, 1e-4)
+    plain, wide, dense = (settings_of_train(monkeypatch, '--depth=4', *flags)
+                          for flags in ([], ['--n_embd=512', '--n_head=8'], ['--n_routed_experts=0']))
+    assert wide['max_iters'] > plain['max_iters'] != dense['max_iters']
+    assert wide['learning_rate'] < plain['learning_rate']
+    # the rows that fit stay the bound
+    assert settings_of_train(monkeypatch, '--depth=4', '--gradient_accumulation_steps=1')['batch_size'] == 12
+
+
 def test_help_of_scripts_without_the_dial():
     for script in ('train.py', 'scale/pipeline.py'):  # the pipeline has sizes of its own
         code, printed, _ = run_inside(script, '--help', cwd=ROOT)

@@ -113,6 +113,15 @@ def test_the_axis_of_x(tmp_path):
     plt.close('all')
 
 
+def test_the_log_of_two_files_alone(tmp_path):
+    """Its header is the config, without a command."""
+    own = {'config': header()['config']}
+    train, evals = write_log(tmp_path / 'a', own, {'step': 1, 'loss': 3}, {'step': 2, 'val_loss': 3})
+    fig = plot.draw_losses(plt, [('a', train, evals)], 'tokens')
+    assert [list(line.get_xdata()) for line in fig.axes[0].lines] == [[48], [48]]
+    plt.close('all')
+
+
 def test_bits_per_byte_and_smoothing(tmp_path):
     train, evals = write_log(tmp_path / 'a', header(), {'step': 0, 'loss': 4.0}, {'step': 1, 'loss': None},
                              {'step': 2, 'loss': 2.0}, {'step': 0, 'val_loss': 2.0, 'val_bpb': 3.0, 'train_loss': 1.0})

@@ -181,6 +181,15 @@ def test_a_conversation_forgets_its_oldest_half(made, monkeypatch):
     assert [line.partition('context ')[2] for line in said] == [f'{n} of 32' for n in (10, 17, 24, 31, 32, 16 + 7)]
 
 
+def test_a_line_longer_than_half_the_context_is_read_as_far_as_it_fits(made, tmp_path, monkeypatch):
+    line = '1+2*3-4/5' * 5                                          # 45 characters, and the context has 32 tokens
+    for lines, read in ((line, line[-31:]), ('1+2\n' + line[:29], '\n' + line[:29])):
+        told, _ = converse(made, monkeypatch, lines + '\n', '--max_new_tokens=1')
+        (tmp_path / 'read.txt').write_text(read)
+        whole = text(made, '--max_new_tokens=1', f'--start=FILE:{tmp_path}/read.txt')
+        assert told.splitlines()[-1] == whole[len(read):]
+
+
 def test_ctrl_c_ends_an_answer(made, monkeypatch):
     """And not the conversation. A second one, before the next token comes, ends that too."""
     stream, times = Decoder.stream, [1]
@@ -398,8 +407,12 @@ def test_a_reader_that_leaves(made):
     process.stdout.readline()
     process.stdout.close()
     said = process.stderr.read()
-    assert process.wait() == -signal.SIGPIPE
-    assert b'lie past the context' in said and said.count(b'\n') == 1  # and it said why it would take long
+    assert process.wait() == -signal.SIGPIPE and re.fullmatch(rb'(\d+ tokens .* lie past .*\n)?', said)
+
+
+def test_tokens_past_the_context_are_announced(made):
+    code, _, said = run_inside(str(ROOT / 'sample.py'), *FEW, '--num_samples=2', '--max_new_tokens=40', cwd=made)
+    assert code == 0 and re.match(r'\d+ tokens of each sample lie past the context of 32', said)
 
 
 @pytest.mark.parametrize('args', [['sample.py', *FEW], ['convert.py', 'export', '--out_dir=out', '--hf_dir=new'],

@@ -535,6 +535,7 @@ RESUMES = [  # flags, and a line that is printed; or how to read what the third 
     ('--dropout=0.1', lambda *run: saved(*run)['model_args']['dropout'], 0.1),
     ('--n_layer=3 --n_head=4 --n_embd=64 --bias=True',
      "since the architecture is the checkpoint's: n_layer=3, n_head=4, n_embd=64, bias=True", None),
+    ('--n_layer=12 --vocab_size=77 --bias=False', "is the checkpoint's: .*vocab_size=77, .*n_layer=12", None),
 ]
 REFUSED = {'--block_size=32', '--dtype=float16', '--device=meta', '--dataset=other'}
 
