@@ -392,8 +392,10 @@ def run_all(sizes, only, workers, seeds):
                 print({k: v for k, v in runs[-1].items() if k != 'curve'}, flush=True)
 
 
-def time_all(sizes, rounds=5, iterations=4):
-    """Milliseconds per iteration of every variant: the median of rounds in which the variants take turns."""
+def time_all(sizes, rounds=8, iterations=4):
+    """Milliseconds per iteration of every variant: the least of rounds in which the variants take turns, because other
+    work on the machine only adds.
+    """
     for size in sizes:
         data, vocab_size = load(size)
         names = [variant for found in variants(size).values() for variant in found]
@@ -411,7 +413,7 @@ def time_all(sizes, rounds=5, iterations=4):
                     iteration(*steps[name])
                 ms[name].append((time.perf_counter() - start) / iterations * 1000)
         for name, (model, cached) in models.items():
-            append({'size': size, 'variant': name, 'ms': round(statistics.median(ms[name]), 2), 'cache': cached,
+            append({'size': size, 'variant': name, 'ms': round(min(ms[name]), 2), 'cache': cached,
                     'flops': model.flops_per_token(), 'parameters': model.get_num_params(),
                     'active': model.get_num_active_params()})
 
