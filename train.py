@@ -135,7 +135,6 @@ config['dtype'] = dtype
 ctx = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 # under autocast only the routers' products stay in fp32: keep them exact; TF32 is for runs in float32
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == 'float32'
-torch.set_flush_denormal(True)  # old moments and gradients below 1e-38 are 0: a CPU is slow with them
 
 # -----------------------------------------------------------------------------
 # data: flat files of token ids, read from the disk when needed

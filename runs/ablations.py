@@ -307,7 +307,6 @@ def train(job):
     """Trains a variant; job: (size, variant, lr, seed, steps). -> its line of the results."""
     size, variant, lr, seed, steps = job
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # as train.py
     data, vocab_size = load(size)
     torch.manual_seed(seed)
     model, _ = build(size, variant, vocab_size)
