@@ -150,12 +150,14 @@ def follow(row, spell, stopped=(), spare=0):
 
 def ask():
     """The user's next line; None at the end of the input. Only here a Ctrl-C is a KeyboardInterrupt at once."""
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
         try:
             answering = signal.signal(signal.SIGINT, signal.default_int_handler)
-            return input('> ' if sys.stdin.isatty() and sys.stdout.isatty() else '')
+            return input('> ' if at_terminal else '')
         except EOFError:
-            print(end='\n' * (sys.stdin.isatty() and sys.stdout.isatty()))  # the shell's prompt gets a line of its own
+            if at_terminal:
+                print()  # the shell's prompt gets a line of its own
             return None
         except KeyboardInterrupt:
             print('\nCtrl-D ends the conversation', file=sys.stderr)

@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # The losses of docs/after_v3.md's "Long contexts": three models of 4,096 tokens on Python's standard library, one with
 # MLA, the same with an indexer, and one with V4's attention; then their loss by position. Nothing is tuned. More
 # than an hour on one core; the masks of 16,384 tokens need 8 GB.
