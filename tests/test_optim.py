@@ -121,7 +121,10 @@ def test_the_gram_iteration_is_the_plain_one():
         u, _, v = torch.linalg.svd(torch.randn(3, m, n), full_matrices=False)
         for s in (torch.ones(m), torch.logspace(0, -3, m)):
             X = u * (s / s.norm()) @ v
-            torch.testing.assert_close(gram_newton_schulz(X, 5), newton_schulz(X, 5), rtol=0, atol=1e-3)
+            for G in (X, 100 * X.mT):
+                torch.testing.assert_close(gram_newton_schulz(G, 5), newton_schulz(G, 5), rtol=0, atol=1e-3)
+            torch.testing.assert_close(newton_schulz(X.mT, 5).mT, newton_schulz(X, 5), rtol=0, atol=1e-5)
+    assert not gram_newton_schulz(torch.zeros(1, 4, 8), 5).any()  # a weight without a gradient
 
 
 def test_orthogonalise_flattens_the_singular_values():
