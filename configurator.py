@@ -115,9 +115,22 @@ def _settings(namespace):
 def _check_key(key, where):
     known = _settings(globals())
     if key not in known:
-        near = _difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+        others = _fields_of_others() if 'architecture' in known else {}
+        if key in others:
+            raise mistake(f'{where}: {key} is a setting of {others[key]}.py: add --architecture={others[key]}')
+        near = _difflib.get_close_matches(key, [*known, *others], n=3, cutoff=0.6)
         raise mistake(f'{where}: unknown key {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
     return type(known[key])
+
+
+def _fields_of_others():
+    """{field of a GPTConfig: the model_*.py beside the script that has it}"""
+    folder, found = _os.path.dirname(_os.path.abspath(__file__)), {}
+    for name in _os.listdir(folder):
+        if _re.fullmatch(r'model_\w+\.py', name):
+            with open(_os.path.join(folder, name), encoding='utf-8') as f:
+                found |= dict.fromkeys(_re.findall(r'^ {4}(\w+): \w+ = ', f.read(), _re.M), name[:-3])
+    return found
 
 
 def _fit(key, value, kind, where):

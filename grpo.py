@@ -348,7 +348,12 @@ if __name__ == '__main__':
     source = out_dir if resume else init_from
     model, checkpoint, tokenizer = load_model(source, device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    guard.need(not getattr(model.config, 'index_warmup', False), f"the model in {source} is in its indexer's warm-up: "
+               'train it with train.py --architecture=model_v4 first')
     model.mtp.requires_grad_(train_mtp)  # if not trained, the optimizer counts them all the same
+    for name, p in model.named_parameters():
+        if '.indexer.' in name:  # of model_v4.py: it keeps choosing as it has learned to
+            p.requires_grad_(False)
     guard.need(not train_mtp or model.mtp, f'train_mtp=True: the model in {source} has no MTP modules')
     guard.need(not replay_routing or any(isinstance(block.mlp, MoE) for block in model.transformer.h),
                f'replay_routing=True: the model in {source} has no routed experts')

@@ -25,6 +25,10 @@ import model
 from model import RMSNorm, compute_dtype
 
 
+def sqrtsoftplus(logits):
+    return F.softplus(logits).clamp(min=1e-30).sqrt()  # at 0 the root's gradient is infinite
+
+
 @dataclass
 class GPTConfig(model.GPTConfig):
     """model.py's fields, then those of the later ideas, named as in the released configs."""
@@ -32,7 +36,7 @@ class GPTConfig(model.GPTConfig):
     # DeepSeek sparse attention (V3.2)
     index_topk: int = 0             # positions that a query attends to; 0: off, it attends to all
     index_n_heads: int = 4
-    index_head_dim: int = -1        # at least qk_rope_head_dim; cached too, once per token and layer
+    index_head_dim: int = -1        # -1: as an attention head; cached too, once per token and layer
     index_warmup: bool = False      # attention stays dense, and the indexer alone learns
     # V4's attention; a head has the size qk_nope_head_dim + qk_rope_head_dim
     layer_types: str = ''           # a letter for each main block: s window alone, c window and CSA, h window and HCA
@@ -59,7 +63,7 @@ class GPTConfig(model.GPTConfig):
     swiglu_limit: float = 0.0       # clamps gate <= limit and |up| <= limit; 0: off (V4: 10)
     num_hash_layers: int = 0        # the first blocks choose experts by token id alone
 
-    score_fns = model.GPTConfig.score_fns | {'sqrtsoftplus': lambda logits: F.softplus(logits).sqrt()}
+    score_fns = model.GPTConfig.score_fns | {'sqrtsoftplus': sqrtsoftplus}
 
     always_free, free_if_given = ('architecture', 'index_warmup'), ('index_topk', 'index_n_heads', 'index_head_dim')
 
@@ -85,6 +89,8 @@ CHECKS = [  # as in model.py, but after the -1 are derived
     ('index_topk', lambda x, c: 0 <= x < 2**31, 'must not be negative, nor 2**31 or more'),
     ('index_topk', lambda x, c: x == 0 or c.q_lora_rank > 0, "needs q_lora_rank above 0: the indexer's queries come "
      "from the queries' latent"),
+    ('index_topk', lambda x, c: x == 0 or c.layer_types == '' or 'c' in c.layer_types, 'needs a block c in '
+     'layer_types={layer_types}: only CSA chooses'),
     ('index_n_heads', lambda x, c: 0 < x < 2**31, 'must be positive, < 2**31'),
     ('index_head_dim', lambda x, c: c.qk_rope_head_dim <= x < 2**31,
      'must be at least qk_rope_head_dim={qk_rope_head_dim}, < 2**31'),
@@ -97,6 +103,8 @@ CHECKS = [  # as in model.py, but after the -1 are derived
      'must be at most block_size={block_size}: no window of layer_types={layer_types} would ever close'),
     ('compress_rate_hca', lambda x, c: 'h' not in c.layer_types or x <= c.block_size,
      'must be at most block_size={block_size}: no window of layer_types={layer_types} would ever close'),
+    ('compress_rope_theta', lambda x, c: c.layer_types == '' or c.rope_factor == 1 or x > 2,
+     'must be above 2 with rope_factor={rope_factor}'),
     ('o_groups', lambda x, c: 0 < x and c.n_head % x == 0, 'must divide n_head={n_head}'),
     ('index_warmup', lambda x, c: not x or c.index_topk > 0, 'must be False, unless index_topk is above 0'),
     ('hc_mult', lambda x, c: 0 <= x <= 64, 'must lie in 0..64'),
@@ -107,6 +115,7 @@ CHECKS = [  # as in model.py, but after the -1 are derived
      "must be different main blocks below n_layer={n_layer} with commas, such as '0' or '1,3', or ''"),
     ('engram_ngram', lambda x, c: 2 <= x <= 16, 'must lie in 2..16'),
     ('engram_heads engram_dim', lambda x, c: 0 < x < 2**16, 'must lie in 1..65535'),
+    ('engram_heads', lambda x, c: (c.engram_ngram - 1) * x <= 256, 'times engram_ngram - 1 must be at most 256 tables'),
     ('engram_rows', lambda x, c: 0 < x < 2**31, 'must be positive, < 2**31'),
     ('num_hash_layers', lambda x, c: x == 0 or 0 < x <= c.n_layer and 0 < c.n_routed_experts and
      c.first_k_dense_replace == 0, 'must lie in 0..n_layer={n_layer}, and needs experts in these blocks: '
@@ -161,6 +170,11 @@ def index_scores(q, w, k, seen):
     return scores.masked_fill(~seen, float('-inf'))
 
 
+def best_of(scores, seen, k):
+    """Of what is seen, (1 or B, T, S), each query's k best by its scores (B, T, S)"""
+    return seen & torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(k, dim=-1).indices, True)
+
+
 def index_loss(scores, attention, kept):
     """V3.2 eq. 3-4: KL(p || softmax I) over the kept positions, the mean over tokens. All three are (B, T, S);
     attention: the sum over heads, 0 where not kept. A token that keeps none adds 0.
@@ -185,33 +199,33 @@ class SparseMLA(model.MLA):
         q, latent = self.project(x, cos, sin, latents)                                 # (B, H, T, n+r), (B, T, c+r)
         c_q = self.q_a_layernorm(latents[0])
         q_index, w, k_index = self.indexer(x.detach(), c_q.detach(), cos, sin)
-        rows, seen = torch.cat((latent, k_index.to(latent.dtype)), dim=-1), None
-        if cache is not None:
-            rows, seen = model.remember(cache, rows, pos)
-        latent, k_index = rows.split((latent.size(-1), k_index.size(-1)), dim=-1)      # (B, S, c+r), (B, S, d)
-        T, S, k = x.size(1), rows.size(1), self.config.index_topk
+        seen, learns = None, self.training and self.indexer.wq_b.weight.requires_grad
+        if cache is not None:  # only then joined: else gradients of the indexer's loss would flow through both parts
+            rows, seen = model.remember(cache, torch.cat((latent, k_index.to(latent.dtype)), dim=-1), pos)
+            latent, k_index = rows.split((latent.size(-1), k_index.size(-1)), dim=-1)  # (B, S, c+r), (B, S, d)
+        T, S, k = x.size(1), latent.size(1), self.config.index_topk
         sparse, loss = k < S and not self.config.index_warmup, None
-        if not sparse and not self.training:
+        if not sparse and not learns:
             return self.resid_dropout(self.o_proj(self.attend(q, latent, seen))), None
         past = torch.ones(T, S, dtype=torch.bool, device=x.device).tril() if seen is None else seen.view(-1, T, S)
         scores = index_scores(q_index, w, k_index, past)                               # (B, T, S)
         if seen is not None and sparse:
             y = self.attend_chosen(q, latent, scores)
         else:
-            kept = past.expand_as(scores)
-            if sparse:
-                kept = kept & torch.zeros_like(kept).scatter(-1, scores.topk(k, dim=-1).indices, True)
-            y, attention = self.attend_masked(q, latent, kept)
-            loss = index_loss(scores, attention, kept) if self.training else None
+            kept = best_of(scores, past, k) if sparse else past.expand_as(scores)
+            y, attention = self.attend_masked(q, latent, kept, learns)
+            loss = index_loss(scores, attention, kept) if learns else None
         return self.resid_dropout(self.o_proj(y)), loss
 
-    def attend_masked(self, q, latent, kept):
-        """attend() to the kept positions (B, T, S) -> (B, T, H*v), and in training the heads' attention (B, T, S)"""
+    def attend_masked(self, q, latent, kept, learns):
+        """attend() to the kept positions (B, T, S) -> (B, T, H*v), and if the indexer learns from it the sum of the
+        heads' attention (B, T, S)
+        """
         k, v = self.expand(latent)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=kept.unsqueeze(1), scale=self.scale,
                                            dropout_p=self.config.dropout if self.training else 0.0)
         attention = None
-        if self.training:
+        if learns:
             with torch.no_grad():
                 logits = (q @ k.transpose(-1, -2)).float() * self.scale                # (B, H, T, S)
                 attention = logits.masked_fill(~kept.unsqueeze(1), float('-inf')).softmax(dim=-1).sum(dim=1)
@@ -242,15 +256,9 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(self.rate, self.series * width))
         self.kv_norm = RMSNorm(width, config.rms_norm_eps)
 
-    def make_cache(self, rings, kept):
-        """-> a ring of the last windows' [C | Z], and the entries; what closes no window goes to their last row.
-        rings and kept: see Attention.make_cache()
-        """
-        width = self.position_bias.size(1)
-        return [rings(self.series * self.rate, 2 * width), kept(self.rate, width // self.series)]
-
     def forward(self, x, cos, sin, cache, place, whole):
-        """x (B, T, C) at the positions place (1 or B, T) -> entries (B, W, width). cache: from make_cache(), or None
+        """x (B, T, C) at the positions place (1 or B, T) -> entries (B, W, width). cache: None, or a ring of the last
+        windows' [C | Z], and the entries; what closes no window goes to their last row
         whole: x begins at the first position, else the cache has what was before. cos, sin: tables (block_size, r/2)
         """
         cz = torch.cat((self.kv_proj(x), self.gate_proj(x)), dim=-1)                   # (B, T, 2 s width)
@@ -306,6 +314,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.kind = config, config.layer_types[layer] if layer < config.n_layer else 's'  # MTP: s
+        # tokens that the rings can take without losing what the first of them reads
+        self.at_a_time = 1 + config.num_nextn_predict_layers
         C, H, D, G = config.n_embd, config.n_head, config.qk_nope_head_dim + config.qk_rope_head_dim, config.o_groups
         self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.bias)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
@@ -323,20 +333,14 @@ class Attention(nn.Module):
         """zeros(rows, width) -> an empty tensor (B, rows, width). A ring has room for the drafts of a pass behind its
         newest token, so that what they write is never seen: their rows are those of positions that no query reads.
         """
-        def rings(rows, width):
+        def ring(rows, width):
             return zeros(min(rows, length) + self.at_a_time, width)
 
-        def kept(rate, width):
-            return zeros(length // rate + 1, width)
-
-        cache = [rings(self.config.sliding_window, self.kv_proj.out_features)]
+        cache = [ring(self.config.sliding_window, self.kv_proj.out_features)]
         for part in filter(None, (self.compressor, self.indexer and self.indexer.compressor)):
-            cache += part.make_cache(rings, kept)
+            width = part.position_bias.size(1)
+            cache += [ring(part.series * part.rate, 2 * width), zeros(length // part.rate + 1, width // part.series)]
         return cache
-
-    @property
-    def at_a_time(self):  # tokens that the rings can take without losing what the first of them reads
-        return 1 + self.config.num_nextn_predict_layers
 
     def forward(self, x, cos, sin, cache=None, pos=0):
         """x (B, T, C) -> (B, T, C), and in training the indexer's loss, else None. cos, sin: GPT's whole tables
@@ -369,7 +373,7 @@ class Attention(nn.Module):
             parts.append((entries, seen))
         y, weights = self.attend(q, parts)
         loss = None
-        if self.training and self.indexer is not None:
+        if self.training and self.indexer is not None and self.indexer.wq_b.weight.requires_grad:
             loss = index_loss(scores, weights[1].detach().sum(dim=2), seen.expand_as(scores))
         y = rope_last(y, rope[0], -rope[1]).flatten(2).unflatten(-1, (cfg.o_groups, -1))       # (B, T, G, H/G D)
         w = self.o_a_proj.weight.unflatten(0, (cfg.o_groups, -1)).to(y.dtype)
@@ -380,9 +384,9 @@ class Attention(nn.Module):
         k = self.config.index_topk
         if k >= entries.size(1) or self.config.index_warmup:
             return entries, seen
-        best, chosen = scores.topk(k, dim=-1)                                          # (B, T, k)
         if whole:
-            return entries, seen & torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+            return entries, best_of(scores, seen, k)
+        best, chosen = scores.topk(k, dim=-1)                                          # (B, T, k)
         return entries[row_numbers(entries, chosen), chosen], best > float('-inf')
 
     def attend(self, q, parts):
@@ -487,8 +491,12 @@ def sinkhorn(logits, iters, eps):
     return comb.permute(2, 0, 1).view(logits.shape)                         # (..., n, n)
 
 
-def connect(x, y, post, comb):
-    """X' = post y + comb^T X: streams x (B, T, n, C) and a sublayer's output y (B, T, C) -> (B, T, n, C)"""
+def connect(x, y, post=None, comb=None):
+    """X' = post y + comb^T X: streams x (B, T, n, C) and a sublayer's output y (B, T, C) -> (B, T, n, C)
+    Without weights x + y, both (B, T, C).
+    """
+    if post is None:
+        return x + y
     with torch.autocast(x.device.type, enabled=False):
         weights = torch.cat((comb.transpose(-1, -2), post.unsqueeze(-1)), dim=-1)   # (B, T, n, n + 1)
         return (weights @ torch.cat((x, y.unsqueeze(2)), dim=2).float()).to(x.dtype)
@@ -612,7 +620,8 @@ class HashMoE(model.MoE):
 
     def forward(self, x, tokens):
         """x (B, T, C), tokens (B, T, N), the newest first -> as in model.py"""
-        return super().forward(x, self.tid2eid[tokens[..., 0].flatten()])
+        y, routing = super().forward(x, self.tid2eid[tokens[..., 0].flatten()])
+        return y, routing and (routing[0].detach(), routing[1])  # the scores choose nothing that could be balanced
 
 
 def balanced_table(n_tokens, n_experts, k):
@@ -645,13 +654,12 @@ class Block(model.Block):
         h, *mix = self.attn_hc(x) if self.attn_hc else (x,)
         y = self.attn(self.input_layernorm(h), *(tables or (cos, sin)), cache, pos)
         y, index_loss = y if isinstance(y, tuple) else (y, None)
-        x = connect(x, y, *mix) if mix else x + y
+        x = connect(x, y, *mix)
         h, *mix = self.ffn_hc(x) if self.ffn_hc else (x,)
         h = self.post_attention_layernorm(h)
         y = self.mlp(h, tokens) if isinstance(self.mlp, HashMoE) else self.mlp(h)
         y, routing = y if isinstance(self.mlp, model.MoE) else (y, None)
-        x = connect(x, self.dropout(y), *mix) if mix else x + self.dropout(y)
-        return x, (*(routing or (None, None)), index_loss) if self.training else None
+        return connect(x, self.dropout(y), *mix), (*(routing or (None, None)), index_loss) if self.training else None
 
 
 class MTP(model.MTP):
@@ -661,6 +669,10 @@ class MTP(model.MTP):
         super().__init__(config, block)
         if config.hc_mult > 1:
             self.norm = StreamNorm(config)
+
+
+CONSTANT = (dict.fromkeys(('k_norm', 'h_norm', 'conv_norm'), 1.0) | dict.fromkeys(('scale', 'hc_scale'), 0.01) |
+            dict.fromkeys(('base', 'hc_base', 'hc_fn', 'conv', 'sinks', 'position_bias'), 0.0))
 
 
 class GPT(model.GPT):
@@ -694,7 +706,7 @@ class GPT(model.GPT):
 
     def run_blocks(self, blocks, x, cache, pos, tokens=None, convolved=None):
         if self.config.hc_mult > 1:
-            x = x.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)      # (B, T, n, C)
+            x = x.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)         # (B, T, n, C)
         tables = (self.rope_cos, self.rope_sin) if self.config.layer_types else None
         x, found = super().run_blocks(blocks, x, cache, pos, tokens, convolved, tables)
         self.index_losses += [index_loss for *_, index_loss in found if index_loss is not None]
@@ -753,12 +765,8 @@ class GPT(model.GPT):
     def initialise(self, name, p):
         """Initialise one parameter, or one buffer of a checkpoint, by GPT's table."""
         last = name.rpartition('.')[2]
-        if last in ('k_norm', 'h_norm', 'conv_norm'):
-            p.fill_(1.0)
-        elif last in ('base', 'hc_base', 'hc_fn', 'conv', 'sinks', 'position_bias'):
-            p.zero_()
-        elif last in ('scale', 'hc_scale'):
-            p.fill_(0.01)
+        if last in CONSTANT:
+            p.fill_(CONSTANT[last])
         elif last == 'fn':
             p.normal_(std=self.config.initializer_range)
         elif isinstance(self.get_submodule(name.rpartition('.')[0]), nn.LayerNorm):

@@ -36,7 +36,7 @@ from model import GPT, GPTConfig, Mistake, load_meta, save_checkpoint
 # the model's settings: every field of GPTConfig with its default (-1: derived from n_layer, n_head and n_embd)
 globals().update({field.name: field.default for field in dataclasses.fields(GPTConfig)})
 vocab_size = 0  # 0: from the data's meta.pkl, else GPT-2's 50,257 rounded up to 50,304
-architecture = 'model'  # or 'model_v4', the file with GPT and GPTConfig; its further fields are settings too
+architecture = 'model'  # or 'model_v4', whose further fields are settings too: --architecture=model_v4 --help
 # I/O
 out_dir = 'out'
 eval_interval = 2000
@@ -461,6 +461,7 @@ while True:
             line += f', mfu {running_mfu * 100:.2f}%' * (not math.isnan(mfu))  # nan: the device's peak is unknown
             line += f', {tokens_per_iter / dt:,.0f} tok/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left'
             line += ''.join(f', mtp{k} {v:.4f}' for k, v in enumerate(record['mtp_losses'], start=1))
+            line += f', index {record.get("index_loss", 0):.4f}' * ('index_loss' in record)
             if 'max_vio' in record:
                 line += f', maxvio {max(record["max_vio"]):.2f}'
             print(line + f', skipped {record["skipped"]}' * (record['skipped'] > 0))

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from extras import experts
 from model import GREEDY, MLA, NOT_FINITE, Mistake, MoE, draw, first_line, probabilities
 
-# the ends of the names of norms, routers, and the weights of an indexer's heads
-KEPT = 'norm.weight', 'norm.bias', '_norm', 'ln_f.weight', 'mlp.gate.weight', 'weights_proj.weight'
+# the ends of the names of norms, routers, the weights of an indexer's heads, and V4's small parameters
+KEPT = ('norm.weight', 'norm.bias', '_norm', 'ln_f.weight', 'mlp.gate.weight', 'weights_proj.weight', 'sinks',
+        'position_bias', 'engram.conv')
 
 
 def for_decoding(model, dtype):

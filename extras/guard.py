@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import torch
 
-from extras import integrity
+from extras import architecture, integrity
 from extras.folder import begin, last_checkpoint, missing_data  # noqa: F401 (train.py calls guard.begin)
 from extras.integrity import as_prepared, check_checkpoint, check_context, check_finite, check_path, check_run  # noqa: F401
 from extras.optim import load_optimizer  # noqa: F401 (train.py and grpo.py call guard.load_optimizer)
@@ -169,6 +169,7 @@ def check_tokens(data, model_config, config, meta, max_over_ranks):
 def check_fit(init_from, path, model, found, config, overrides, meta, max_over_ranks):
     """Mistake if the checkpoint `found` at `path`, or the folder init_from, does not fit the settings or the data."""
     check_context(config['out_dir'], model.config)
+    architecture.check_effect(model.config, config)
     if init_from == 'scratch':
         return
     if found:
@@ -185,11 +186,13 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
         check_vocabulary(os.path.dirname(path), meta, config['dataset'])
     flags = {arg.partition('=')[0] for arg in sys.argv[1:]}
     fields = type(model.config).__dataclass_fields__
-    ignored = [f'{name}={config[name]}' for name, value in vars(model.config).items()
-               if name not in (*overrides, 'architecture') and config.get(name, -1) not in (-1, value)
-               and (f'--{name}' in flags or name != 'vocab_size' and config[name] != fields[name].default)]
+    ignored = [name for name, value in vars(model.config).items()
+               if name not in overrides and config.get(name, -1) not in (-1, value)
+               and (f'--{name}' in flags or name not in ('vocab_size', 'architecture') and
+                    config[name] != fields[name].default)]
+    said = architecture.as_flags(ignored, config)
     if ignored and os.environ.get('RANK', '0') == '0':
-        print(f"ignored, since the architecture is the checkpoint's: {', '.join(ignored)}")
+        print(f"ignored, since the architecture is the checkpoint's: {said}")
     original, factor = model.config.rope_original_max_position_embeddings, model.config.rope_factor
     need(config['block_size'] <= factor * original, f'block_size={config["block_size"]} is longer than the '
          f'{int(factor * original)} of the checkpoint: resume with the config file and the flags of its run, or extend '

@@ -44,8 +44,7 @@ def chosen_positions(attn, x, cos, sin):
     T = x.size(1)
     q, w, k = attn.indexer(x, attn.q_a_layernorm(attn.latents(x)[0]), cos, sin)
     past = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-    best = model_v4.index_scores(q, w, k, past)[0].topk(min(attn.config.index_topk, T), dim=-1).indices
-    return past & torch.zeros_like(past).scatter(-1, best, True)
+    return model_v4.best_of(model_v4.index_scores(q, w, k, past)[0], past, min(attn.config.index_topk, T))
 
 
 def window_and_entries(record, T):

@@ -49,6 +49,15 @@ def check_run(init_from, path, checkpoint, config, max_over_ranks):
         raise Mistake(f'the ranks hold checkpoints of different iterations: {out_dir} must be one folder for all')
     if resume and 'seconds' in checkpoint:  # only grpo.py saves them
         raise Mistake(f'{path} was written by grpo.py: begin with --init_from={out_dir} and another out_dir')
+    # of model_v4.py: whether there is an indexer, and whether it alone has learned
+    topk, warmup = (checkpoint['model_args'].get(name, 0) for name in ('index_topk', 'index_warmup'))
+    for name, was, now in (('index_topk', topk, topk or config.get('index_topk', 0)),
+                           ('index_warmup', warmup, config.get('index_warmup', warmup))):
+        if resume and bool(now) != bool(was):
+            raise Mistake(f'{path} was trained with {name}={was}: resume with --{name}={was}, or begin another run '
+                          f'with --init_from={out_dir} and another out_dir')
+    if warmup and 'index_warmup' not in config:
+        raise Mistake(f"{path} is of an indexer's warm-up: add --architecture=model_v4 to train the whole model")
     if os.environ.get('RANK', '0') != '0':
         return
     if not resume:

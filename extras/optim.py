@@ -38,6 +38,8 @@ def row_heights(name, p, config):
     heights = {'q_proj': [n, r], 'q_b_proj': [n, r], 'kv_b_proj': [n, config.v_head_dim],
                'kv_a_proj_with_mqa': [config.kv_lora_rank, r],
                'gate_up_proj': [half, half], 'experts_gate_up': [half, half]}
+    if hasattr(config, 'o_lora_rank'):  # model_v4.py's
+        heights |= {'o_a_proj': [config.o_lora_rank], 'wq_b': [config.index_head_dim]}
     return heights.get(name.removesuffix('.weight').rpartition('.')[2], [p.size(-2)])
 
 

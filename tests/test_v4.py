@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import TINY, load, losses, run_inside, torchrun, train
+from torch.nn import functional as F
 
 import grpo
 import model
@@ -73,19 +74,26 @@ def test_architectures_that_are_none(small):
         assert said.splitlines()[-1].startswith(f'architecture={name!r} must be one of the files model, model_v4')
 
 
+def test_settings_that_would_do_nothing_are_told(small):
+    assert 'layer_types is a setting of model_v4.py: add --architecture=model_v4' in \
+        train(small, '--layer_types=ss', code=2)
+    assert 'did you mean engram_layers' in train(small, '--engram_layer=0', code=2)
+    told = train(small, V4, '--engram_rows=100', '--layer_types=ss')
+    assert 'note: engram_rows=100 has no effect, because engram_layers is off' in told
+    assert 'note: sliding_window=128 covers the whole block_size=16' in told
+    assert "ignored, since the architecture is the checkpoint's: architecture=model" in \
+        train(small, '--architecture=model', '--init_from=resume')
+    assert 'hc_mult=2: out was trained with another architecture; of what model_v4.py adds only index_topk' in \
+        train(small, V4, '--hc_mult=2', '--init_from=out', '--out_dir=streams', code=2)
+    assert 'index_warmup=True needs trained weights' in \
+        train(small, V4, '--index_topk=4', '--index_warmup=True', code=2)
+
+
 def test_its_fields_are_flags_and_stand_in_the_help(small):
     code, printed, said = run_inside('train.py', V4, '--help', cwd=small)
     assert (code, said) == (0, '')
     for field in dataclasses.fields(model_v4.GPTConfig):
         assert f'  --{field.name}=' in printed
-
-
-def test_two_ranks_are_as_one(small):
-    one = train(small, V4)
-    code, printed = torchrun(small, V4)
-    assert code == 0, printed
-    steps = [[line for line in said.splitlines() if line.startswith('step ')] for said in (one, printed)]
-    assert steps[0] == steps[1] and len(steps[0]) == 3
 
 
 # DeepSeek sparse attention (V3.2)
@@ -261,6 +269,7 @@ def test_the_warm_up_is_dense_and_trains_the_indexer_alone():
     idx = torch.randint(61, (4, 32))
     torch.testing.assert_close(gpt.eval()(idx, idx)[0], dense.eval()(idx, idx)[0], atol=0, rtol=0)
     gpt.train()
+    assert not gpt.main_stack(idx)[0].requires_grad                  # nothing else has a backward, not one of zeros
     losses = []
     for _ in range(20):
         gpt(idx, idx)[1].backward()
@@ -277,12 +286,20 @@ def test_the_warm_up_is_dense_and_trains_the_indexer_alone():
 def test_a_run_warms_the_indexer_of_a_dense_run_up_and_goes_on_sparse(small):
     train(small, '--max_iters=3')
     index = [V4, '--init_from=out', '--index_topk=4', '--index_head_dim=8', '--warmup_iters=0', '--decay_lr=False']
-    train(small, *index, '--index_warmup=True', '--out_dir=warm')
+    train(small, *index, '--index_warmup=True', '--out_dir=warm', '--eos_token_id=5')
     logged = [json.loads(line) for line in (small / 'warm/log.jsonl').read_text().splitlines()]
     said = [line['index_loss'] for line in logged if 'index_loss' in line]
     assert len(said) == 6 and said[-1] < said[0]
     assert len({line['val_loss'] for line in logged if 'val_loss' in line}) == 1                 # all else is frozen
+    assert "is of an indexer's warm-up: add --architecture=model_v4" in \
+        train(small, '--init_from=warm', '--out_dir=sparse', code=2)
+    assert 'trained with index_warmup=True: resume with --index_warmup=True' in \
+        train(small, V4, '--init_from=resume', '--out_dir=warm', code=2)
+    said = run_inside('grpo.py', '--init_from=warm', '--out_dir=tuned', '--device=cpu', cwd=small)[2]
+    assert "the model in warm is in its indexer's warm-up" in said, said
     train(small, V4, '--init_from=warm', '--out_dir=sparse')
+    assert 'trained with index_warmup=False' in \
+        train(small, V4, '--index_topk=4', '--index_warmup=True', '--init_from=resume', '--out_dir=sparse', code=2)
     gpt, _ = model_v4.GPT.from_checkpoint(small / 'sparse/ckpt.pt')
     assert (gpt.config.index_warmup, gpt.config.index_topk) == (False, 4)
 
@@ -302,6 +319,25 @@ def test_compiled_and_recomputed_blocks_keep_the_indexers_loss():
     for change in (lambda gpt: gpt.recompute(), lambda gpt: (gpt.recompute(), gpt.compile(backend='eager'))):
         for a, b in zip(gradients(change), want, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_every_kind_of_block_is_compiled(monkeypatch):
+    """config/train_v4.py has about as many kinds of blocks as one function may be compiled for."""
+    monkeypatch.setattr(torch._dynamo.config, 'fail_on_recompile_limit_hit', True)
+    gpt = v4_model(n_layer=8, layer_types='sschchch', num_hash_layers=2, engram_layers='1,3', engram_rows=50, hc_mult=2,
+                   sliding_window=5, compress_rate_hca=6, o_groups=2, index_topk=3, num_nextn_predict_layers=2,
+                   mtp_n_layer=2)
+    idx = torch.randint(61, (2, 32))
+    torch._dynamo.reset()
+    with torch.autocast('cpu', torch.bfloat16):  # in fp32 the experts' products are left out, on CPUs
+        want = gpt(idx, idx)[1]
+        gpt.compile(backend='eager')
+        got = gpt(idx, idx)[1]
+        got.backward()
+        with torch.no_grad():
+            gpt.eval()(idx, idx, return_logits=False)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
 
 
 # V4's attention
@@ -432,6 +468,8 @@ def test_every_parameter_of_v4s_attention_learns_and_has_an_initial_value():
     (dict(index_topk=4, index_head_dim=2), 'index_head_dim=2 must be at least qk_rope_head_dim=4'),
     (dict(index_topk=4, index_n_heads=0), 'index_n_heads=0 must be positive'),
     (dict(index_warmup=True), 'index_warmup=True must be False, unless index_topk is above 0'),
+    (dict(layer_types='sh', index_topk=4, compress_rate_hca=8), 'index_topk=4 needs a block c in layer_types=sh'),
+    (dict(layer_types='sc', compress_rope_theta=1.5, rope_factor=2.0), 'compress_rope_theta=1.5 must be above 2'),
     (dict(layer_types='sc', n_layer=3), "layer_types='sc' must be '' or a letter s, c or h for each of the n_layer=3"),
     (dict(layer_types='sx'), "layer_types='sx' must be '' or a letter"),
     (dict(layer_types='ss', q_lora_rank=0), "layer_types='ss' needs q_lora_rank above 0"),
@@ -522,11 +560,17 @@ def test_recompute_and_bf16(overrides):
 
     want = gradients()
     with torch.autocast('cpu', torch.bfloat16):
-        assert gradients()[0] == pytest.approx(want[0].item(), rel=0.02)
-    gpt.recompute()
+        low = gradients()
+    assert low[0] == pytest.approx(want[0].item(), rel=0.02)
+    low, whole = (torch.cat([grad.flatten() for grad in found[1:]]) for found in (low, want))
+    assert F.cosine_similarity(low, whole, dim=0) > 0.98
+    logits = gpt.eval()(idx, idx)[0]
+    gpt.train().recompute()
     for a, b in zip(gradients(), want, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
-    rows, _ = Decoder(for_decoding(gpt.eval(), torch.bfloat16)).generate([[1, 2], [3]], 12, speculative=True)
+    gpt = for_decoding(gpt.eval(), torch.bfloat16)
+    assert (gpt(idx, idx)[0] - logits).square().mean() < 0.01 * logits.square().mean()
+    rows, _ = Decoder(gpt).generate([[1, 2], [3]], 12, speculative=True)
     assert [len(row) for row in rows] == [14, 13]
 
 
@@ -572,6 +616,24 @@ def test_grpo_trains_it(overrides):
     numbers = grpo.update(gpt, optimizer, rows, mask, torch.tensor([1., -1, 1, -1]), sampled_logp=sampled)
     assert numbers['mismatch'] < 1e-4 and 0 < numbers['grad_norm']
     assert any(not torch.equal(before[name], p) for name, p in gpt.named_parameters())
+
+
+def test_only_experts_that_are_chosen_by_scores_are_balanced():
+    gpt = v4_model(n_layer=1, num_nextn_predict_layers=0, num_hash_layers=1, aux_loss_alpha=100.0)
+    idx = torch.randint(61, (2, 32))
+    grads = []
+    for alpha in (100.0, 0.0):
+        gpt.config.aux_loss_alpha = alpha
+        gpt.zero_grad()
+        gpt(idx, idx)[1].backward()
+        grads.append(gpt.transformer.h[0].mlp.gate.weight.grad)
+    assert torch.equal(*grads) and grads[0].any()
+
+
+def test_scores_of_any_logit_have_a_gradient():
+    logits = torch.tensor([-200.0, -110, -20, 0, 30], requires_grad=True)
+    model_v4.sqrtsoftplus(logits).sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[2:].all()
 
 
 def assert_same_losses(folder, out, rel=1e-3):
@@ -625,6 +687,7 @@ def test_a_compiled_step_decodes_as_a_plain_one(overrides):
     (dict(hc_mult=65), 'hc_mult=65 must lie in 0..64'), (dict(hc_sinkhorn_iters=0), 'hc_sinkhorn_iters=0 must'),
     (dict(engram_layers='0,2'), "engram_layers='0,2' must be different main blocks below n_layer=2"),
     (dict(engram_layers='1,1'), 'must be different'), (dict(engram_layers='first'), 'must be different'),
+    (dict(engram_ngram=16, engram_heads=18), 'engram_heads=18 times engram_ngram - 1 must be at most 256 tables'),
     (dict(engram_ngram=1), 'engram_ngram=1 must lie in 2..16'), (dict(engram_rows=0), 'engram_rows=0 must be positive'),
     (dict(num_hash_layers=3), 'num_hash_layers=3 must lie in 0..n_layer=2'),
     (dict(num_hash_layers=1, n_routed_experts=0), 'needs experts'),
