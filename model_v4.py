@@ -89,8 +89,6 @@ CHECKS = [  # as in model.py, but after the -1 are derived
     ('index_topk', lambda x, c: 0 <= x < 2**31, 'must not be negative, nor 2**31 or more'),
     ('index_topk', lambda x, c: x == 0 or c.q_lora_rank > 0, "needs q_lora_rank above 0: the indexer's queries come "
      "from the queries' latent"),
-    ('index_topk', lambda x, c: x == 0 or c.layer_types == '' or 'c' in c.layer_types, 'needs a block c in '
-     'layer_types={layer_types}: only CSA chooses'),
     ('index_n_heads', lambda x, c: 0 < x < 2**31, 'must be positive, < 2**31'),
     ('index_head_dim', lambda x, c: c.qk_rope_head_dim <= x < 2**31,
      'must be at least qk_rope_head_dim={qk_rope_head_dim}, < 2**31'),
@@ -106,7 +104,8 @@ CHECKS = [  # as in model.py, but after the -1 are derived
     ('compress_rope_theta', lambda x, c: c.layer_types == '' or c.rope_factor == 1 or x > 2,
      'must be above 2 with rope_factor={rope_factor}'),
     ('o_groups', lambda x, c: 0 < x and c.n_head % x == 0, 'must divide n_head={n_head}'),
-    ('index_warmup', lambda x, c: not x or c.index_topk > 0, 'must be False, unless index_topk is above 0'),
+    ('index_warmup', lambda x, c: not x or c.index_topk > 0 and (c.layer_types == '' or 'c' in c.layer_types),
+     'must be False, unless index_topk is above 0 and, if there are layer_types, one is c'),
     ('hc_mult', lambda x, c: 0 <= x <= 64, 'must lie in 0..64'),
     ('hc_sinkhorn_iters', lambda x, c: 0 < x <= 1000, 'must lie in 1..1000'),
     ('hc_eps engram_lr_scale swiglu_limit', lambda x, c: 0 <= x < 2**31, 'must not be negative, nor 2**31 or more'),

@@ -59,6 +59,8 @@ def check_effect(config, settings):
                   if name in settings and settings[name] != fields[name].default and not getattr(config, switch)]
         if unused:
             print(f'note: {", ".join(unused)} has no effect, because {switch} is off')
+    if getattr(config, 'layer_types', '') and config.index_topk > 0 and 'c' not in config.layer_types:
+        print(f'note: index_topk={config.index_topk} has no effect, because no block of layer_types is c')
     if getattr(config, 'layer_types', '') and config.sliding_window >= config.block_size:
         print(f'note: sliding_window={config.sliding_window} covers the whole block_size={config.block_size}: every '
               'block attends to all tokens')

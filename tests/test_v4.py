@@ -78,9 +78,10 @@ def test_settings_that_would_do_nothing_are_told(small):
     assert 'layer_types is a setting of model_v4.py: add --architecture=model_v4' in \
         train(small, '--layer_types=ss', code=2)
     assert 'did you mean engram_layers' in train(small, '--engram_layer=0', code=2)
-    told = train(small, V4, '--engram_rows=100', '--layer_types=ss')
+    told = train(small, V4, '--engram_rows=100', '--layer_types=ss', '--index_topk=4')
     assert 'note: engram_rows=100 has no effect, because engram_layers is off' in told
     assert 'note: sliding_window=128 covers the whole block_size=16' in told
+    assert 'note: index_topk=4 has no effect' in told
     assert "ignored, since the architecture is the checkpoint's: architecture=model" in \
         train(small, '--architecture=model', '--init_from=resume')
     assert 'hc_mult=2: out was trained with another architecture; of what model_v4.py adds only index_topk' in \
@@ -468,7 +469,7 @@ def test_every_parameter_of_v4s_attention_learns_and_has_an_initial_value():
     (dict(index_topk=4, index_head_dim=2), 'index_head_dim=2 must be at least qk_rope_head_dim=4'),
     (dict(index_topk=4, index_n_heads=0), 'index_n_heads=0 must be positive'),
     (dict(index_warmup=True), 'index_warmup=True must be False, unless index_topk is above 0'),
-    (dict(layer_types='sh', index_topk=4, compress_rate_hca=8), 'index_topk=4 needs a block c in layer_types=sh'),
+    (dict(layer_types='sh', index_topk=4, compress_rate_hca=8, index_warmup=True), 'index_warmup=True must be False'),
     (dict(layer_types='sc', compress_rope_theta=1.5, rope_factor=2.0), 'compress_rope_theta=1.5 must be above 2'),
     (dict(layer_types='sc', n_layer=3), "layer_types='sc' must be '' or a letter s, c or h for each of the n_layer=3"),
     (dict(layer_types='sx'), "layer_types='sx' must be '' or a letter"),
