@@ -7,9 +7,10 @@ Times this model beside its peers, in one run and on one machine: training steps
     python bench.py loss --json
     python bench.py size config/train_v4.py --batch_size=4  # nothing is run: parameters, FLOPs, cache, memory
 
-`size` takes train.py's config files and flags. Of the others, each row is a process of its own, so that its peak memory
-is its own too. Every row measures a dense GEMM in its dtype (decoding: a matrix-vector product) before and after its
-own work: on a machine whose speed drifts, compare the ratios. Any field of GPTConfig may be given as --key=value.
+`size` takes train.py's config files and flags. The other commands run each row in a process of its own, so that its
+peak memory is its own too. Every row measures a dense GEMM in its dtype (decoding: a matrix-vector product) before and
+after its own work: on a machine whose speed drifts, compare the ratios. Any field of GPTConfig may be given as
+--key=value.
 """
 
 import contextlib

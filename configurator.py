@@ -6,7 +6,7 @@ Overrides of a script's settings, in nanoGPT's syntax:
 A script runs this file with exec(), so that it reads and sets the script's own globals. A config file is Python
 that assigns to the script's names; --key=value sets one. They apply in the order given, and a later one wins.
 A value must have the type of the default it replaces; an int also fits a float, and any text fits a str.
-train.py has a dial too: --depth=8 reads config/depth.py last, which sets what no other flag sets.
+train.py has a dial too: --depth=8 reads config/depth.py last; that file sets what no other flag sets.
 
 It also decides how a script ends: a user's mistake is one line and exit code 2, Ctrl-C is one line and 130, a bug keeps
 its traceback. A script with its own arguments writes `import configurator` before its slow imports to get only this.

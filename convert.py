@@ -1,5 +1,5 @@
 """
-Checkpoints out to Hugging Face transformers and in from it: DeepSeek V2, V3, V3.2 and V4, logit for logit.
+Exports checkpoints to Hugging Face transformers and imports them: DeepSeek V2, V3, V3.2 and V4, logit for logit.
 
     python convert.py export --out_dir=out-x --hf_dir=DIR    # a run -> weights, tokenizer, model card
                                                              # --fp8: weights as V3's are released

@@ -8,9 +8,9 @@ R1 in small (arXiv 2501.12948): reinforcement learning with GRPO on rewards that
     python grpo.py config/grpo_arithmetic.py --init_from=out-grpo-arithmetic --traces=accepted.txt
 
 An iteration samples group_size responses to each of prompts_per_iter prompts, scores them, and takes mu steps on them.
-GRPO is R1's equation 1 (2402.03300 has it first); the options are Dr. GRPO's (2503.20783), DAPO's (2503.14476) and
-those of V3.2 (2512.02556, section 3.1). With a teacher the loss is on-policy distillation, as in V4.
-All randomness of an iteration follows from (seed, iteration, rank), so a resumed run goes on as it would have.
+GRPO is R1's equation 1 (first in 2402.03300); the options come from Dr. GRPO (2503.20783), DAPO (2503.14476) and
+V3.2 (2512.02556, section 3.1). With a teacher the loss is on-policy distillation, as in V4.
+All randomness of an iteration follows from (seed, iteration, rank), so a resumed run equals an uninterrupted one.
 
 Letters in the shape comments: P prompts, G responses to each, B rows (a prompt and a response), T their tokens less 1.
 """

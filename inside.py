@@ -1,11 +1,11 @@
 """
 Writes one HTML page that shows a trained model while it reads a text: experts, drafts, attention, caches.
 
-    python inside.py --out_dir=out-demo --text=FILE    # a text of one's own, in UTF-8; writes out-demo/inside.html
+    python inside.py --out_dir=out-demo --text=FILE    # your own text, in UTF-8; writes out-demo/inside.html
     python inside.py --out_dir=out-demo --live=True    # a page in which the model itself runs: out-demo/live.html
 
-The page is one file that needs no network. extras/inside.html is its template: the numbers come from here, as JSON, and
-from extras/attention_maps.py, extras/probes.py and, for a model of model_v4.py, extras/inside_v4.py.
+The page is one file that needs no network. extras/inside.html is its template. The numbers, as JSON, come from this
+file, extras/attention_maps.py, extras/probes.py and, for a model of model_v4.py, extras/inside_v4.py.
 """
 
 import html

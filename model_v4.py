@@ -1,6 +1,6 @@
 """
-What DeepSeek added after V3, each idea with a switch that is off by default. With all of them off the model is
-model.py's, number for number. A run chooses it by --architecture=model_v4, or by `architecture` in its config file.
+What DeepSeek added after V3, each idea with a switch that is off by default. With all switches off the model is
+model.py's, number for number. A run chooses this file by --architecture=model_v4, or by `architecture` in its config.
 
 Papers: V3.2 = arXiv 2512.02556, mHC = arXiv 2512.24880, Engram = arXiv 2601.07372, V4 = arXiv 2606.19348.
 

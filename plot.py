@@ -1,6 +1,6 @@
 """
-Draws the log.jsonl of one or several runs: losses, the balance of the experts, rate, gradient norm and speed; of
-grpo.py's runs the accuracy on held-out prompts and what is logged of each batch.
+Draws the log.jsonl of one or several runs: losses, the balance of the experts, rate, gradient norm and speed; for runs
+of grpo.py the accuracy on held-out prompts and the figures of each batch.
 
     python plot.py out-demo [out-other ...] [--out=PNG]        # folders, or their log.jsonl
     python plot.py out-char out-bpe --x=seconds --y=bpb --smooth=0.9 --names=characters,BPE
@@ -8,8 +8,8 @@ grpo.py's runs the accuracy on held-out prompts and what is logged of each batch
 
 --x: iterations, seconds of training (without evaluations), tokens, or the FLOPs of these tokens. --y=bpb: bits per byte
 of the validation text, to compare runs with different tokens. --smooth: the decay of a moving average of the training
-batches' losses. The third draws by how much the smoothed training loss of each run differs from that of the run with
-its seed.
+batches' losses. --relative_to draws how much each run's smoothed training loss differs from the loss of the named run
+with the same seed.
 """
 
 import argparse

@@ -6,8 +6,8 @@ Generates text from a checkpoint that train.py wrote.
     python sample.py --init_from=DIR --start="The "    # a DeepSeek checkpoint in Hugging Face's format
     python sample.py --out_dir=out-demo --interactive=True --max_new_tokens=100
 
-The last continues the lines that you type: each line comes behind all the text so far, and an empty line lets the model
-go on. Ctrl-C ends an answer, Ctrl-D (the end of the input) the program.
+The last command continues the lines that you type: each line is appended to the text so far, and an empty line lets the
+model go on. Ctrl-C ends an answer, Ctrl-D (the end of the input) the program.
 """
 
 import contextlib

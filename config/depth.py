@@ -1,10 +1,10 @@
 # One dial for a whole run: sizes, rate, batch and length from the number of blocks.
 #
 #   python train.py --depth=8                                                       # reads this file with depth 8
-#   python train.py --depth=4 --dataset=shakespeare_char --block_size=256           # other flags keep their say
+#   python train.py --depth=4 --dataset=shakespeare_char --block_size=256           # other flags stay
 #   python bench.py size --depth=8                                                  # what it costs
 #
-# Expected loss and time: unknown, because nobody has made a whole run. docs/training.md says what is fact and guess.
+# Expected loss and time: unknown, because nobody has made a whole run. docs/training.md tells facts from guesses.
 
 import dataclasses as _dataclasses
 import math as _math

@@ -5,8 +5,8 @@
 #
 # docs/grpo.md has two tasks at once.
 #
-# Hardware: two CPU cores. Expected: the share of held-out games that are won climbs slowly and for long. A shorter run
-# on a busy machine went from 19% to 25% in 30 iterations.
+# Hardware: two CPU cores. Expected: the model slowly wins more of the held-out games. A shorter run on a busy machine
+# went from 19% to 25% in 30 iterations.
 
 init_from = 'out-sft-countdown'
 out_dir = 'out-grpo-countdown'

@@ -3,7 +3,7 @@
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/laptop_v4.py
 #
-# 0.80M parameters without the embedding, 0.39M active per token (of the memory a token reads two rows), 2.7 MFLOP per
+# 0.80M parameters without the embedding, 0.39M active per token (a token reads two rows of the memory), 2.7 MFLOP per
 # token. Cache in bf16: 29 bytes per token, and 11,544 that do not grow; MLA would have 288 per token.
 #
 # Hardware: two CPU cores. Expected: val loss 1.704 after 500 iterations, in 3 minutes.

@@ -1,15 +1,15 @@
-# The speedrun with a conditional memory (Engram, arXiv 2601.07372): what follows the last characters, looked up.
+# The speedrun with a conditional memory (Engram, arXiv 2601.07372): tables that the last characters look up.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/speedrun_engram.py                                             # past nanoGPT's 1.8857
 #   python train.py config/speedrun_engram.py --max_iters=340 --lr_decay_iters=340        # as long as the speedrun
 #
 # Hardware: two CPU cores. Expected: val loss 1.84 to 1.85 (seeds 1337, 1, 2: 1.850, 1.837, 1.851); with the second
-# command about 1.62. A slow AMD EPYC took 14 s of one core's time for the first, 9 of them Python's start and the two
-# evaluations, where config/speedrun_shakespeare_char.py took 44 s.
-# The settings were chosen on the last tenth of the training split, which those runs did not train on: one block
-# instead of two, larger tables, and as many iterations as there gave the loss of the two blocks' 120. In longer runs
-# the tables learn the training text by heart: see docs/after_v3.md.
+# command about 1.62. A slow AMD EPYC took 14 s of one core's time for the first command (9 of them for Python's start
+# and the two evaluations), and 44 s for config/speedrun_shakespeare_char.py.
+# The settings were chosen on the last tenth of the training split, without training on it: one block instead of two,
+# larger tables, and as many iterations as reached the loss of two blocks after 120. In longer runs the tables learn
+# the training text by heart: see docs/after_v3.md.
 
 out_dir = 'out-speedrun-engram'
 eval_interval = 10000  # evaluate only at the end

@@ -1,5 +1,5 @@
-# The main run goes on with V3.2's sparse attention: a query attends to 256 of up to 1,024 positions. Three steps, here
-# on one GPU; torchrun as in config/train_deepseek.py:
+# The main run continues with V3.2's sparse attention: a query attends to 256 of up to 1,024 positions. Three steps on
+# one GPU (for more, torchrun as in config/train_deepseek.py):
 #
 #   python train.py config/train_deepseek.py                                        # dense attention
 #   python train.py config/train_v32.py --init_from=out-deepseek --out_dir=out-v32-warm --index_warmup=True \
@@ -7,11 +7,12 @@
 #   python train.py config/train_v32.py                                             # everything learns, sparsely
 #
 # 115.6M parameters without the embedding (25.8M, tied to the head), 87.3M active per token, 1.06 GFLOP per token.
-# Cache: 288 numbers per token and block. A decoding step reads the indexer's 64 of each, and 224 of 256 positions.
+# Cache: 288 numbers per token and block. A decoding step reads the indexer's 64 of every token, and the other 224 of
+# only 256 tokens.
 #
-# Hardware: GPUs with bf16. Training computes all positions and masks, and the T x T weights of attention a second time,
-# for the indexer's loss: batch_size is a third of the main run's. If memory is too small, halve it and double
-# gradient_accumulation_steps.
+# Hardware: GPUs with bf16. Training computes all positions and masks them. It computes the T x T attention weights a
+# second time for the indexer's loss. So batch_size is a third of the main run's. If memory is too small, halve
+# batch_size and double gradient_accumulation_steps.
 # Expected loss and time: unknown, because nobody has made this run. The rates and the warm-up's length are V3.2's.
 
 architecture = 'model_v4'

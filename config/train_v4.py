@@ -1,5 +1,5 @@
 # The main run with V4's ideas: compressed attention, hyper-connections, V4's experts; and Engram's memory.
-# As many tokens as in config/train_deepseek.py: 491,520 per iteration at 1,024 context.
+# An iteration has as many tokens as in config/train_deepseek.py: 491,520, at 1,024 context.
 #
 #   python data/openwebtext/prepare.py
 #   python train.py config/train_v4.py                                              # one GPU
@@ -8,8 +8,8 @@
 # 120.6M parameters without the embedding (25.8M, tied to the head), 88.0M active per token, 1.07 GFLOP per token, with
 # full attention counted. Cache in bf16: 203 bytes per token, and 368,000 that do not grow; MLA has 3,584 per token.
 #
-# Hardware: GPUs with bf16. Attention keeps its T x T weights, and the residual is 4 streams: batch_size is a third of
-# the main run's. If memory is too small, halve it and double gradient_accumulation_steps.
+# Hardware: GPUs with bf16. Attention keeps its T x T weights, and the residual is 4 streams. So batch_size is a third
+# of the main run's. If memory is too small, halve batch_size and double gradient_accumulation_steps.
 # Expected loss and time: unknown, because nobody has made this run.
 
 architecture = 'model_v4'

@@ -1,6 +1,6 @@
 """
-The maps of attention on inside.py's page, and how its numbers are packed. H heads, T tokens. A map is a lower triangle
-of cells, row by row; a cell is cell x cell numbers.
+The attention maps of inside.py's page, and the packing of its numbers. H heads, T tokens. A map is a lower triangle of
+cells, row by row; a cell covers cell x cell numbers.
 """
 
 import base64

@@ -1,8 +1,8 @@
 """
-What an exported folder computes, written plainly; convert.py compares the model with it before it writes one.
+What an exported folder computes, written plainly; convert.py compares the model with it before an export.
 
-config.json and the released tensors name no formulas: transformers' classes have them. This file states these formulas
-by the released names and without model.py's equations, so that it sees a change of them. All is in fp32.
+config.json and the released tensors hold no formulas: transformers' classes have them. This file states these formulas
+with the released names and without model.py's code, so it notices a change in model.py. All is in fp32.
 """
 
 import copy

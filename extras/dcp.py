@@ -5,7 +5,7 @@ while the training goes on, and any number of ranks in any layout reads them.
     python -m extras.dcp OUT_DIR    # ckpt.dcp and ckpt_best.dcp there -> ckpt.pt and ckpt_best.pt beside them
 
 A checkpoint is a folder, ckpt-ITERATION.dcp, or ckpt-ITERATION-N.dcp if that name is taken. The links ckpt.dcp and
-ckpt_best.dcp point to two of them.
+ckpt_best.dcp point to two such folders.
 """
 
 import contextlib

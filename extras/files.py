@@ -1,6 +1,6 @@
 """
-Files that others wrote: what is checked before one is opened. A file of a folder may be a link to a private file, which
-a copy would publish, a pipe that never answers, or a device without an end; a small file may ask for much memory.
+Checks of a file that others wrote, before it is opened. A file of a folder may be a link to a private file (a copy
+would publish it), a pipe that never answers, or an endless device; a small file may ask for much memory.
 """
 
 import json

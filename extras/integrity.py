@@ -1,7 +1,7 @@
 """
-Does a checkpoint hold the model that its config names, and are its bytes those that were written? Each script asks the
-first before it builds that model, and the second before it uses the weights. Then train.py asks check_run() whether it
-can begin with the checkpoint.
+Checks of a checkpoint. Before a script builds the model, the tensors must be those of the checkpoint's config. Before
+it uses the weights, the bytes must be those that were written. Then train.py asks check_run() whether it can begin with
+the checkpoint.
 
 A .pt file is a zip file with the CRC-32 of each of its parts; a sharded checkpoint keeps its files' CRC-32 in rest.pt.
 A data set's meta.pkl keeps the CRC-32 of its .bin files. Checking reads every byte once: 0.3 s for 1 GB from memory.

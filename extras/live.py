@@ -1,6 +1,6 @@
 """
-Packs a model into one HTML file in which it runs: inside.py --live=True. extras/live.js is the model and its worker,
-extras/live.html the page; the weights, the tokenizer and the settings come from here.
+Packs a model into one HTML file that runs it: inside.py --live=True. extras/live.js is the model and its worker,
+extras/live.html the page. This file adds the weights, the tokenizer and the settings.
 """
 
 import base64

@@ -1,5 +1,5 @@
-"""Optimizers other than AdamW: Muon (train.py --optimizer=muon, or muon_split: Muon by what a matrix is) and AdamW with
-bf16 moments (--bf16_moments=True). And what a resume does before it trusts the state of any optimizer."""
+"""Muon (train.py --optimizer=muon, or muon_split, which splits matrices first) and AdamW with bf16 moments
+(--bf16_moments=True). Also what a resume does before it trusts the state of any optimizer."""
 
 import functools
 import math

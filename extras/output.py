@@ -1,4 +1,4 @@
-"""What a script leaves is whole or not there: pages, figures, folders. A page replaces nothing but an earlier page."""
+"""Pages, figures and folders that a script writes are whole or absent. A page replaces only an earlier page."""
 
 import contextlib
 import glob

@@ -1,6 +1,5 @@
 """
-A model over many ranks, by torch's own engine (DeviceMesh, FSDP2): what train.py's --shard and --expert_parallel ask
-for.
+A model over many ranks, with torch's own tools (DeviceMesh, FSDP2), for train.py's --shard and --expert_parallel.
 
 The weights, their gradients and the optimizer's state are DTensors; each rank holds one shard of each. The model is
 built without memory and then filled one tensor at a time, so that no rank ever holds the whole.

@@ -2,9 +2,9 @@
 The largest attention logit of each head of MLA, and QK-Clip (arXiv 2507.20534), which bounds it (train.py
 --qk_clip=100).
 
-Under Muon the logits of some heads may grow without bound. Fused attention does not return them, so a look at them
-computes one micro-batch again, without gradients. train.py looks once between evaluations, for the log; a run that
-clips looks more often.
+Under Muon the logits of some heads may grow without bound. Fused attention does not return them, so measuring them
+means computing one micro-batch again, without gradients. train.py measures once between evaluations, for the log; a run
+that clips measures more often.
 """
 
 import torch

@@ -1,5 +1,5 @@
 """
-The tokenizers that a checkpoint can speak: the characters of its data, GPT-2's BPE, or the tokenizer.json that came
+The tokenizers that a checkpoint can use: the characters of its data, GPT-2's BPE, or the tokenizer.json that came
 with it from Hugging Face. If there is no such tokenizer, every function here raises a Mistake.
 """
 
