@@ -92,8 +92,8 @@ def test_the_masks_are_those_that_the_model_attends_by(monkeypatch):
     """In the MTP modules too, whose last rows are not shown."""
     model, ids, seen = v4_model(**SPARSE), random_ids(30), []
     masked = model_v4.SparseMLA.attend_masked
-    monkeypatch.setattr(model_v4.SparseMLA, 'attend_masked', lambda attn, q, latent, kept: seen.append(kept[0]) or
-                        masked(attn, q, latent, kept))
+    monkeypatch.setattr(model_v4.SparseMLA, 'attend_masked', lambda attn, q, latent, kept, learns:
+                        seen.append(kept[0]) or masked(attn, q, latent, kept, learns))
     data = looked(model, ids)
     for layer, kept in zip(data['layers'], seen[:4], strict=True):
         T = 30 - layer['start']
