@@ -128,9 +128,16 @@ def _fields_of_others():
     folder, found = _os.path.dirname(_os.path.abspath(__file__)), {}
     for name in _os.listdir(folder):
         if _re.fullmatch(r'model_\w+\.py', name):
-            with open(_os.path.join(folder, name), encoding='utf-8') as f:
-                found |= dict.fromkeys(_re.findall(r'^ {4}(\w+): \w+ = ', f.read(), _re.M), name[:-3])
+            fields = _fields(_os.path.join(folder, name))
+            found |= dict.fromkeys([field.target.id for field in fields], name.removesuffix('.py'))
     return found
+
+
+def _fields(path):
+    """The file's class GPTConfig -> its fields as syntax trees: importing it takes torch, and so seconds"""
+    with open(path, encoding='utf-8') as f:
+        classes = [node for node in _ast.parse(f.read()).body if isinstance(node, _ast.ClassDef)]
+    return [node for c in classes if c.name == 'GPTConfig' for node in c.body if isinstance(node, _ast.AnnAssign)]
 
 
 def _fit(key, value, kind, where):
@@ -237,16 +244,11 @@ def answer_help(script):
                     if target.id == 'device':
                         found['device'] = 'cuda, mps or cpu'
 
-    def read(path):
-        with open(path, encoding='utf-8') as f:
-            return f.read()
-
-    source = read(script)
+    with open(script, encoding='utf-8') as f:
+        source = f.read()
     if 'dataclasses.fields(GPTConfig)' in source:  # a model's settings too
         for name in dict.fromkeys(('model', architecture)):
-            for node in _ast.parse(read(_os.path.join(folder, name + '.py'))).body:
-                if isinstance(node, _ast.ClassDef) and node.name == 'GPTConfig':
-                    add(part for part in node.body if isinstance(part, _ast.AnnAssign))
+            add(_fields(_os.path.join(folder, name + '.py')))
     end = source.partition('exec(open(')[0].count('\n')  # the line that runs this file
     add(node for node in _ast.parse(source).body if node.lineno <= end)
     if 'n_layer' in found and 'init_from' in found:  # as in _add_dial()

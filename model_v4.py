@@ -159,6 +159,11 @@ def rope_halves(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos, x[..., r:]), dim=-1)
 
 
+def learns(indexer):
+    """Whether index_loss() trains it: not in an evaluation, and not where it is frozen (grpo.py)"""
+    return indexer.training and indexer.wq_b.weight.requires_grad
+
+
 def index_scores(q, w, k, seen):
     """V3.2 eq. 1: q (B, T, J, d), w (B, T, J), k (B, S, d) -> I (B, T, S) in fp32; -inf where not seen."""
     with torch.autocast(q.device.type, enabled=False):
@@ -198,13 +203,13 @@ class SparseMLA(model.MLA):
         q, latent = self.project(x, cos, sin, latents)                                 # (B, H, T, n+r), (B, T, c+r)
         c_q = self.q_a_layernorm(latents[0])
         q_index, w, k_index = self.indexer(x.detach(), c_q.detach(), cos, sin)
-        seen, learns = None, self.training and self.indexer.wq_b.weight.requires_grad
+        seen, teaching = None, learns(self.indexer)
         if cache is not None:  # only then joined: else gradients of the indexer's loss would flow through both parts
             rows, seen = model.remember(cache, torch.cat((latent, k_index.to(latent.dtype)), dim=-1), pos)
             latent, k_index = rows.split((latent.size(-1), k_index.size(-1)), dim=-1)  # (B, S, c+r), (B, S, d)
         T, S, k = x.size(1), latent.size(1), self.config.index_topk
         sparse, loss = k < S and not self.config.index_warmup, None
-        if not sparse and not learns:
+        if not sparse and not teaching:
             return self.resid_dropout(self.o_proj(self.attend(q, latent, seen))), None
         past = torch.ones(T, S, dtype=torch.bool, device=x.device).tril() if seen is None else seen.view(-1, T, S)
         scores = index_scores(q_index, w, k_index, past)                               # (B, T, S)
@@ -212,11 +217,11 @@ class SparseMLA(model.MLA):
             y = self.attend_chosen(q, latent, scores)
         else:
             kept = best_of(scores, past, k) if sparse else past.expand_as(scores)
-            y, attention = self.attend_masked(q, latent, kept, learns)
-            loss = index_loss(scores, attention, kept) if learns else None
+            y, attention = self.attend_masked(q, latent, kept, teaching)
+            loss = index_loss(scores, attention, kept) if teaching else None
         return self.resid_dropout(self.o_proj(y)), loss
 
-    def attend_masked(self, q, latent, kept, learns):
+    def attend_masked(self, q, latent, kept, teaching):
         """attend() to the kept positions (B, T, S) -> (B, T, H*v), and if the indexer learns from it the sum of the
         heads' attention (B, T, S)
         """
@@ -224,7 +229,7 @@ class SparseMLA(model.MLA):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=kept.unsqueeze(1), scale=self.scale,
                                            dropout_p=self.config.dropout if self.training else 0.0)
         attention = None
-        if learns:
+        if teaching:
             with torch.no_grad():
                 logits = (q @ k.transpose(-1, -2)).float() * self.scale                # (B, H, T, S)
                 attention = logits.masked_fill(~kept.unsqueeze(1), float('-inf')).softmax(dim=-1).sum(dim=1)
@@ -372,7 +377,7 @@ class Attention(nn.Module):
             parts.append((entries, seen))
         y, weights = self.attend(q, parts)
         loss = None
-        if self.training and self.indexer is not None and self.indexer.wq_b.weight.requires_grad:
+        if self.indexer is not None and learns(self.indexer):
             loss = index_loss(scores, weights[1].detach().sum(dim=2), seen.expand_as(scores))
         y = rope_last(y, rope[0], -rope[1]).flatten(2).unflatten(-1, (cfg.o_groups, -1))       # (B, T, G, H/G D)
         w = self.o_a_proj.weight.unflatten(0, (cfg.o_groups, -1)).to(y.dtype)

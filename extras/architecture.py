@@ -59,19 +59,22 @@ def check_effect(config, settings):
                   if name in settings and settings[name] != fields[name].default and not getattr(config, switch)]
         if unused:
             print(f'note: {", ".join(unused)} has no effect, because {switch} is off')
-    if getattr(config, 'layer_types', '') and config.index_topk > 0 and 'c' not in config.layer_types:
+    if not getattr(config, 'layer_types', ''):
+        return
+    if config.index_topk > 0 and 'c' not in config.layer_types:
         print(f'note: index_topk={config.index_topk} has no effect, because no block of layer_types is c')
-    if getattr(config, 'layer_types', '') and config.sliding_window >= config.block_size:
+    if config.sliding_window >= config.block_size:
         print(f'note: sliding_window={config.sliding_window} covers the whole block_size={config.block_size}: every '
               'block attends to all tokens')
 
 
-def as_flags(ignored, settings):
-    """Settings that train.py ignores, since the checkpoint decides them -> their values. Mistake if a new run asks for
-    a part of model_v4.py that the checkpoint lacks.
+def check_ignored(ignored, settings):
+    """Say which settings train.py ignores, since the checkpoint decides them. Mistake if a new run asks for a part of
+    model_v4.py that the checkpoint lacks.
     """
     said = ', '.join(f'{name}={settings[name]}' for name in ignored)
     if settings['init_from'] != 'resume' and {*ignored} & {*SWITCHES}:
         raise Mistake(f'{said}: {settings["init_from"]} was trained with another architecture; of what model_v4.py '
                       'adds only index_topk can be added to trained weights')
-    return said
+    if ignored and os.environ.get('RANK', '0') == '0':
+        print(f"ignored, since the architecture is the checkpoint's: {said}")

@@ -190,9 +190,7 @@ def check_fit(init_from, path, model, found, config, overrides, meta, max_over_r
                if name not in overrides and config.get(name, -1) not in (-1, value)
                and (f'--{name}' in flags or name not in ('vocab_size', 'architecture') and
                     config[name] != fields[name].default)]
-    said = architecture.as_flags(ignored, config)
-    if ignored and os.environ.get('RANK', '0') == '0':
-        print(f"ignored, since the architecture is the checkpoint's: {said}")
+    architecture.check_ignored(ignored, config)
     original, factor = model.config.rope_original_max_position_embeddings, model.config.rope_factor
     need(config['block_size'] <= factor * original, f'block_size={config["block_size"]} is longer than the '
          f'{int(factor * original)} of the checkpoint: resume with the config file and the flags of its run, or extend '

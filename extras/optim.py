@@ -64,13 +64,14 @@ def orthogonalise(G, steps=5):
 def newton_schulz(G, steps):
     """G (matrices, m, n): singular values s become a s + b s^3 + c s^5, in each step. On a GPU in bf16"""
     a, b, c = NEWTON_SCHULZ
-    X = G if G.size(-2) <= G.size(-1) else G.mT
+    tall = G.size(-2) > G.size(-1)
+    X = G.mT if tall else G
     X = X if G.device.type == 'cpu' else X.bfloat16()
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         A = X @ X.mT                                                        # (matrices, m, m)
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X if G.size(-2) <= G.size(-1) else X.mT).to(G.dtype)
+    return (X.mT if tall else X).to(G.dtype)
 
 
 def gram_newton_schulz(G, steps):
