@@ -1,10 +1,10 @@
-# The cold start of the countdown game: a model of characters learns from 10,000 lines of random tries how to calculate.
+# The cold start of the countdown game: a model of characters learns from 30,000 lines of random tries how to calculate.
 #
 #   python data/countdown/prepare.py
 #   python train.py config/sft_countdown.py
 #
-# Hardware: two CPU cores. Expected: val loss 0.5 in three to five minutes. The model then calculates well and guesses
-# what to calculate: it wins one or two of ten held-out games.
+# Hardware: two CPU cores. Expected: val loss 0.25 in five to ten minutes. The model then calculates half of its tries
+# without a mistake, and wins 23% of the held-out games.
 
 out_dir = 'out-sft-countdown'
 eval_interval = 150
@@ -15,7 +15,7 @@ wandb_project = 'countdown'
 dataset = 'countdown/three'
 gradient_accumulation_steps = 1
 batch_size = 64
-block_size = 72  # the length of the data's rows; a row is one line
+block_size = 88  # the length of the data's rows; a row is one line
 
 n_layer = 2
 n_head = 4
@@ -27,8 +27,8 @@ eos_token_id = 0  # the newline
 
 learning_rate = 2e-3
 min_lr = 2e-4
-max_iters = 600
-lr_decay_iters = 600
+max_iters = 1000
+lr_decay_iters = 1000
 warmup_iters = 20
 beta2 = 0.99
 

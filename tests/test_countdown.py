@@ -2,6 +2,7 @@
 
 import random
 import re
+import runpy
 from fractions import Fraction
 
 import pytest
@@ -114,8 +115,21 @@ def test_a_run_on_two_tasks(games):
     assert 'val_accuracy countdown/small 0.0%, val_accuracy arithmetic/add3 0.0%' in said
 
 
-@pytest.mark.parametrize('flag', ['--numbers=1', '--largest=100', '--tries=0', '--examples=99999', '--name=../up',
+@pytest.mark.parametrize('flag', ['--numbers=1', '--largest=100', '--tries=0', '--examples=0', '--name=../up',
                                   '--name=', '--length=8', '--sums=-1'])
 def test_mistakes_in_making_games(games, flag):
     code, _, said = run_inside('data/countdown/prepare.py', '--largest=5', '--examples=200', flag, cwd=games)
     assert code == 2 and said.startswith(flag.split('=')[0]) and len(said.strip().splitlines()) == 1, said
+
+
+def test_the_commands_of_the_option_runs_have_settings_that_exist(tmp_path):
+    """runs/grpo_options.py takes hours: a flag that its script refuses would be seen late."""
+    options = runpy.run_path(str(ROOT / 'runs/grpo_options.py'))
+    commands = options['PREPARE'] + [c for start in options['STARTS'].values() for c in start]
+    commands += [c for runs in options['QUESTIONS'].values() for start, c in runs.values() if options['STARTS'][start]]
+    known = {script: inside(script, '--help', cwd=ROOT) for script in {c.split()[0] for c in commands}}
+    for command in commands:
+        script, *args = command.split()
+        for arg in args:
+            flag = re.escape(arg.partition('=')[0])
+            assert (ROOT / arg).exists() if arg[0] != '-' else re.search(rf'{flag}[= ]', known[script]), command

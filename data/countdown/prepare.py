@@ -1,7 +1,7 @@
 """
 The countdown game, made by rule, a token a character: from the given numbers, each used once, make the target.
 
-    python data/countdown/prepare.py                                  # 3 numbers up to 25, into data/countdown/three
+    python data/countdown/prepare.py                                  # 3 numbers up to 12, into data/countdown/three
     python data/countdown/prepare.py --numbers=4 --largest=9 --name=four
     python data/countdown/prepare.py --sums=3000 --name=mixed         # and 3,000 lines of 3-digit addition
 
@@ -20,6 +20,7 @@ that a model of --sums learns from the prompts of both: grpo.py --dataset=countd
 """
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -88,9 +89,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,  # the docstring has it
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--numbers', type=int, default=3, help='numbers of a game, 2 to 6')
-    parser.add_argument('--largest', type=int, default=25, help='the largest number of a game, 5 to 99')
-    parser.add_argument('--tries', type=int, default=2, help='tries of a training line at most')
-    parser.add_argument('--examples', type=int, default=10000, help='training lines of the game')
+    parser.add_argument('--largest', type=int, default=12, help='the largest number of a game, 5 to 99')
+    parser.add_argument('--tries', type=int, default=3, help='tries of a training line at most')
+    parser.add_argument('--examples', type=int, default=30000, help='training lines, several of a game')
     parser.add_argument('--sums', type=int, default=0, help='and so many training lines of 3-digit addition')
     parser.add_argument('--length', type=int, help='tokens in a row (default: what the longest line needs)')
     parser.add_argument('--name', default='three', help='the folder in data/countdown')
@@ -100,12 +101,12 @@ def main():
         need(least <= value <= most, f'--{name}={value} must lie in {least}..{most}')
     need(re.fullmatch(r'[\w-]+', args.name), f'--name={args.name}: letters, digits, _ and - alone, and one at least')
     games = make_games(args.numbers, args.largest)
-    need(0 < args.examples <= len(games['train']), f'--examples={args.examples} must lie in 1..{len(games["train"])}')
+    need(0 < args.examples < 1000000, f'--examples={args.examples} must lie in 1..999999')
 
     rng = random.Random(0)
-    lines = {split: [line_of(prompt, game, args.tries, rng) for prompt, game in games[split].items()]
-             for split in ('train', 'val')}
-    lines['train'] = lines['train'][:args.examples]
+    lines = {split: [line_of(prompt, game, args.tries, rng) for prompt, game in
+                     itertools.islice(itertools.cycle(games[split].items()), count)]
+             for split, count in (('train', args.examples), ('val', len(games['val'])))}
     if args.sums:
         lines = {split: lines[split] + more for split, more in sums(args.sums, rng).items()}
     answers = {split: [(prompt, game[-1]) for prompt, game in found.items()] for split, found in games.items()}
