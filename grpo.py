@@ -116,6 +116,10 @@ RANGES = [  # in the format of guard.RANGES
     ('seed', lambda x: 0 <= x < 2**32, 'lie in 0..2**32 - 1'),
     ('length_norm', lambda x: x in ('response', 'token', 'constant'), "be 'response', 'token' or 'constant'"),
     ('old_logp', lambda x: x in ('training', 'rollout'), "be 'training' or 'rollout'"),
+    ('old_logp', lambda x: x == 'training' or same_support(), "be 'training' with top_k or top_p: the rollout's "
+     'log-probabilities are over fewer tokens, unless keep_sampling_mask=True'),
+    ('mask_drift', lambda x: x == 0 or same_support(), "be 0 with top_k or top_p: the rollout's log-probabilities are "
+     'over fewer tokens, unless keep_sampling_mask=True'),
     ('truncated', lambda x: x in ('keep', 'mask'), "be 'keep' or 'mask'"),
     ('dtype', lambda x: x in ('float32', 'bfloat16'), "be 'float32' or 'bfloat16'"),
     ('eval_split', lambda x: x in ('val', 'test'), "be 'val' or 'test'"),
@@ -123,6 +127,11 @@ RANGES = [  # in the format of guard.RANGES
     ('traces', lambda x: not os.path.lexists(x), 'name a new file: that one is there already'),
     ('traces', lambda x: os.access(os.path.dirname(x) or '.', os.W_OK) or not x, 'be in a folder you can write to'),
 ]
+
+
+def same_support():
+    """Whether rollout and training have their softmax over the same tokens"""
+    return keep_sampling_mask or (top_k == 0 and top_p == 1)
 
 
 def sample_responses(decoder, prompts, max_new_tokens, temperature, top_k=0, top_p=1.0):
@@ -215,12 +224,12 @@ def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, exper
     """
     context = context or contextlib.nullcontext()
     model.train()
-    main = [p for name, p in model.named_parameters() if not name.startswith('mtp.')]
+    main = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith('mtp.')]
     drafting = [*model.mtp.parameters()] if train_mtp else []
     moe_layers = len(model.moe_layers())
     weights = token_weights(mask, length_norm, max_new_tokens)
     parts = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
-    old, ref_logp, teacher_logp = {}, {}, {}
+    old, ref_logp = {}, {}
     given = {'kl': reference, 'teacher_kl': teacher, 'drifted': mask_drift or None, 'mismatch': sampled_logp,
              'routing_mismatch': experts}
     names = ['clip', 'entropy'] + [name for name, x in given.items() if x is not None]
@@ -246,22 +255,23 @@ def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, exper
                     old[k] = sampled if old_logp == 'rollout' else old[k]
                 if experts is not None:
                     measured['routing_mismatch'] = rl.rerouted(experts[part], routing)
-                with torch.no_grad(), context:
-                    for frozen, kept in ((reference, ref_logp), (teacher, teacher_logp)):
-                        if frozen is not None:
-                            kept[k] = log_probs(frozen, rows[part], temperature, allowed)[:2]
+                if reference is not None:
+                    with torch.no_grad(), context:
+                        ref_logp[k] = log_probs(reference, rows[part], temperature, allowed)[0]
             gain, measured['clip'] = surrogate(logp, old[k], advantages[part], clip_low, clip_high)
             if mask_drift > 0:
                 out = rl.drifted(logp.detach(), sampled_logp[part], mask[part], advantages[part], mask_drift)
                 measured['drifted'] = out.unsqueeze(1).expand_as(logp)
                 gain = gain.masked_fill(measured['drifted'], 0.0)
             if reference is not None:
-                measured['kl'] = k3(logp, ref_logp[k][0].masked_fill(uncounted, 0.0))
+                measured['kl'] = k3(logp, ref_logp[k].masked_fill(uncounted, 0.0))
                 if unbiased_kl:
                     measured['kl'] = measured['kl'] * (logp - old[k]).exp()
                 gain = gain - kl_coef * measured['kl']
             if teacher is not None:
-                measured['teacher_kl'] = rl.reverse_kl(all_logp, teacher_logp[k][1])
+                with torch.no_grad(), context:  # in each step anew: kept, (B, T, V) of all rows fills the memory
+                    teacher_logp = log_probs(teacher, rows[part], temperature, allowed)[1]
+                measured['teacher_kl'] = rl.reverse_kl(all_logp, teacher_logp)
                 gain = -measured['teacher_kl']
             (-(weights[part] * gain).sum()).backward()
             measured['entropy'] = -(all_logp.detach().exp() * all_logp.detach()).sum(dim=-1)
@@ -281,8 +291,9 @@ def update(model, optimizer, rows, mask, advantages, *, sampled_logp=None, exper
             all_reduce(p.grad)
         norm, *others = [torch.nn.utils.clip_grad_norm_(params, grad_clip if grad_clip > 0 else math.inf)
                          for params in (main, drafting) if params]
-        if not all(x.isfinite() for x in (norm, *others)):
-            raise Mistake(f'the gradient is {norm.item()}: try a smaller learning_rate; the last checkpoint is whole')
+        for x in (norm, *others):
+            if not x.isfinite():
+                raise Mistake(f'the gradient is {x.item()}: try a smaller learning_rate; the last checkpoint is whole')
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if moe_layers:
@@ -310,7 +321,7 @@ def write_traces(questions, answer, end):
     accepted = {}  # prompt -> response
     for i in range(0, len(questions), prompts_per_iter):
         part = [question for question in questions[i:i + prompts_per_iter] for _ in range(group_size)]
-        _, responses, texts, scores = answer(part, temperature)
+        _, responses, texts, scores = answer(part, temperature, top_k, top_p)
         for (prompt, *_), response, text, score in zip(part, responses, texts, scores):
             if score.min() >= 1 and response[-1] == end:
                 accepted.setdefault(prompt, text.removesuffix('\n') + '\n')
@@ -378,6 +389,9 @@ if __name__ == '__main__':
             guard.need((other.get('meta') or {}).get('stoi') == meta.get('stoi') and its.sha256 == tokenizer.sha256
                        and frozen[name].config.vocab_size == model.config.vocab_size,
                        f'{name}={start!r} has other tokens than the model, so there is no KL')
+            guard.need(frozen[name].config.block_size >= model.config.block_size,
+                       f'{name}={start!r} has block_size={frozen[name].config.block_size}, and the model '
+                       f'{model.config.block_size}: it must be at least as long')
     model_args, end = checkpoint['model_args'], model.config.eos_token_id
     checkpoint = other = None  # free the memory
     keep_support = keep_sampling_mask and (top_k > 0 or top_p < 1)

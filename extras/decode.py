@@ -151,7 +151,8 @@ class Decoder:
             block.training = block.mlp.training = True
         if max_new_tokens > 0 and rows:
             contexts = [row[-block_size:] for row in rows]
-            s = self.state(len(rows), min(max(map(len, contexts)) + max_new_tokens, block_size + 1), D)
+            length = min(max(map(len, contexts)) + max_new_tokens, block_size + 1)
+            s = self.state(len(rows), length, D, sampled=temperature >= GREEDY)
             kind = D, temperature >= GREEDY, top_k, top_p
             begin(model, s, contexts, max_new_tokens, temperature, stop_token, *kind)
 
@@ -246,19 +247,20 @@ class Decoder:
         S = length + 1 + D
         return 32 + (1 << (max(S, 64) - 33).bit_length()) if self.compile else S
 
-    def state(self, B, length, D):
-        """A State for B rows of up to `length` tokens."""
-        S, kept = self.room(length, D), (len(self.layers), self.keep_support)
+    def state(self, B, length, D, sampled=True):
+        """A State for B rows of up to `length` tokens, without room for a support if tokens are not sampled."""
+        S, kept = self.room(length, D), (len(self.layers), self.keep_support and sampled)
         if not self.compile:
             return empty_state(self.model, B, S, D, None, *kept)
-        if (B, S, D) in self.states:
-            for cache in tree_leaves(self.states[B, S, D].caches):  # an earlier call's nan would spread: 0 * nan is nan
+        shape = B, S, D, *kept
+        if shape in self.states:
+            for cache in tree_leaves(self.states[shape].caches):  # an earlier call's nan would spread: 0 * nan is nan
                 cache.zero_()
         else:
-            self.states[B, S, D] = empty_state(self.model, B, S, D, None, *kept)
-            for x in tensors_of(self.states[B, S, D]):
+            self.states[shape] = empty_state(self.model, B, S, D, None, *kept)
+            for x in tensors_of(self.states[shape]):
                 torch._dynamo.mark_static_address(x)  # so that a CUDA graph may change it in place
-        return self.states[B, S, D]
+        return self.states[shape]
 
     def bytes_per_row(self, length, D):
         """Memory for a row of up to `length` tokens: its part of the State, and a step's logits and probabilities."""

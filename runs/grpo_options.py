@@ -1,8 +1,8 @@
 """
 What V3.2 and V4 add to GRPO, with and without each part: the runs, tables and figure of docs/grpo.md.
 
-    python runs/grpo_options.py run [--only=mask] [--seeds=3]   # what the results lack; two workers of one thread each
-    python runs/grpo_options.py report                          # prints the tables, draws assets/grpo_options.png
+    python runs/grpo_options.py run [--only=KL] [--seeds=3]   # what the results lack; two workers of one thread each
+    python runs/grpo_options.py report                        # prints the tables, draws assets/grpo_options.png
 
 Each run is one line of runs/grpo_options.jsonl, written when it ends, so that a killed command goes on where it was;
 its model and the output of its commands lie in out-options/. A cold start is trained once for all runs that need it,
@@ -97,7 +97,9 @@ def call(command, log):
 
 
 def begin(start):
-    log = os.path.join(ROOT, OUT, f'{start}.log')
+    log, traces = (os.path.join(ROOT, OUT, name) for name in (f'{start}.log', 'accepted.txt'))
+    if start == 'student' and os.path.exists(traces):  # of a killed start: grpo.py refuses an old file
+        os.remove(traces)
     for command in STARTS[start]:
         call(command, log)
     os.rename(log, os.path.join(ROOT, OUT, f'{start}.done'))
@@ -147,25 +149,28 @@ def train(question, name, seed):
     t0 = time.time()
     call(f'{command} --init_from={OUT}/{start} --seed={seed} --out_dir={out_dir}', os.path.join(ROOT, out_dir + '.log'))
     record = {'question': question, 'run': name, 'seed': seed, 'wall': time.time() - t0, **measure(out_dir, question)}
-    log = records(f'{out_dir}/log.jsonl')
+    header, *log = records(f'{out_dir}/log.jsonl')
+    if log[-1].get('step') != header['config']['max_iters']:
+        raise mistake(f'{out_dir} ended before its last iteration')  # by a signal: grpo.py calls that no failure
     record['curve'] = [(r['step'], r['seconds'], r['val_accuracy']) for r in log if 'val_accuracy' in r]
     for key in ('accuracy', 'length', 'cut', 'mismatch', 'routing_mismatch', 'drifted', 'kl', 'clip', 'tokens_per_s'):
-        found = [r[key] for r in log if key in r]
+        found = [r[key] for r in log if r.get(key) is not None]  # None: an iteration without rows
         if found:
             record[key] = statistics.mean(found)
-    return record | (drafts(out_dir) if question == 'MTP modules' else {})
+    record |= drafts(out_dir) if question == 'MTP modules' else {}
+    with open(RESULTS, 'a') as f:  # here: a run that fails must not lose the others
+        f.write(json.dumps(record) + '\n')
+    return record
 
 
 def read_results():
     return records(RESULTS) if os.path.exists(RESULTS) else []
 
 
-def append(record):
-    with open(RESULTS, 'a') as f:
-        f.write(json.dumps(record) + '\n')
-
-
 def run_all(only, seeds, workers):
+    names = {*QUESTIONS, *(name for runs in QUESTIONS.values() for name in runs)}
+    if only is not None and only not in names:
+        raise mistake(f'--only={only} names no question and no run: {", ".join(sorted(names))}')
     os.makedirs(os.path.join(ROOT, OUT), exist_ok=True)
     done = {(r['run'], r['seed']) for r in read_results()}
     jobs = [(question, name, seed) for seed in range(seeds) for question, runs in QUESTIONS.items() for name in runs
@@ -177,7 +182,8 @@ def run_all(only, seeds, workers):
     with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
         list(pool.map(begin, starts))
         for future in as_completed([pool.submit(train, *job) for job in jobs]):
-            append(future.result())
+            if future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
             print({k: v for k, v in future.result().items() if k != 'curve'}, flush=True)
 
 
@@ -209,8 +215,11 @@ def report():
                 if key in own[0]:
                     print(f'  {key}: {", ".join(f"{r[key]:.3g}" for r in own)}')
         print()
-    draw(found, {question: ['plain', *(run for run in runs if run != 'plain')] for question, runs in names.items()
-                 if question in ('routing', 'sampling mask', 'off-policy', 'KL', 'truncated', 'MTP modules')})
+    # each beside the plain run, which the MTP modules' runs do not share their cold start with
+    panels = {question: ['plain', *(run for run in runs if run != 'plain')] for question, runs in names.items()
+              if question in ('routing', 'sampling mask', 'off-policy', 'KL', 'truncated')}
+    if all(any(r['run'] == run for r in found) for runs in panels.values() for run in runs):
+        draw(found, panels)
 
 
 def draw(found, names):

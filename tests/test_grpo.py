@@ -857,6 +857,10 @@ BAD_FLAGS = {
     '--top_p=0.0': 'top_p=0.0 must lie in (0, 1]',
     '--top_k=-1': 'top_k=-1 must lie in 0..',
     '--old_logp=new': "old_logp='new' must be 'training' or 'rollout'",
+    '--old_logp=rollout --top_k=3': "old_logp='rollout' must be 'training' with top_k or top_p",
+    '--mask_drift=0.1 --top_p=0.9': 'mask_drift=0.1 must be 0 with top_k or top_p',
+    '--teacher=out-short': "teacher='out-short' has block_size=",
+    '--kl_coef=0.1 --reference=out-short': "reference='out-short' has block_size=",
     '--truncated=drop': "truncated='drop' must be 'keep' or 'mask'",
     '--mask_drift=-1.0': 'mask_drift=-1.0 must be finite and not negative',
     '--reward_file=odd.py,odd.py': 'must be one file, or one for each data set',
@@ -874,6 +878,9 @@ def test_bad_input_gets_one_line_and_leaves_the_checkpoint(workshop):
                        ('out-odd', {'stoi': 3, 'itos': 4})):
         (workshop / name).mkdir()
         torch.save({**checkpoint, 'meta': meta}, workshop / name / 'ckpt.pt')
+    (workshop / 'out-short').mkdir()
+    torch.save({**checkpoint, 'model_args': {**checkpoint['model_args'], 'block_size': 36}},
+               workshop / 'out-short' / 'ckpt.pt')
     inside('train.py', *SFT, '--n_routed_experts=0', '--out_dir=out-dense', cwd=workshop)
     for name, (source, _) in BAD_REWARDS.items():
         (workshop / name).write_text(source)
@@ -1079,6 +1086,20 @@ def test_a_trace_is_right_well_formed_and_ended(workshop, rule, accepted):
     assert (workshop / 'some.txt').stat().st_mode == (workshop / 'odd.py').stat().st_mode  # others may read it
     lines = (workshop / 'some.txt').read_text().splitlines(keepends=True)
     assert 3 < len(lines) <= 30 and all(line.endswith('\n') and accepted(line) for line in lines)
+
+
+def test_traces_are_sampled_as_rollouts_are(monkeypatch, tmp_path):
+    seen = []
+
+    def answer(questions, *sampling):
+        seen.append(sampling)
+        return [[3]] * len(questions), [[4, STOP]] * len(questions), ['x'] * len(questions), torch.ones(
+            len(questions), 2)
+
+    for key, value in dict(top_k=3, top_p=0.5, temperature=0.7, traces=str(tmp_path / 'some.txt')).items():
+        monkeypatch.setattr(grpo, key, value)
+    grpo.write_traces([('1+1=', '2', None)], answer, STOP)
+    assert seen == [(0.7, 3, 0.5)] and (tmp_path / 'some.txt').read_text() == '1+1=x\n'
 
 
 def test_no_trace_is_accepted_that_is_cut_off(workshop):

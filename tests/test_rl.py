@@ -1,5 +1,6 @@
 """What V3.2 and V4 changed in reinforcement learning: routing replay, the sampling mask, distillation, MTP modules."""
 
+import copy
 import math
 
 import pytest
@@ -232,6 +233,65 @@ def test_the_loss_of_an_update_against_loops(options, monkeypatch):
         assert numbers['drifted'] == pytest.approx(left_out / tokens) and 0 < left_out < tokens
 
 
+@pytest.mark.parametrize('options', [*V32, dict(replay_routing=True)], ids=lambda options: ' '.join(options))
+def test_two_steps_of_an_update_follow_the_gradient_of_the_loops(options):
+    """With mu=2: the parameters after two steps of SGD, against autograd through one token's probability at a time."""
+    options = dict(options)
+    keep_mask = options.pop('keep_sampling_mask', False)
+    model, reference, temperature = policy(), policy(std=0.25).requires_grad_(False).eval(), 0.7
+    batch = batch_of(model, temperature=temperature, **({'top_k': 4} if keep_mask else {}))
+    batch['sampled_logp'] += 0.1 * torch.randn(batch['mask'].shape)
+    batch['advantages'][:3] = -1.0
+    batch['experts'] = torch.rand(*batch['experts'].shape[:3], 8).argsort(dim=-1)[..., :3].short()  # some of 8
+    twin, before = copy.deepcopy(model).train(), copy.deepcopy(model)
+    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), **batch, mu=2, reference=reference, clip_low=0.05,
+                clip_high=0.08, temperature=temperature, batch_size=4, grad_clip=0.0, **options)
+
+    def log_prob(model, i, t, replay=None):
+        with rl.replayed(model, replay):
+            z = model.lm_head(model.main_stack(batch['rows'][i:i + 1, :t + 1])[0])[0, -1] / temperature
+        allowed = batch['support'][i, t].nonzero().flatten() if keep_mask else torch.arange(11)
+        return z[batch['rows'][i, t + 1]] - z[allowed].logsumexp(dim=0)
+
+    optimizer, old, left_out = torch.optim.SGD(twin.parameters(), lr=0.5), {}, 0
+    for _ in range(2):
+        gain = 0.0
+        for i, mask in enumerate(batch['mask']):
+            A, targets = batch['advantages'][i], mask.nonzero().flatten().tolist()
+            replay = [batch['experts'][i:i + 1, :t + 1] if options.get('replay_routing') else None for t in targets]
+            new = torch.stack([log_prob(twin, i, t, experts) for t, experts in zip(targets, replay)])
+            ref = torch.stack([log_prob(reference, i, t) for t in targets])
+            sampled = batch['sampled_logp'][i, targets]
+            old.setdefault(i, sampled if options.get('old_logp') == 'rollout' else new.detach())
+            ratio, kl = (new - old[i]).exp(), (ref - new).exp() - (ref - new) - 1
+            drifted = A < 0 and (sampled - new).mean() > options.get('mask_drift', math.inf)
+            parts = torch.minimum(ratio * A, ratio.clamp(0.95, 1.08) * A) * (0.0 if drifted else 1.0)
+            kl = kl * ratio if options.get('unbiased_kl') else kl
+            gain = gain + (parts - options.get('kl_coef', 0.0) * kl).mean() / len(batch['rows'])
+            left_out += bool(drifted)
+        optimizer.zero_grad()
+        (-gain).backward()
+        optimizer.step()
+    assert left_out > 0 or 'mask_drift' not in options
+    for (name, p), want in zip(model.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(p, want, atol=2e-5, rtol=1e-3, msg=name)
+    moved = max((p - start).abs().max().item() for p, start in zip(model.parameters(), before.parameters()))
+    assert moved > 1e-2
+
+
+def test_what_is_frozen_stays():
+    """V4's indexer keeps choosing as it has learned to: no weight decay moves it."""
+    model = v4(layer_types='sch', sliding_window=8, compress_rate_hca=4, index_topk=4)
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), 'cpu')
+    indexer = {name: p.clone() for name, p in model.named_parameters() if '.indexer.' in name}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in indexer)
+    before = copy.deepcopy(model)
+    grpo.update(model, optimizer, **batch_of(model))
+    moved = {name for (name, p), q in zip(model.named_parameters(), before.parameters()) if not torch.equal(p, q)}
+    assert indexer and moved and not moved & set(indexer)
+
+
 def test_the_gradient_of_the_weighted_kl_is_the_kls():
     """In expectation over tokens of the policy. The plain k3 has that value, and another gradient."""
     z, ref = torch.randn(6, requires_grad=True), torch.randn(6).log_softmax(0)
@@ -325,7 +385,10 @@ def test_the_mtp_loss_against_loops():
 
 
 def test_rollouts_still_know_nothing_of_what_is_not_kept():
-    """Without the flags a State holds no experts and no support."""
+    """Without the flags a State holds no experts and no support; nor does greedy decoding hold a support."""
+    decoder = Decoder(policy(), keep_support=True)
+    decoder.generate(PROMPTS, 4, 0.0, 3, STOP)
+    assert all(support.numel() == 0 for support in decoder.support)
     decoder = Decoder(policy())
     decoder.generate(PROMPTS, 4, 1.0, 3, STOP)
     assert all(experts.numel() == 0 for experts in decoder.experts)
