@@ -133,8 +133,9 @@ def per_byte(name, evals):
 
 def draw_losses(plt, logs, x='iterations', y='nats', smooth=0.0):
     """A panel for whatever one of the runs logged at least; for several runs, one legend with their names."""
-    fig, axes = plt.subplots(2, 3, figsize=(15, 8), layout='constrained')
-    loss_ax, modules_ax, balance_ax, lr_ax, norm_ax, speed_ax = axes.flat
+    indexed = any(known(number(r, 'index_loss') for r in train) for _, train, _ in logs)  # of DSA or CSA
+    fig, axes = plt.subplots(2, 3 + indexed, figsize=(15 + 5 * indexed, 8), layout='constrained')
+    loss_ax, modules_ax, balance_ax, lr_ax, norm_ax, speed_ax, *more = axes.flat
     for i, (name, train, evals) in enumerate(logs):
         place, scale = places(name, train, x), per_byte(name, evals) if y == 'bpb' else 1.0
 
@@ -161,7 +162,7 @@ def draw_losses(plt, logs, x='iterations', y='nats', smooth=0.0):
         layers = [numbers(r, 'max_vio') for r in routed]
         curve(balance_ax, routed, [sum(vio) / len(vio) for vio in layers], linewidth=1.5, label='mean over layers')
         curve(balance_ax, routed, [max(vio) for vio in layers], alpha=0.4, label='worst layer')
-        for ax, key in ((lr_ax, 'lr'), (norm_ax, 'grad_norm'), (speed_ax, 'tokens_per_s')):
+        for ax, key in zip((lr_ax, norm_ax, speed_ax, *more), ('lr', 'grad_norm', 'tokens_per_s', 'index_loss')):
             curve(ax, train, [number(r, key) for r in train])
     loss_ax.set(ylabel='bits per byte' if y == 'bpb' else 'nats per token', title='loss of the main model')
     limit_to_the_end(loss_ax)
@@ -172,6 +173,8 @@ def draw_losses(plt, logs, x='iterations', y='nats', smooth=0.0):
     lr_ax.set(title='learning rate', ylim=(0, None))
     norm_ax.set(title='gradient norm, before clipping', ylim=(0, None))
     speed_ax.set(ylabel='tokens / s', title='speed', ylim=(0, None))
+    if indexed:
+        more[0].set(ylabel='nats per token', title='KL of the indexers from the attention', ylim=(0, None))
     for ax in axes.flat:
         ax.set_xlabel('seconds of training' if x == 'seconds' else x)
         if not ax.lines:
@@ -197,11 +200,17 @@ def draw_rewards(plt, logs):
               ('format', 'share', 'well-formed responses', share),
               ('zero_advantage', 'share', 'groups of equal rewards', share),
               ('entropy', 'nats per token', 'entropy', positive),
+              ('cut', 'share', 'responses that were cut off', positive),
               ('kl', 'nats per token', 'KL from the reference', positive),
+              ('teacher_kl', 'nats per token', 'KL from the teacher', positive),
               ('clip', 'share', 'tokens with a clipped gradient', positive),
+              ('mismatch', 'nats per token', 'rollout against training', positive),
+              ('routing_mismatch', 'share', 'other experts than in the rollout', positive),
+              ('drifted', 'share', 'tokens left out by mask_drift', positive),
+              ('mtp_loss', 'nats per token', 'MTP modules', positive),
               ('tokens_per_s', 'response tokens / s', 'speed', positive)]
     panels = [panel for panel in panels if known(number(r, panel[0]) for _, train, _ in logs for r in train)]
-    rows = 2 if len(panels) > 2 else 1
+    rows = 1 + (len(panels) > 2) + (len(panels) > 9)
     columns = math.ceil((1 + len(panels)) / rows)
     fig, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.5 * rows), layout='constrained', squeeze=False)
     first, *others = axes.flat

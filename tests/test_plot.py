@@ -33,7 +33,9 @@ def log(tmp_path):
     return path
 
 
-@pytest.mark.parametrize('more, panels', [({}, 9), ({'kl': 0.1}, 10), ({'kl': None, 'entropy': None}, 8)])
+@pytest.mark.parametrize('more, panels', [
+    ({}, 9), ({'kl': 0.1}, 10), ({'kl': None, 'entropy': None}, 8),
+    (dict.fromkeys('cut mismatch routing_mismatch drifted teacher_kl mtp_loss'.split(), 0.1), 15)])
 def test_the_figure_of_grpo(more, panels):
     """A panel for what was computed, no other; one legend; titles no wider than their panels."""
     runs = [('first', *grpo_records()), ('second', *grpo_records(**more)), ('only evaluated', [], grpo_records()[1])]
@@ -41,7 +43,9 @@ def test_the_figure_of_grpo(more, panels):
     fig = plot.draw_rewards(plt, runs)
     fig.canvas.draw()
     assert len(fig.axes) == panels
-    assert ('KL from the reference' in [ax.get_title() for ax in fig.axes]) == (panels == 10)
+    titles = [ax.get_title() for ax in fig.axes]
+    assert ('KL from the reference' in titles) == ('kl' in more and panels > 9)
+    assert ('rollout against training' in titles) == ('mismatch' in more)
     assert [text.get_text() for text in fig.legends[0].get_texts()] == [name for name, *_ in runs]
     assert len(fig.legends) == 1 and not any(ax.get_legend() for ax in fig.axes)
     for ax in fig.axes:
@@ -84,6 +88,15 @@ def test_the_figure_of_training():
         assert [text.get_text() for legend in fig.legends for text in legend.get_texts()] == (
             ['a', 'b'] if len(logs) == 2 else [])
         plt.close(fig)
+
+
+def test_the_indexers_have_a_panel_of_their_own():
+    fig = plot.draw_losses(plt, [('dense', train_records(), []), ('sparse', train_records(index_loss=0.3), [])])
+    titles = [ax.get_title() for ax in fig.axes]
+    assert titles == ['loss of the main model', 'learning rate', 'gradient norm, before clipping', 'speed',
+                      'KL of the indexers from the attention']
+    assert [list(line.get_ydata()) for line in fig.axes[-1].lines] == [[0.3] * 3]
+    plt.close(fig)
 
 
 def write_log(folder, *lines):
