@@ -3,7 +3,7 @@
 #   python grpo.py config/grpo_arithmetic.py
 #   torchrun --standalone --nproc_per_node=2 grpo.py config/grpo_arithmetic.py
 #
-# Hardware: two CPU cores. Expected: 32 to 70% of the held-out sums are right at the start, 98% after 30 seconds, and
+# Hardware: two CPU cores. Expected: a third to two thirds of the held-out sums are right at first, 98% after 30 s, and
 # 98.5 to 100% at the end, after 70 to 124 seconds.
 
 init_from = 'out-sft-arithmetic'
