@@ -270,7 +270,8 @@ def sorted_experts(x, gates, experts, gate_up, down, limit=0.0):
     y = Gather.apply(x.to(compute_dtype(x)), token, place)                  # (M, C): each row's token
     y = swiglu(grouped_linear(y, gate_up, offsets), limit)                  # (M, h)
     y = y * row_gates.to(y.dtype)  # g of eq. 12, before the linear W_down because rows are narrower here
-    return Gather.apply(grouped_linear(y, down, offsets), place, token)     # (N, C): the sum of each token's K rows
+    y = grouped_linear(y, down, offsets)  # not within Gather.apply(...): each pass would be compiled anew (on CPUs)
+    return Gather.apply(y, place, token)                                    # (N, C): the sum of each token's K rows
 
 
 class Block(nn.Module):

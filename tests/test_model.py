@@ -848,8 +848,20 @@ def test_each_embedding_is_dropped_out():
     assert len(kept) == 1 + len(model.mtp) and all(0.4 < share < 0.6 for share in kept)
 
 
+def test_a_compiled_model_is_not_compiled_again():
+    """In fp32, where the experts' products break the graph: the graphs of two passes serve all others."""
+    torch._dynamo.reset()
+    model, idx = tiny_model().train(), torch.randint(61, (2, 17))
+    model.compile(backend='eager')
+    graphs = []
+    for _ in range(4):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert graphs[0] > 2 and graphs[1] == graphs[2] == graphs[3], graphs
+
+
 def test_recomputed_blocks_run_compiled():
-    """Each block, and the loss. Once, recompute() wrapped them so that dynamo ran them eagerly, without a word."""
+    """Each block, and the loss: dynamo runs what it cannot trace eagerly, without a word."""
     def runs(recompute):
         torch._dynamo.reset()
         torch.manual_seed(0)

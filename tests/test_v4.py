@@ -323,9 +323,9 @@ def test_compiled_and_recomputed_blocks_keep_the_indexers_loss():
 
 
 @pytest.mark.slow
-def test_every_kind_of_block_is_compiled(monkeypatch):
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def test_every_kind_of_block_is_compiled():
     """config/train_v4.py has about as many kinds of blocks as one function may be compiled for."""
-    monkeypatch.setattr(torch._dynamo.config, 'fail_on_recompile_limit_hit', True)
     gpt = v4_model(n_layer=8, layer_types='sschchch', num_hash_layers=2, engram_layers='1,3', engram_rows=50, hc_mult=2,
                    sliding_window=5, compress_rate_hca=6, o_groups=2, index_topk=3, num_nextn_predict_layers=2,
                    mtp_n_layer=2)
