@@ -192,15 +192,24 @@ V32 = [dict(old_logp='rollout'), dict(kl_coef=0.3, unbiased_kl=True), dict(mask_
        dict(old_logp='rollout', kl_coef=0.3, unbiased_kl=True, mask_drift=0.02, keep_sampling_mask=True)]
 
 
-@pytest.mark.parametrize('options', V32, ids=lambda options: ' '.join(options))
-def test_the_loss_of_an_update_against_loops(options, monkeypatch):
-    """V3.2's equations, a number at a time: the gain that update() maximises is the sum over responses and tokens."""
+def off_policy(options, temperature):
+    """-> a model, its reference, a rollout that differs from the model's, update()'s options, and whether it gets the
+    sampling mask
+    """
     options = dict(options)
     keep_mask = options.pop('keep_sampling_mask', False)
-    model, reference, temperature = policy(), policy(std=0.25).requires_grad_(False).eval(), 0.7
+    model, reference = policy(), policy(std=0.25).requires_grad_(False).eval()
     batch = batch_of(model, temperature=temperature, **({'top_k': 4} if keep_mask else {}))
     batch['sampled_logp'] += 0.1 * torch.randn(batch['mask'].shape)
     batch['advantages'][:3] = -1.0
+    return model, reference, batch, options, keep_mask
+
+
+@pytest.mark.parametrize('options', V32, ids=lambda options: ' '.join(options))
+def test_the_loss_of_an_update_against_loops(options, monkeypatch):
+    """V3.2's equations, a number at a time: the gain that update() maximises is the sum over responses and tokens."""
+    temperature = 0.7
+    model, reference, batch, options, keep_mask = off_policy(options, temperature)
     losses, backward = [], torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, 'backward', lambda x, **more: losses.append(x.item()) or backward(x, **more))
     numbers = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), **batch, reference=reference,
@@ -236,12 +245,8 @@ def test_the_loss_of_an_update_against_loops(options, monkeypatch):
 @pytest.mark.parametrize('options', [*V32, dict(replay_routing=True)], ids=lambda options: ' '.join(options))
 def test_two_steps_of_an_update_follow_the_gradient_of_the_loops(options):
     """With mu=2: the parameters after two steps of SGD, against autograd through one token's probability at a time."""
-    options = dict(options)
-    keep_mask = options.pop('keep_sampling_mask', False)
-    model, reference, temperature = policy(), policy(std=0.25).requires_grad_(False).eval(), 0.7
-    batch = batch_of(model, temperature=temperature, **({'top_k': 4} if keep_mask else {}))
-    batch['sampled_logp'] += 0.1 * torch.randn(batch['mask'].shape)
-    batch['advantages'][:3] = -1.0
+    temperature = 0.7
+    model, reference, batch, options, keep_mask = off_policy(options, temperature)
     batch['experts'] = torch.rand(*batch['experts'].shape[:3], 8).argsort(dim=-1)[..., :3].short()  # some of 8
     twin, before = copy.deepcopy(model).train(), copy.deepcopy(model)
     grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), **batch, mu=2, reference=reference, clip_low=0.05,
