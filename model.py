@@ -503,8 +503,9 @@ class GPT(nn.Module):
         """Compile the loss and each block; equal blocks share one graph."""
         global grouped_linear_uncompiled  # here, because as a decorator it imports the compiler, two seconds of a start
         grouped_linear_uncompiled = torch.compiler.disable(grouped_linear_uncompiled)
+        # static: of a number that differs between models, a dynamic graph on a CPU keeps one value for all of them
         for block in self.blocks():  # 64: all kinds of blocks share one limit, also those of another architecture
-            block.compile(recompile_limit=64, **kwargs)
+            block.compile(dynamic=False, recompile_limit=64, **kwargs)
         if self.rows_fn is cross_entropy_rows:
             self.rows_fn = torch.compile(cross_entropy_rows, **kwargs)
 

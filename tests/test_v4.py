@@ -322,6 +322,19 @@ def test_compiled_and_recomputed_blocks_keep_the_indexers_loss():
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_models_with_other_numbers_are_compiled_anew():
+    """A graph with a number as its input would keep the number of the model that it was compiled for, on CPUs."""
+    torch._dynamo.reset()
+    idx, graphs = torch.randint(61, (2, 16)), []
+    for limit in (0.5, 2.0, 1.0):
+        gpt = v4_model(n_layer=1, n_routed_experts=0, num_nextn_predict_layers=0, swiglu_limit=limit)
+        want = gpt(idx, idx)[1]
+        gpt.compile(backend='eager')
+        torch.testing.assert_close(gpt(idx, idx)[1], want)
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert graphs[0] < graphs[1] < graphs[2], graphs
+
+
 @pytest.mark.slow
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_every_kind_of_block_is_compiled():
