@@ -108,6 +108,11 @@ def mistake(text):
     return model.Mistake(text)
 
 
+def need(ok, message):
+    if not ok:
+        raise mistake(message)
+
+
 def _settings(namespace):
     return {k: v for k, v in namespace.items() if not k.startswith('_') and isinstance(v, (bool, int, float, str))}
 

@@ -20,13 +20,8 @@ import json
 import math
 import os
 
-from configurator import mistake  # whose import makes a mistake one line and exit code 2
+from configurator import mistake, need  # whose import makes a mistake one line and exit code 2
 from extras import output
-
-
-def need(ok, message):
-    if not ok:
-        raise mistake(message)
 
 
 def number(record, key):

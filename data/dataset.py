@@ -14,18 +14,13 @@ import urllib.request
 import zlib
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository's root
-from configurator import mistake  # whose import makes a mistake one line and exit code 2
+from configurator import mistake, need  # whose import makes a mistake one line and exit code 2
 from extras import output
 
 # isort: split
 import numpy as np
 
 TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-
-
-def need(ok, message):
-    if not ok:
-        raise mistake(message)
 
 
 def argument_parser(doc, tokens=False):

@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from configurator import mistake  # whose import makes a mistake one line and exit code 2
+from configurator import need  # whose import makes a mistake one line and exit code 2
 
 RESULTS = os.path.join(ROOT, 'runs', 'grpo_options.jsonl')
 OUT = 'out-options'
@@ -89,11 +89,13 @@ QUESTIONS = {  # {question: {run: (its start, its command)}}
 
 def call(command, log):
     """A script and its arguments, with one thread; its output is added to the file `log`."""
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():  # killed: begin nothing more
+        os._exit(1)
     with open(log, 'a') as f:
         code = subprocess.call([sys.executable, *command.split()], cwd=ROOT, stdout=f, stderr=f,
                                env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    if code:
-        raise mistake(f'{command} failed: see {log}')
+    need(code == 0, f'{command} failed: see {log}')
 
 
 def begin(start):
@@ -150,8 +152,8 @@ def train(question, name, seed):
     call(f'{command} --init_from={OUT}/{start} --seed={seed} --out_dir={out_dir}', os.path.join(ROOT, out_dir + '.log'))
     record = {'question': question, 'run': name, 'seed': seed, 'wall': time.time() - t0, **measure(out_dir, question)}
     header, *log = records(f'{out_dir}/log.jsonl')
-    if log[-1].get('step') != header['config']['max_iters']:
-        raise mistake(f'{out_dir} ended before its last iteration')  # by a signal: grpo.py calls that no failure
+    ended = log[-1].get('step') == header['config']['max_iters']  # else by a signal: grpo.py calls that no failure
+    need(ended, f'{out_dir} ended before its last iteration')
     record['curve'] = [(r['step'], r['seconds'], r['val_accuracy']) for r in log if 'val_accuracy' in r]
     for key in ('accuracy', 'length', 'cut', 'mismatch', 'routing_mismatch', 'drifted', 'kl', 'clip', 'tokens_per_s'):
         found = [r[key] for r in log if r.get(key) is not None]  # None: an iteration without rows
@@ -169,8 +171,7 @@ def read_results():
 
 def run_all(only, seeds, workers):
     names = {*QUESTIONS, *(name for runs in QUESTIONS.values() for name in runs)}
-    if only is not None and only not in names:
-        raise mistake(f'--only={only} names no question and no run: {", ".join(sorted(names))}')
+    need(only is None or only in names, f'--only={only} names no question and no run: {", ".join(sorted(names))}')
     os.makedirs(os.path.join(ROOT, OUT), exist_ok=True)
     done = {(r['run'], r['seed']) for r in read_results()}
     jobs = [(question, name, seed) for seed in range(seeds) for question, runs in QUESTIONS.items() for name in runs
